@@ -1,0 +1,401 @@
+//! What the trainer tells: `Progress` while it runs, `Report` as its last word.
+//!
+//! The trainer writes both; the operator copies them into the status. Decimals are `f64` here and strings in the status.
+//! A value that was not measured is absent. A value that is NaN or infinite is never serialised: whoever builds a report
+//! turns it into a failure or leaves it out.
+
+use serde::{Deserialize, Serialize};
+
+use crate::exit::ExitCode;
+use crate::run::{Baseline, Gate, Metric};
+
+/// What the trainer is doing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Stage {
+    /// Fetches, checks and tokenises.
+    #[default]
+    Preparing,
+    /// Optimizer steps.
+    Training,
+    /// Baselines, forgetting and the final evaluation.
+    Evaluating,
+    /// Writes the output.
+    Publishing,
+    /// Finished.
+    Succeeded,
+    /// Ended without a result.
+    Failed,
+}
+
+/// The answer to `GET /status`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Progress {
+    /// `metadata.uid` of the job.
+    pub job_uid: String,
+    /// Attempt number.
+    pub attempt: i32,
+    /// What the trainer is doing.
+    pub stage: Stage,
+    /// Completed optimizer steps.
+    pub step: i64,
+    /// Planned optimizer steps.
+    pub total_steps: i64,
+    /// Completed share of the training rows' passes.
+    pub epoch: f64,
+    /// Tokens that the loss was taken on.
+    pub trained_tokens: i64,
+    /// All tokens that went through the model.
+    pub input_tokens: i64,
+    /// Input tokens per second of step time, over the last steps.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tokens_per_second: Option<f64>,
+    /// Seconds until the last step.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub estimated_remaining_seconds: Option<i64>,
+    /// RFC 3339 time of this report.
+    pub last_report_time: String,
+    /// Newest values by name: `trainLoss`, `evalLoss`, `learningRate`, `gradientNorm`.
+    pub metrics: Vec<MetricValue>,
+    /// Committed checkpoints, newest last.
+    pub checkpoints: Vec<CheckpointInfo>,
+}
+
+/// One named number.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct MetricValue {
+    /// For example `evalLoss`.
+    pub name: String,
+    /// Its value.
+    pub value: f64,
+}
+
+/// A committed checkpoint.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct CheckpointInfo {
+    /// Completed optimizer steps.
+    pub step: i64,
+    /// RFC 3339 time of the commit.
+    pub time: String,
+    /// Validation loss at this step, if it was measured.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub eval_loss: Option<f64>,
+    /// Whether it is the best so far.
+    pub best: bool,
+}
+
+/// What the metrics of one set of weights are on the validation rows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Scores {
+    /// Mean negative log-likelihood, nats per trained token.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub eval_loss: Option<f64>,
+    /// `exp(evalLoss)`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub perplexity: Option<f64>,
+    /// Share of trained tokens predicted right.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_accuracy: Option<f64>,
+    /// Share of rows answered exactly.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub exact_match: Option<f64>,
+}
+
+impl Scores {
+    /// The value of one metric, if it was measured.
+    pub const fn get(&self, metric: Metric) -> Option<f64> {
+        match metric {
+            Metric::EvalLoss => self.eval_loss,
+            Metric::Perplexity => self.perplexity,
+            Metric::TokenAccuracy => self.token_accuracy,
+            Metric::ExactMatch => self.exact_match,
+        }
+    }
+}
+
+/// The loss on general text, before and after.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ForgettingResult {
+    /// The base model's mean loss.
+    pub base_loss: f64,
+    /// The tuned model's mean loss.
+    pub tuned_loss: f64,
+    /// Largest tolerated increase.
+    pub max_loss_increase: f64,
+    /// Whether the increase is tolerated.
+    pub passed: bool,
+}
+
+/// A gate and what was found.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct GateResult {
+    /// The gate as written.
+    pub gate: Gate,
+    /// The tuned model's value.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub observed: Option<f64>,
+    /// The baseline's value, for `ImprovesOn`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub baseline: Option<f64>,
+    /// Whether it holds.
+    pub passed: bool,
+}
+
+/// Whether the result is worth using.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Verdict {
+    /// All gates hold, and it is better than the baselines that were measured.
+    Better,
+    /// No gate failed, but a baseline is as good: fine-tuning did not pay.
+    NotWorthIt,
+    /// A gate failed.
+    GateFailed,
+    /// Nothing was measured to decide by.
+    NotValidated,
+}
+
+/// What validation found.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ValidationReport {
+    /// Rows that the loss was measured on.
+    pub rows: i64,
+    /// Rows that were answered for `exactMatch`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub generated_rows: Option<i64>,
+    /// Step of the judged checkpoint.
+    pub step: i64,
+    /// The tuned model.
+    pub tuned: Scores,
+    /// The base model without examples in the prompt.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub zero_shot: Option<Scores>,
+    /// The base model with examples in the prompt.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub few_shot: Option<Scores>,
+    /// Examples in the few-shot prompt.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub few_shot_examples: Option<i64>,
+    /// General ability.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub forgetting: Option<ForgettingResult>,
+    /// The gates.
+    pub gates: Vec<GateResult>,
+    /// Whether the result is worth using.
+    pub verdict: Verdict,
+    /// The verdict in one plain sentence.
+    pub summary: String,
+}
+
+impl ValidationReport {
+    /// The scores of a baseline, if it was measured.
+    pub const fn baseline(&self, baseline: Baseline) -> Option<&Scores> {
+        match baseline {
+            Baseline::Base => self.zero_shot.as_ref(),
+            Baseline::FewShot => self.few_shot.as_ref(),
+        }
+    }
+}
+
+/// What the data check found.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct DataReport {
+    /// Training rows after the split.
+    pub rows: i64,
+    /// Validation rows after the split.
+    pub validation_rows: i64,
+    /// Tokens of the training rows.
+    pub tokens: i64,
+    /// Of these, tokens that the loss is taken on.
+    pub trained_tokens: i64,
+    /// Training rows that repeat an earlier one exactly (after normalising white space).
+    pub duplicates: i64,
+    /// Training rows that nearly repeat an earlier one.
+    pub near_duplicates: i64,
+    /// Training rows that are in the validation rows too.
+    pub leaked: i64,
+    /// Training rows that lost answer tokens to the sequence length.
+    pub truncated: i64,
+    /// Rows left out because none of their tokens is trained.
+    pub untrained: i64,
+    /// Number of examples by length in tokens: (upper bound, examples).
+    pub length_histogram: Vec<(i64, i64)>,
+    /// Longest training row in tokens.
+    pub longest: i64,
+    /// Sequence length that was used.
+    pub max_sequence_length: i64,
+    /// SHA-256 of the training examples as tokenised, and their order key.
+    pub dataset_digest: String,
+    /// SHA-256 of each source file.
+    pub sources: Vec<SourceDigest>,
+    /// Findings that did not end the run, in sentences.
+    pub warnings: Vec<String>,
+}
+
+/// A source file and its digest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SourceDigest {
+    /// URI without any query.
+    pub uri: String,
+    /// Commit of a hub repository.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub revision: Option<String>,
+    /// `sha256:…`
+    pub digest: String,
+    /// Size in bytes.
+    pub bytes: i64,
+}
+
+/// Memory in bytes, by what holds it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct MemoryEstimate {
+    /// Base weights as they are held.
+    pub weights: i64,
+    /// Trained parameters: masters and working copies.
+    pub parameters: i64,
+    /// Gradients and moments.
+    pub optimizer: i64,
+    /// Activations of the largest micro-batch.
+    pub activations: i64,
+    /// Logits of one chunk, workspaces, runtime.
+    pub workspace: i64,
+    /// The sum.
+    pub total: i64,
+}
+
+/// What was derived before the first step.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct PlanReport {
+    /// Predicted peak memory.
+    pub memory: MemoryEstimate,
+    /// What there is.
+    pub memory_available: i64,
+    /// Peak resident (or device) memory as measured; 0 before the end.
+    pub measured_peak: i64,
+    /// Tokens computed at once.
+    pub micro_batch_tokens: i64,
+    /// Optimizer steps.
+    pub total_steps: i64,
+    /// Trained parameters.
+    pub trainable_parameters: i64,
+    /// All parameters.
+    pub total_parameters: i64,
+    /// Estimated seconds of training.
+    pub estimated_seconds: f64,
+    /// Measured seconds of training; 0 before the end.
+    pub measured_seconds: f64,
+}
+
+/// What the run used.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Usage {
+    /// Wall time over all attempts, seconds.
+    pub wall_seconds: f64,
+    /// Of these, seconds in optimizer steps.
+    pub train_seconds: f64,
+    /// Tokens that went through the model in training.
+    pub input_tokens: i64,
+    /// Tokens that the loss was taken on.
+    pub trained_tokens: i64,
+    /// Energy in joules where the machine tells.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub energy_joules: Option<f64>,
+    /// Cost at the profile's price.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cost: Option<f64>,
+    /// Estimated cost of the same steps as full fine-tuning.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub full_fine_tuning_cost: Option<f64>,
+}
+
+/// What the run left.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Artifact {
+    /// Where it is.
+    pub uri: String,
+    /// SHA-256 of the weights file.
+    pub digest: String,
+    /// `Adapter` or `Merged`.
+    pub kind: crate::run::OutputFormat,
+    /// Rank of the adapter.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lora_rank: Option<i64>,
+    /// URI of the base model.
+    pub base_model: String,
+}
+
+/// Why an attempt ended without a result.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Failure {
+    /// The exit code's reason.
+    pub reason: String,
+    /// The exit code.
+    pub exit_code: i32,
+    /// One sentence: what was found where, what was expected, what to do.
+    pub message: String,
+}
+
+impl Failure {
+    /// A failure with the reason and number of `exit`.
+    pub fn new(exit: ExitCode, message: impl Into<String>) -> Self {
+        Self { reason: exit.reason().to_owned(), exit_code: i32::from(exit.code()), message: message.into() }
+    }
+}
+
+/// The last word of an attempt: `report.json`, and the termination message on a cluster (at most 4096 bytes there).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Report {
+    /// `metadata.uid` of the job.
+    pub job_uid: String,
+    /// Attempt number.
+    pub attempt: i32,
+    /// What ended: the stage that was done, or the one that failed.
+    pub stage: Stage,
+    /// Absent when the stage is done.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub failure: Option<Failure>,
+    /// Completed optimizer steps.
+    pub step: i64,
+    /// Planned optimizer steps.
+    pub total_steps: i64,
+    /// Step of the checkpoint that this attempt continued.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub resumed_from_step: Option<i64>,
+    /// SHA-256 of the judged checkpoint's manifest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub checkpoint_digest: Option<String>,
+    /// SHA-256 of the effective run configuration.
+    pub config_digest: String,
+    /// SHA-256 of the tokenised dataset.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dataset_digest: Option<String>,
+    /// What the data check found.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub data: Option<DataReport>,
+    /// Predicted beside measured.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub plan: Option<PlanReport>,
+    /// Newest values by name.
+    pub metrics: Vec<MetricValue>,
+    /// What validation found.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub validation: Option<ValidationReport>,
+    /// What the run used.
+    pub usage: Usage,
+    /// What the run left.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub artifact: Option<Artifact>,
+}

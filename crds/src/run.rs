@@ -1,0 +1,453 @@
+//! `RunConfig`: everything the trainer does, fully resolved.
+//!
+//! Written by [`crate::resolve`] (by the operator into a ConfigMap, by a local run in memory), read by the trainer.
+//! Unknown fields are refused: a trainer that is older than its operator says so instead of ignoring a setting.
+//! Numbers that the resource carries as quoted decimals are `f64` here, parsed once. `None` means that the trainer
+//! chooses from what it sees (the model's context, the rows, the memory) and echoes the choice in its report.
+
+use serde::{Deserialize, Serialize};
+
+/// The version of this contract.
+pub const RUN_CONFIG_VERSION: i32 = 1;
+
+/// A fully resolved run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct RunConfig {
+    /// [`RUN_CONFIG_VERSION`].
+    pub version: i32,
+    /// Which job and attempt this is.
+    pub job: JobIdentity,
+    /// The base model.
+    pub model: ModelSource,
+    /// Training and validation rows.
+    pub dataset: DatasetConfig,
+    /// What is trained.
+    pub method: Method,
+    /// How it is trained.
+    pub hyperparameters: Hyperparameters,
+    /// When checkpoints are committed and which are kept.
+    pub checkpoint: CheckpointConfig,
+    /// How the result is judged.
+    pub validation: ValidationConfig,
+    /// When to stop for lack of improvement.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub early_stopping: Option<EarlyStopping>,
+    /// What is written at the end.
+    pub output: OutputConfig,
+    /// What the job may use.
+    pub resources: ResourceLimits,
+}
+
+/// Which job and attempt a run belongs to; checked against every checkpoint before it is trusted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct JobIdentity {
+    /// `metadata.name`.
+    pub name: String,
+    /// `metadata.namespace`; absent in local runs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub namespace: Option<String>,
+    /// `metadata.uid`; in local runs derived from the name.
+    pub uid: String,
+    /// 1 for the first attempt. `None` in local runs: the next free number of the run directory is claimed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub attempt: Option<i32>,
+}
+
+/// A base model.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ModelSource {
+    /// Where it is: `hf://owner/name`, or `file:///absolute/path` in local runs.
+    pub uri: String,
+    /// Branch, tag or commit of a hub repository.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub revision: Option<String>,
+    /// Folder where the Secret of `secretRef` is mounted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub secret_path: Option<String>,
+}
+
+/// Rows from one place.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct DataSource {
+    /// Where the rows are.
+    pub uri: String,
+    /// How a row is to be read.
+    pub format: DataFormat,
+    /// From the field name that the format expects to the column that holds it.
+    #[serde(default)]
+    pub column_map: std::collections::BTreeMap<String, String>,
+    /// Folder where the Secret of `secretRef` is mounted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub secret_path: Option<String>,
+}
+
+/// How a dataset row is to be read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DataFormat {
+    /// Decided by the keys of the rows.
+    #[default]
+    Auto,
+    /// OpenAI chat: `messages`, `tools`.
+    Messages,
+    /// `conversations` of `from` and `value`.
+    ShareGPT,
+    /// `instruction`, `input`, `output`.
+    Alpaca,
+    /// `prompt` and `completion`.
+    PromptCompletion,
+    /// `text`.
+    Text,
+}
+
+/// Where validation rows come from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub enum ValidationRows {
+    /// There are none.
+    None,
+    /// A source of their own.
+    Source(DataSource),
+    /// This percentage of the training rows, chosen by seed and row hash.
+    SplitPercent(i32),
+}
+
+/// Training and validation rows.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct DatasetConfig {
+    /// Training rows.
+    pub train: DataSource,
+    /// Validation rows.
+    pub validation: ValidationRows,
+    /// What each finding of the data check does.
+    pub on_problem: OnProblem,
+}
+
+/// What a finding does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ProblemAction {
+    /// Ends the run before training.
+    Fail,
+    /// Is reported.
+    Warn,
+}
+
+/// What each finding of the data check does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct OnProblem {
+    /// Training rows that are in the validation or forgetting rows too.
+    pub leakage: ProblemAction,
+    /// Rows that are in the training rows more than once.
+    pub duplicates: ProblemAction,
+    /// Rows whose answer does not fit into the sequence length.
+    pub truncated_answers: ProblemAction,
+}
+
+/// What is trained: a value that decides which tensors move and what is exported.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", rename_all_fields = "camelCase", deny_unknown_fields)]
+pub enum Method {
+    /// Low-rank adapters on a frozen base.
+    LoRA {
+        /// The adapters.
+        lora: Lora,
+    },
+    /// Low-rank adapters on a frozen base in four bits.
+    QLoRA {
+        /// The adapters.
+        lora: Lora,
+        /// How the base is stored.
+        quantization: Quantization,
+    },
+    /// All weights.
+    Full {},
+}
+
+/// Low-rank adapters: `y = W x + scale * B A drop(x)`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Lora {
+    /// Rows of A, columns of B.
+    pub rank: i64,
+    /// `scale = alpha / rank`, or `alpha / sqrt(rank)` when rank-stabilised.
+    pub alpha: f64,
+    /// Probability that an input of A is dropped in training.
+    pub dropout: f64,
+    /// Last path segments of the linears that get an adapter; empty: every linear of the decoder layers.
+    #[serde(default)]
+    pub target_modules: Vec<String>,
+    /// `alpha / sqrt(rank)`.
+    pub rank_stabilized: bool,
+}
+
+/// How a frozen base is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Quantization {
+    /// The storage type.
+    #[serde(rename = "type")]
+    pub quantization_type: QuantizationType,
+    /// Quantise the block scales too.
+    pub double_quantization: bool,
+}
+
+/// Storage type of a quantised base.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum QuantizationType {
+    /// Four-bit NormalFloat.
+    NF4,
+}
+
+/// How long to train.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub enum Duration {
+    /// Passes over the training rows.
+    Epochs(f64),
+    /// Optimizer steps.
+    MaxSteps(i64),
+}
+
+/// Learning-rate schedules, by Hugging Face's names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Scheduler {
+    /// No change after warm-up.
+    Constant,
+    /// Down to zero in a straight line.
+    Linear,
+    /// Half a cosine down to zero.
+    Cosine,
+    /// Half a cosine down to a tenth.
+    CosineWithMinLr,
+    /// Falls with the square root of the step.
+    InverseSqrt,
+}
+
+/// Number format of weights and activations.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Precision {
+    /// bf16 where the device computes in it, fp32 elsewhere.
+    #[default]
+    Auto,
+    /// bfloat16 weights and activations; masters, moments and sums in fp32.
+    BF16,
+    /// fp32 throughout.
+    FP32,
+}
+
+/// How the model is trained.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Hyperparameters {
+    /// How long.
+    pub duration: Duration,
+    /// Peak learning rate.
+    pub learning_rate: f64,
+    /// Examples of one optimizer step.
+    pub batch_size: i64,
+    /// Tokens computed at once; `None`: chosen by the memory plan. Never changes the result beyond rounding.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub micro_batch_tokens: Option<i64>,
+    /// Longest example in tokens; `None`: the model's context or the longest row, whichever is shorter.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_sequence_length: Option<i64>,
+    /// Schedule after warm-up.
+    pub scheduler: Scheduler,
+    /// Share of the steps spent warming up.
+    pub warmup_ratio: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// Largest global gradient norm.
+    pub max_grad_norm: f64,
+    /// All randomness derives from it.
+    pub seed: i64,
+    /// NEFTune noise; `None`: off.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub neftune_alpha: Option<f64>,
+    /// Number format.
+    pub precision: Precision,
+}
+
+/// When a checkpoint is due.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub enum CheckpointInterval {
+    /// Every so many optimizer steps.
+    EverySteps(i64),
+    /// Every so many seconds, at the end of a step.
+    EverySeconds(i64),
+}
+
+/// Checkpoints: when, which are kept, and whether to continue.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct CheckpointConfig {
+    /// When one is due.
+    pub interval: CheckpointInterval,
+    /// Newest ones kept.
+    pub keep_latest: i64,
+    /// Best ones kept.
+    pub keep_best: i64,
+    /// Continue the newest checkpoint that verifies.
+    pub resume: bool,
+}
+
+/// A metric that validation measures.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Metric {
+    /// Mean negative log-likelihood in nats per trained token; lower is better.
+    EvalLoss,
+    /// `exp(evalLoss)`; lower is better.
+    Perplexity,
+    /// Share of trained tokens whose most likely prediction is the label.
+    TokenAccuracy,
+    /// Share of rows whose greedy answer equals the reference.
+    ExactMatch,
+}
+
+impl Metric {
+    /// The name used in YAML, reports and series.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::EvalLoss => "evalLoss",
+            Self::Perplexity => "perplexity",
+            Self::TokenAccuracy => "tokenAccuracy",
+            Self::ExactMatch => "exactMatch",
+        }
+    }
+
+    /// Whether a smaller value is the better one.
+    pub const fn lower_is_better(self) -> bool {
+        matches!(self, Self::EvalLoss | Self::Perplexity)
+    }
+}
+
+/// Which checkpoint is judged and exported.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Evaluate {
+    /// The best by the metric.
+    Best,
+    /// The last.
+    Last,
+}
+
+/// What a gate compares with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Baseline {
+    /// The base model without examples in the prompt.
+    Base,
+    /// The base model with a few examples in the prompt.
+    FewShot,
+}
+
+/// A condition that the result must meet.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", rename_all_fields = "camelCase", tag = "operator", deny_unknown_fields)]
+pub enum Gate {
+    /// The metric is at most the value.
+    AtMost {
+        /// What is measured.
+        metric: Metric,
+        /// The bound.
+        value: f64,
+    },
+    /// The metric is at least the value.
+    AtLeast {
+        /// What is measured.
+        metric: Metric,
+        /// The bound.
+        value: f64,
+    },
+    /// The metric is better than the baseline's by at least this much.
+    ImprovesOn {
+        /// What is measured.
+        metric: Metric,
+        /// Whose value is to be beaten.
+        baseline: Baseline,
+        /// By how much, in the metric's own unit.
+        by: f64,
+    },
+}
+
+/// A check that general ability was not lost.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Forgetting {
+    /// General text that has nothing to do with the task.
+    pub dataset: DataSource,
+    /// Largest tolerated increase of the mean loss over the base model's.
+    pub max_loss_increase: f64,
+}
+
+/// How the result is judged.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ValidationConfig {
+    /// Evaluate every so many steps; `None`: about ten times over the run.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub every_steps: Option<i64>,
+    /// Decides which checkpoint is best.
+    pub metric: Metric,
+    /// Which checkpoint is judged and exported.
+    pub evaluate: Evaluate,
+    /// Measure the base model.
+    pub zero_shot: bool,
+    /// Measure the base model with this many examples in the prompt; 0: not at all.
+    pub few_shot_examples: i64,
+    /// What the result must meet.
+    pub gates: Vec<Gate>,
+    /// What must not be lost.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub forgetting: Option<Forgetting>,
+    /// Whether a failed gate fails the job.
+    pub fail_on_gate: bool,
+}
+
+/// Stop when the metric no longer improves.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct EarlyStopping {
+    /// Evaluations without improvement.
+    pub patience: i64,
+    /// Smallest change that counts as one.
+    pub min_delta: f64,
+}
+
+/// What the run writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum OutputFormat {
+    /// A PEFT adapter.
+    Adapter,
+    /// A Hugging Face model.
+    Merged,
+}
+
+/// What is written at the end.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct OutputConfig {
+    /// Adapter or merged model; `Full` is always a merged model.
+    pub format: OutputFormat,
+    /// Write the output even if validation failed.
+    pub publish_always: bool,
+}
+
+/// What the job may use.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ResourceLimits {
+    /// Whether an accelerator was asked for.
+    pub accelerator: bool,
+    /// Memory limit in bytes; `None`: the cgroup's or the machine's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory_bytes: Option<i64>,
+    /// Price of an hour of the machine or accelerator, in the currency of the profile's owner.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub price_per_hour: Option<f64>,
+}

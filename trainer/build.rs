@@ -1,0 +1,22 @@
+//! Compiles the C++ shim against the staged libtorch and leaves the library's folder in the binary's run path.
+
+fn main() {
+    let lib =
+        std::env::var("DEP_TCH_LIBTORCH_LIB").expect("torch-sys is a direct dependency and names its library folder");
+    let include = std::path::Path::new(&lib).parent().expect("the library folder has a parent").join("include");
+    println!("cargo:rerun-if-changed=src/shim.cpp");
+    cc::Build::new()
+        .cpp(true)
+        .std("c++17")
+        .warnings(false)
+        .opt_level(3)
+        .include(&include)
+        .include(include.join("torch/csrc/api/include"))
+        .define("_GLIBCXX_USE_CXX11_ABI", "1")
+        .file("src/shim.cpp")
+        .compile("ftshim");
+    println!("cargo:rustc-link-search=native={lib}");
+    println!("cargo:rustc-link-lib=torch_cpu");
+    println!("cargo:rustc-link-lib=c10");
+    println!("cargo:rustc-link-arg=-Wl,-rpath,{lib}");
+}

@@ -1,0 +1,108 @@
+//! What happens in a run, as values: the training loop emits events, observers write, serve and display them.
+//! The loop itself knows no file, socket or terminal.
+
+use crds::report::{DataReport, PlanReport, Scores, Stage, ValidationReport};
+
+/// Something that happened.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// A stage began.
+    Stage(Stage),
+    /// A value that was derived before the first step, with the reason for it.
+    Derived {
+        /// For example `learning rate`.
+        name: &'static str,
+        /// For example `2e-4`.
+        value: String,
+        /// For example `chosen: LoRA default`.
+        reason: String,
+    },
+    /// The data check is done.
+    Data(Box<DataReport>),
+    /// The plan is made.
+    Plan(Box<PlanReport>),
+    /// Training continues from a checkpoint.
+    Resumed {
+        /// Completed steps.
+        step: i64,
+        /// Whether the run will be bit-equal to an undisturbed one; if not, why.
+        inexact_because: Option<String>,
+    },
+    /// An optimizer step is done.
+    Step(StepRecord),
+    /// The validation rows were evaluated.
+    Evaluation(EvaluationRecord),
+    /// A checkpoint was committed.
+    Checkpoint(CheckpointRecord),
+    /// Something that the user should know and that does not end the run.
+    Warning(String),
+    /// The final validation is done.
+    Validated(Box<ValidationReport>),
+}
+
+/// One optimizer step.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct StepRecord {
+    /// Completed steps, this one included.
+    pub step: i64,
+    /// Planned steps.
+    pub total_steps: i64,
+    /// Completed passes over the training rows.
+    pub epoch: f64,
+    /// Mean loss per trained token of the step, nats.
+    pub loss: f64,
+    /// Global gradient norm before clipping.
+    pub gradient_norm: f64,
+    /// Learning rate of this step.
+    pub learning_rate: f64,
+    /// Examples in the step.
+    pub examples: i64,
+    /// Tokens that went through the model in this step.
+    pub input_tokens: i64,
+    /// Tokens that the loss was taken on in this step.
+    pub trained_tokens: i64,
+    /// Input tokens since the beginning of the run.
+    pub total_input_tokens: i64,
+    /// Trained tokens since the beginning of the run.
+    pub total_trained_tokens: i64,
+    /// Wall seconds of the step.
+    pub seconds: f64,
+    /// Whether loss and gradient norm were finite; if not, no weight moved.
+    pub finite: bool,
+}
+
+/// One evaluation of the validation rows.
+#[derive(Clone, Debug, PartialEq)]
+pub struct EvaluationRecord {
+    /// Completed steps.
+    pub step: i64,
+    /// Completed passes over the training rows.
+    pub epoch: f64,
+    /// What was measured.
+    pub scores: Scores,
+    /// Whether it is the best so far by the configured metric.
+    pub best: bool,
+    /// Wall seconds.
+    pub seconds: f64,
+}
+
+/// One committed checkpoint.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CheckpointRecord {
+    /// Completed steps.
+    pub step: i64,
+    /// Bytes of its files.
+    pub bytes: i64,
+    /// Wall seconds of the commit.
+    pub seconds: f64,
+    /// Validation loss at this step, if it was measured.
+    pub eval_loss: Option<f64>,
+    /// Whether it is the best so far.
+    pub best: bool,
+}
+
+/// Takes note of events.
+pub trait Observer {
+    /// Takes note of one event. An observer that cannot (a full disk) returns the error; the run decides.
+    fn observe(&mut self, event: &Event) -> std::io::Result<()>;
+}
