@@ -1,16 +1,38 @@
 //! Fine-tunes a language model on one machine: prepare, train, validate, publish.
 
-pub mod checkpoint;
+pub mod attention;
 pub mod data;
-pub mod display;
-pub mod export;
-pub mod history;
-pub mod plot;
-pub mod prepare;
+pub mod device;
+pub mod evaluate;
+pub mod generate;
+pub mod linear;
+pub mod loss;
+pub mod model;
+pub mod ops;
+pub mod optim;
+pub mod plan;
 pub mod random;
 pub mod record;
-pub mod serve;
+pub mod schedule;
+pub mod shim;
 pub mod signal;
-pub mod source;
 pub mod tokenizer;
+pub mod train;
 pub mod weights;
+
+/// A run ended without a result.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Training.
+    #[error(transparent)]
+    Train(#[from] train::Error),
+}
+
+impl Error {
+    /// The exit code that this error ends the trainer with.
+    pub fn exit(&self) -> crds::exit::ExitCode {
+        match self {
+            Self::Train(error) => error.exit(),
+        }
+    }
+}

@@ -1,1 +1,398 @@
-//! weights
+//! Safetensors in and out: model folders are memory-mapped, files are streamed from borrowed bytes. No tensor library
+//! here, no pickle, no archive.
+//!
+//! The header is capped and checked before it is trusted; every message names the file and what to do.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use memmap2::Mmap;
+use safetensors::tensor::{Metadata, SafeTensors};
+use safetensors::Dtype;
+
+/// Largest header that is read.
+const MAX_HEADER_BYTES: u64 = 16 << 20;
+/// Most tensors in one file.
+const MAX_TENSORS: usize = 100_000;
+
+/// Weights could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The folder holds no safetensors file.
+    #[error("{}: no model.safetensors or model.safetensors.index.json here{found}; only safetensors weights are read", folder.display())]
+    NoWeights {
+        /// The model's folder.
+        folder: PathBuf,
+        /// What there is instead.
+        found: String,
+    },
+    /// A file cannot be opened or mapped.
+    #[error("{}: cannot be read ({source})", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A file is not what it should be.
+    #[error("{}: {message}; download the model again", path.display())]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// What was found and what is expected.
+        message: String,
+    },
+    /// A tensor is not there.
+    #[error("{}: tensor {name} is missing{similar}; the model is incomplete or of another architecture", folder.display())]
+    MissingTensor {
+        /// The model's folder.
+        folder: PathBuf,
+        /// Its name.
+        name: String,
+        /// Names that come close.
+        similar: String,
+    },
+    /// A tensor has a dtype that weights may not have.
+    #[error("{}: tensor {name} has dtype {found}; expected F32, BF16 or F16", path.display())]
+    Dtype {
+        /// The file.
+        path: PathBuf,
+        /// Its name.
+        name: String,
+        /// Its dtype.
+        found: String,
+    },
+}
+
+impl Error {
+    /// The exit code that this error ends the trainer with.
+    pub fn exit(&self) -> crds::exit::ExitCode {
+        use crds::exit::ExitCode;
+        match self {
+            Self::NoWeights { .. } => ExitCode::InputNotFound,
+            Self::Read { source, .. } if source.kind() == io::ErrorKind::NotFound => ExitCode::InputNotFound,
+            Self::Read { .. } | Self::Malformed { .. } | Self::MissingTensor { .. } | Self::Dtype { .. } => {
+                ExitCode::BadData
+            }
+        }
+    }
+}
+
+/// A tensor to be written.
+#[derive(Clone, Debug)]
+pub struct TensorView<'a> {
+    /// Its name.
+    pub name: String,
+    /// Its dtype.
+    pub dtype: Dtype,
+    /// Its shape.
+    pub shape: Vec<usize>,
+    /// Its contiguous little-endian bytes.
+    pub data: &'a [u8],
+}
+
+impl safetensors::View for &TensorView<'_> {
+    fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> std::borrow::Cow<'_, [u8]> {
+        self.data.into()
+    }
+
+    fn data_len(&self) -> usize {
+        self.data.len()
+    }
+}
+
+/// Streams `tensors` as one safetensors file: 8 bytes of header length, the JSON header padded to 8 bytes, then the data
+/// in the order of name within alignment, as the format's own library writes it. Nothing is copied.
+pub fn write_safetensors(
+    sink: &mut dyn Write,
+    metadata: &[(&str, &str)],
+    tensors: &[TensorView<'_>],
+) -> io::Result<()> {
+    let mut sorted: Vec<&TensorView> = tensors.iter().collect();
+    // Larger elements first, then by name: every tensor is aligned to its element.
+    sorted.sort_by(|a, b| b.dtype.cmp(&a.dtype).then_with(|| a.name.cmp(&b.name)));
+    let mut header = serde_json::Map::new();
+    if !metadata.is_empty() {
+        let entries = metadata.iter().map(|(key, value)| ((*key).to_owned(), (*value).into())).collect();
+        header.insert("__metadata__".into(), serde_json::Value::Object(entries));
+    }
+    let mut offset = 0;
+    for tensor in &sorted {
+        let end = offset + tensor.data.len();
+        let entry = serde_json::json!({"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [offset, end]});
+        header.insert(tensor.name.clone(), entry);
+        offset = end;
+    }
+    let mut bytes = serde_json::to_vec(&header).map_err(io::Error::other)?;
+    bytes.resize(bytes.len().next_multiple_of(8), b' ');
+    sink.write_all(&(bytes.len() as u64).to_le_bytes())?;
+    sink.write_all(&bytes)?;
+    sorted.iter().try_for_each(|tensor| sink.write_all(tensor.data))
+}
+
+/// A tensor inside a mapped file.
+#[derive(Clone, Debug)]
+pub struct Mapped<'a> {
+    /// Its dtype.
+    pub dtype: Dtype,
+    /// Its shape.
+    pub shape: Vec<usize>,
+    /// Its bytes.
+    pub data: &'a [u8],
+}
+
+/// One mapped safetensors file whose header was checked.
+#[derive(Debug)]
+pub struct MappedFile {
+    path: PathBuf,
+    map: Mmap,
+    metadata: Metadata,
+    data_start: usize,
+}
+
+impl MappedFile {
+    /// Maps `path` and checks its header: sizes, counts, dtypes, offsets.
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        let read = |source| Error::Read { path: path.to_path_buf(), source };
+        let malformed = |message| Error::Malformed { path: path.to_path_buf(), message };
+        let file = File::open(path).map_err(read)?;
+        // SAFETY: the file is mapped read-only; the documentation asks users not to change a model while it is in use.
+        let map = unsafe { Mmap::map(&file) }.map_err(read)?;
+        let prefix: [u8; 8] = map.get(..8).and_then(|bytes| bytes.try_into().ok()).ok_or_else(|| {
+            malformed(format!("the file has {} bytes, less than the 8 of a safetensors header length", map.len()))
+        })?;
+        let header_bytes = u64::from_le_bytes(prefix);
+        if header_bytes > MAX_HEADER_BYTES || header_bytes > map.len() as u64 - 8 {
+            return Err(malformed(format!(
+                "the header says {header_bytes} bytes, the file has {} and at most {MAX_HEADER_BYTES} are accepted: \
+                 it is truncated or not safetensors",
+                map.len()
+            )));
+        }
+        let (_, metadata) = SafeTensors::read_metadata(&map)
+            .map_err(|error| malformed(format!("not a valid safetensors file ({error}): truncated or damaged")))?;
+        if metadata.tensors().len() > MAX_TENSORS {
+            return Err(malformed(format!(
+                "{} tensors, at most {MAX_TENSORS} are accepted",
+                metadata.tensors().len()
+            )));
+        }
+        Ok(Self { path: path.to_path_buf(), data_start: 8 + header_bytes as usize, map, metadata })
+    }
+
+    /// Names of its tensors.
+    pub fn names(&self) -> Vec<String> {
+        self.metadata.offset_keys()
+    }
+
+    /// One tensor, of any dtype.
+    pub fn tensor(&self, name: &str) -> Option<Mapped<'_>> {
+        let info = self.metadata.info(name)?;
+        let (start, end) = info.data_offsets;
+        let data = &self.map[self.data_start + start..self.data_start + end];
+        Some(Mapped { dtype: info.dtype, shape: info.shape.clone(), data })
+    }
+}
+
+/// The memory-mapped weight files of a model folder.
+#[derive(Debug)]
+pub struct WeightFiles {
+    folder: PathBuf,
+    files: Vec<MappedFile>,
+    /// File of each tensor.
+    index: HashMap<String, usize>,
+}
+
+#[derive(serde::Deserialize)]
+struct ShardIndex {
+    weight_map: BTreeMap<String, String>,
+}
+
+impl WeightFiles {
+    /// Maps `model.safetensors`, or the shards that `model.safetensors.index.json` lists.
+    pub fn open(folder: &Path) -> Result<Self, Error> {
+        let single = folder.join("model.safetensors");
+        let index_path = folder.join("model.safetensors.index.json");
+        if single.exists() {
+            let file = MappedFile::open(&single)?;
+            let index = file.names().into_iter().map(|name| (name, 0)).collect();
+            return Ok(Self { folder: folder.into(), files: vec![file], index });
+        }
+        if !index_path.exists() {
+            return Err(Error::NoWeights { folder: folder.into(), found: pickled_files(folder) });
+        }
+        let malformed = |message: String| Error::Malformed { path: index_path.clone(), message };
+        let text = std::fs::read_to_string(&index_path)
+            .map_err(|source| Error::Read { path: index_path.clone(), source })?;
+        let shards: ShardIndex =
+            serde_json::from_str(&text).map_err(|error| malformed(format!("not a shard index ({error})")))?;
+        let mut names: Vec<&String> = shards.weight_map.values().collect();
+        names.sort();
+        names.dedup();
+        let mut files = Vec::new();
+        for name in &names {
+            if Path::new(name.as_str()).file_name().is_none_or(|plain| plain != name.as_str()) {
+                return Err(malformed(format!("shard {name:?} is not a plain file name")));
+            }
+            files.push(MappedFile::open(&folder.join(name.as_str()))?);
+        }
+        let mut index = HashMap::new();
+        for (tensor, shard) in &shards.weight_map {
+            let file = names.binary_search(&shard).expect("the names were taken from this map");
+            if files[file].metadata.info(tensor).is_none() {
+                return Err(malformed(format!("tensor {tensor} is listed in {shard} and is not there")));
+            }
+            index.insert(tensor.clone(), file);
+        }
+        Ok(Self { folder: folder.into(), files, index })
+    }
+
+    /// Names of all tensors, sorted.
+    pub fn names(&self) -> Vec<&str> {
+        let mut names: Vec<&str> = self.index.keys().map(String::as_str).collect();
+        names.sort_unstable();
+        names
+    }
+
+    /// The mapped files.
+    pub fn paths(&self) -> Vec<&Path> {
+        self.files.iter().map(|file| file.path.as_path()).collect()
+    }
+
+    /// One tensor in F32, BF16 or F16.
+    pub fn tensor(&self, name: &str) -> Result<Mapped<'_>, Error> {
+        let Some(&file) = self.index.get(name) else {
+            return Err(Error::MissingTensor {
+                folder: self.folder.clone(),
+                name: name.into(),
+                similar: self.similar(name),
+            });
+        };
+        let file = &self.files[file];
+        let mapped = file.tensor(name).expect("the index lists tensors of this file");
+        if !matches!(mapped.dtype, Dtype::F32 | Dtype::BF16 | Dtype::F16) {
+            return Err(Error::Dtype {
+                path: file.path.clone(),
+                name: name.into(),
+                found: format!("{:?}", mapped.dtype),
+            });
+        }
+        Ok(mapped)
+    }
+
+    fn similar(&self, name: &str) -> String {
+        let common = |other: &str| other.bytes().zip(name.bytes()).take_while(|(a, b)| a == b).count();
+        let nearest = self.names().into_iter().max_by_key(|other| common(other));
+        nearest.map_or_else(String::new, |nearest| format!(" (the nearest name there is {nearest})"))
+    }
+}
+
+/// Names the weights in formats that are not read, for the error message.
+fn pickled_files(folder: &Path) -> String {
+    let names: Vec<String> = std::fs::read_dir(folder)
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .filter(|name| [".bin", ".pt", ".pth", ".gguf"].iter().any(|extension| name.ends_with(extension)))
+        .collect();
+    if names.is_empty() { String::new() } else { format!(", only {}", names.join(", ")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample() -> Vec<u8> {
+        let (a, b) = ([1u8; 24], [2u8; 6]);
+        let tensors = [
+            TensorView { name: "b".into(), dtype: Dtype::BF16, shape: vec![3], data: &b },
+            TensorView { name: "a".into(), dtype: Dtype::F32, shape: vec![2, 3], data: &a },
+        ];
+        let mut bytes = Vec::new();
+        write_safetensors(&mut bytes, &[("format", "pt")], &tensors).expect("a Vec takes everything");
+        bytes
+    }
+
+    fn folder(bytes: &[u8]) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        std::fs::write(folder.path().join("model.safetensors"), bytes).expect("writable");
+        folder
+    }
+
+    #[test]
+    fn what_is_written_is_read_by_the_library_and_by_us() {
+        let bytes = sample();
+        let parsed = SafeTensors::deserialize(&bytes).expect("valid");
+        assert_eq!(parsed.tensor("a").expect("a").shape(), [2, 3]);
+        let folder = folder(&bytes);
+        let files = WeightFiles::open(folder.path()).expect("valid");
+        assert_eq!(files.names(), ["a", "b"]);
+        let b = files.tensor("b").expect("b");
+        assert_eq!((b.dtype, b.shape, b.data), (Dtype::BF16, vec![3], &[2u8; 6][..]));
+    }
+
+    #[test]
+    fn every_truncation_is_refused() {
+        let bytes = sample();
+        for length in 0..bytes.len() {
+            let folder = folder(&bytes[..length]);
+            let error = WeightFiles::open(folder.path()).expect_err("truncated");
+            let expected = if length == 0 { "cannot be read" } else { "" };
+            assert!(matches!(error, Error::Malformed { .. } | Error::Read { .. }), "{length}: {error} {expected}");
+        }
+    }
+
+    #[test]
+    fn hostile_headers_are_refused() {
+        let file = |header: &str| [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &[0; 16]].concat();
+        let deep = format!("{}{}", "[".repeat(100_000), "]".repeat(100_000));
+        for (bytes, expected) in [
+            ((u64::MAX).to_le_bytes().to_vec(), "the header says 18446744073709551615 bytes"),
+            (file("{\"a\":{\"dtype\":\"F32\",\"shape\":[4],\"data_offsets\":[0,99]}}"), "not a valid safetensors file"),
+            (file("{\"a\":{\"dtype\":\"F32\",\"shape\":[4],\"data_offsets\":[8,4]}}"), "not a valid safetensors file"),
+            (
+                file("{\"a\":{\"dtype\":\"F32\",\"shape\":[18446744073709551615,2],\"data_offsets\":[0,16]}}"),
+                "not a valid safetensors file",
+            ),
+            (
+                file(
+                    "{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]},\
+                     \"b\":{\"dtype\":\"F32\",\"shape\":[3],\"data_offsets\":[4,16]}}",
+                ),
+                "not a valid safetensors file",
+            ),
+            (file(&deep), "not a valid safetensors file"),
+        ] {
+            let folder = folder(&bytes);
+            let error = WeightFiles::open(folder.path()).expect_err("hostile").to_string();
+            assert!(error.contains(expected) && error.contains("model.safetensors"), "{error}");
+        }
+    }
+
+    #[test]
+    fn pickled_weights_are_named_and_refused() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        std::fs::write(folder.path().join("pytorch_model.bin"), "x").expect("writable");
+        let error = WeightFiles::open(folder.path()).expect_err("no safetensors").to_string();
+        assert!(error.contains("only pytorch_model.bin; only safetensors weights are read"), "{error}");
+    }
+
+    #[test]
+    fn shards_may_not_leave_the_folder() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let index = r#"{"weight_map": {"a": "../model.safetensors"}}"#;
+        std::fs::write(folder.path().join("model.safetensors.index.json"), index).expect("writable");
+        let error = WeightFiles::open(folder.path()).expect_err("outside").to_string();
+        assert!(error.contains("not a plain file name"), "{error}");
+    }
+}

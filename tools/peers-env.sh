@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Makes a private Python environment with the peers that our numerics and speed are compared with (torch on CPU,
+# transformers, PEFT, TRL) and prints its python. torch comes from the same three small wheels as libtorch: the CUDA
+# libraries that its Python half names are replaced by stubs that are never called.
+source "$(dirname "$0")/common.sh"
+
+env=$CACHE/peers-torch-$LIBTORCH_VERSION-transformers-5.23.0-peft-0.21.2-trl-1.16.0
+if [ -e "$env/ready" ]; then
+  printf '%s\n' "$env/bin/python"
+  exit
+fi
+for tool in gcc readelf nm; do
+  command -v "$tool" >/dev/null || die "$tool is missing; on Debian: apt-get install gcc binutils"
+done
+
+rm -rf "$env"
+say "installing torch, transformers, peft and trl into $env"
+"$PYTHON" -m venv "$env"
+pip=("$env/bin/pip" install --quiet --disable-pip-version-check)
+"${pip[@]}" --no-deps "torch==$LIBTORCH_VERSION" nvidia-cuda-runtime==13.0.96 nvidia-cuda-cupti==13.0.85
+"${pip[@]}" filelock typing-extensions 'setuptools<82' sympy networkx jinja2 fsspec 'numpy<2.5'
+# --no-deps keeps pip from fetching torch's CUDA libraries; these are the dependencies that the four really import.
+"${pip[@]}" transformers==5.23.0 tokenizers safetensors huggingface-hub packaging pyyaml regex requests tqdm psutil
+"${pip[@]}" --no-deps peft==0.21.2 accelerate trl==1.16.0
+"${pip[@]}" datasets
+"$env/bin/python" "$REPO/tools/stub_cuda.py" "$("$env/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch/lib"
+"$env/bin/python" -c 'import torch, transformers, peft, trl; assert not torch.cuda.is_available()'
+touch "$env/ready"
+printf '%s\n' "$env/bin/python"

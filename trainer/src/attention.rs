@@ -1,0 +1,231 @@
+//! Causal attention over packed examples: no padding, no example sees another.
+//!
+//! Shapes: t packed tokens, n heads, k key-value heads, d head size, b examples of one length, l that length.
+//! On CPU each run of examples of equal length is one call of libtorch's flash attention, with keys and values expanded
+//! to all heads (measured faster there than native grouping); on CUDA one variable-length call takes the whole row.
+
+use tch::{Device, Kind, Tensor};
+
+use crate::shim;
+
+/// Where the examples of a packed row begin and end, on the host and (int32, for CUDA kernels) on the device.
+#[derive(Debug)]
+pub struct Segments {
+    runs: Vec<Run>,
+    cu_seqlens: Tensor,
+    max_length: i64,
+}
+
+/// Adjacent examples of one length.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Run {
+    start: i64,
+    examples: i64,
+    length: i64,
+}
+
+impl Segments {
+    /// From `[0, l1, l1 + l2, …]`.
+    pub fn new(cu_seqlens: &[i32], device: Device) -> Self {
+        let mut runs: Vec<Run> = Vec::new();
+        for pair in cu_seqlens.windows(2) {
+            let (start, length) = (i64::from(pair[0]), i64::from(pair[1] - pair[0]));
+            match runs.last_mut() {
+                Some(run) if run.length == length => run.examples += 1,
+                _ => runs.push(Run { start, examples: 1, length }),
+            }
+        }
+        let max_length = runs.iter().map(|run| run.length).max().unwrap_or(0);
+        Self { runs, cu_seqlens: Tensor::from_slice(cu_seqlens).to_device(device), max_length }
+    }
+}
+
+/// What the backward pass needs beside q, k and v.
+#[derive(Debug)]
+pub struct Saved {
+    /// `[t, n, d]`
+    pub out: Tensor,
+    statistics: Statistics,
+}
+
+#[derive(Debug)]
+enum Statistics {
+    /// Log-sum-exp of each run, `[b, n, l]`.
+    Runs(Vec<Tensor>),
+    Flash(shim::FlashAttention),
+}
+
+/// `[b * l, heads, d]` rows of a run as `[b, heads, l, d]`, without a copy.
+fn as_batch(x_tnd: &Tensor, run: Run) -> Tensor {
+    let size = x_tnd.size();
+    x_tnd
+        .narrow(0, run.start, run.examples * run.length)
+        .view([run.examples, run.length, size[1], size[2]])
+        .transpose(1, 2)
+}
+
+/// Repeats each key-value head for its group of query heads.
+fn expand_heads(x_tkd: &Tensor, heads: i64) -> Tensor {
+    let size = x_tkd.size();
+    let (tokens, kv_heads, head_dim) = (size[0], size[1], size[2]);
+    if kv_heads == heads {
+        return x_tkd.shallow_clone();
+    }
+    x_tkd
+        .unsqueeze(2)
+        .expand([tokens, kv_heads, heads / kv_heads, head_dim], false)
+        .reshape([tokens, heads, head_dim])
+}
+
+/// Adds up the gradients of the heads that share a key-value head.
+fn sum_groups(x_tnd: &Tensor, kv_heads: i64) -> Tensor {
+    let size = x_tnd.size();
+    if size[1] == kv_heads {
+        return x_tnd.shallow_clone();
+    }
+    x_tnd.view([size[0], kv_heads, size[1] / kv_heads, size[2]]).sum_dim_intlist([2i64].as_slice(), false, None)
+}
+
+fn uses_flash(q: &Tensor) -> bool {
+    q.device().is_cuda() && matches!(q.kind(), Kind::BFloat16 | Kind::Half)
+}
+
+/// `softmax(scale * q k^T) v` within each example; the output is in [`Saved::out`].
+pub fn attention(q_tnd: &Tensor, k_tkd: &Tensor, v_tkd: &Tensor, segments: &Segments, scale: f64) -> Saved {
+    if uses_flash(q_tnd) {
+        let saved = shim::flash_attention(q_tnd, k_tkd, v_tkd, &segments.cu_seqlens, segments.max_length, scale)
+            .unwrap_or_else(|error| panic!("{error}"));
+        return Saved { out: saved.out.shallow_clone(), statistics: Statistics::Flash(saved) };
+    }
+    let heads = q_tnd.size()[1];
+    let (k_tnd, v_tnd) = (expand_heads(k_tkd, heads), expand_heads(v_tkd, heads));
+    let out_tnd = q_tnd.empty_like();
+    let mut logsumexp = Vec::with_capacity(segments.runs.len());
+    for &run in &segments.runs {
+        let (q, k, v) = (as_batch(q_tnd, run), as_batch(&k_tnd, run), as_batch(&v_tnd, run));
+        let (out, statistics) = if q_tnd.device() == Device::Cpu {
+            Tensor::internal_scaled_dot_product_flash_attention_for_cpu::<Tensor>(&q, &k, &v, 0.0, true, None, scale)
+        } else {
+            plain_attention(&q, &k, &v, scale)
+        };
+        as_batch(&out_tnd, run).copy_(&out);
+        logsumexp.push(statistics);
+    }
+    Saved { out: out_tnd, statistics: Statistics::Runs(logsumexp) }
+}
+
+/// The gradients of [`attention`] with respect to q, k and v.
+pub fn attention_backward(
+    gradient_tnd: &Tensor,
+    q_tnd: &Tensor,
+    k_tkd: &Tensor,
+    v_tkd: &Tensor,
+    saved: &Saved,
+    segments: &Segments,
+    scale: f64,
+) -> (Tensor, Tensor, Tensor) {
+    let logsumexp = match &saved.statistics {
+        Statistics::Flash(flash) => {
+            return Tensor::internal_flash_attention_backward(
+                &gradient_tnd.contiguous(),
+                q_tnd,
+                k_tkd,
+                v_tkd,
+                &flash.out,
+                &flash.logsumexp,
+                &segments.cu_seqlens,
+                &segments.cu_seqlens,
+                segments.max_length,
+                segments.max_length,
+                0.0,
+                true,
+                &flash.rng_state,
+                &flash.unused,
+                scale,
+                None,
+                None,
+            );
+        }
+        Statistics::Runs(logsumexp) => logsumexp,
+    };
+    let (heads, kv_heads) = (q_tnd.size()[1], k_tkd.size()[1]);
+    let (k_tnd, v_tnd) = (expand_heads(k_tkd, heads), expand_heads(v_tkd, heads));
+    let (dq_tnd, dk_tnd, dv_tnd) = (q_tnd.empty_like(), k_tnd.empty_like(), v_tnd.empty_like());
+    for (&run, logsumexp) in segments.runs.iter().zip(logsumexp) {
+        let [q, k, v, out, gradient] =
+            [q_tnd, &k_tnd, &v_tnd, &saved.out, gradient_tnd].map(|tensor| as_batch(tensor, run));
+        let (dq, dk, dv) = if q_tnd.device() == Device::Cpu {
+            Tensor::internal_scaled_dot_product_flash_attention_for_cpu_backward::<Tensor>(
+                &gradient, &q, &k, &v, &out, logsumexp, 0.0, true, None, scale,
+            )
+        } else {
+            plain_attention_backward(&gradient, &q, &k, &v, &out, logsumexp, scale)
+        };
+        as_batch(&dq_tnd, run).copy_(&dq);
+        as_batch(&dk_tnd, run).copy_(&dk);
+        as_batch(&dv_tnd, run).copy_(&dv);
+    }
+    (dq_tnd, sum_groups(&dk_tnd, kv_heads), sum_groups(&dv_tnd, kv_heads))
+}
+
+/// Scores `[b, n, l, l]` with what lies in the future masked out.
+fn masked_scores(q_bnld: &Tensor, k_bnld: &Tensor, scale: f64) -> Tensor {
+    let length = q_bnld.size()[2];
+    let future = Tensor::ones([length, length], (Kind::Bool, q_bnld.device())).triu(1);
+    (q_bnld.matmul(&k_bnld.transpose(2, 3)) * scale).masked_fill(&future, f64::NEG_INFINITY)
+}
+
+/// Attention from matrix products: for accelerators in a dtype that flash attention does not take.
+fn plain_attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> (Tensor, Tensor) {
+    let scores = masked_scores(q, k, scale);
+    let logsumexp = scores.logsumexp([-1i64].as_slice(), true);
+    ((scores - &logsumexp).exp().matmul(v), logsumexp.squeeze_dim(-1))
+}
+
+fn plain_attention_backward(
+    gradient: &Tensor,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    out: &Tensor,
+    logsumexp: &Tensor,
+    scale: f64,
+) -> (Tensor, Tensor, Tensor) {
+    let probabilities = (masked_scores(q, k, scale) - logsumexp.unsqueeze(-1)).exp();
+    let dv = probabilities.transpose(2, 3).matmul(gradient);
+    let row_sum = (gradient * out).sum_dim_intlist([-1i64].as_slice(), true, None);
+    let d_scores = probabilities * (gradient.matmul(&v.transpose(2, 3)) - row_sum) * scale;
+    (d_scores.matmul(k), d_scores.transpose(2, 3).matmul(q), dv)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernel_and_plain_attention_agree_and_examples_do_not_mix() {
+        tch::set_num_threads(1);
+        tch::manual_seed(1);
+        let cu_seqlens = [0, 5, 10, 17];
+        let segments = Segments::new(&cu_seqlens, Device::Cpu);
+        assert_eq!(segments.runs.len(), 2, "two examples of five tokens are one run");
+        let (heads, kv_heads, head_dim) = (4, 2, 8);
+        let random = |heads| Tensor::randn([17, heads, head_dim], (Kind::Double, Device::Cpu));
+        let (q, k, v, gradient) = (random(heads), random(kv_heads), random(kv_heads), random(heads));
+        let saved = attention(&q, &k, &v, &segments, 0.3);
+        let (dq, dk, dv) = attention_backward(&gradient, &q, &k, &v, &saved, &segments, 0.3);
+        for pair in cu_seqlens.windows(2) {
+            let run = Run { start: pair[0].into(), examples: 1, length: (pair[1] - pair[0]).into() };
+            let (k_all, v_all) = (expand_heads(&k, heads), expand_heads(&v, heads));
+            let [q, ke, ve, go] = [&q, &k_all, &v_all, &gradient].map(|tensor| as_batch(tensor, run));
+            let (out, logsumexp) = plain_attention(&q, &ke, &ve, 0.3);
+            let (eq, ek, ev) = plain_attention_backward(&go, &q, &ke, &ve, &out, &logsumexp, 0.3);
+            let as_rows = |x: &Tensor| x.squeeze_dim(0).transpose(0, 1).contiguous();
+            let expected = [as_rows(&out), as_rows(&eq), sum_groups(&as_rows(&ek), 2), sum_groups(&as_rows(&ev), 2)];
+            for (ours, expected) in [&saved.out, &dq, &dk, &dv].into_iter().zip(expected) {
+                let ours = ours.narrow(0, run.start, run.length);
+                assert!((ours - expected).abs().max().double_value(&[]) < 1e-12);
+            }
+        }
+    }
+}

@@ -1,0 +1,137 @@
+//! Where the model is computed and in which dtype, and what the machine offers: threads, memory, energy.
+
+use std::path::{Path, PathBuf};
+
+use crds::run::Precision;
+use tch::{Cuda, Device, Kind};
+
+/// What was chosen and why.
+#[derive(Clone, Debug)]
+pub struct Chosen {
+    /// Where the model is computed.
+    pub device: Device,
+    /// For example `cpu` or `NVIDIA H100 80GB HBM3`.
+    pub device_name: String,
+    /// Why this device.
+    pub device_reason: String,
+    /// Dtype of weights and activations.
+    pub kind: Kind,
+    /// Why this dtype.
+    pub kind_reason: String,
+    /// Threads of CPU operations.
+    pub threads: i64,
+    /// Why so many.
+    pub threads_reason: String,
+}
+
+/// Loads libtorch's CUDA half, if it is there, so that one binary serves both. Must run before any other libtorch call:
+/// the answer to "is there CUDA" is cached by the first question. Returns why there is no CUDA otherwise.
+pub fn load_cuda(folder: Option<&Path>) -> Result<(), String> {
+    use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_LAZY};
+    let path = folder.map_or_else(|| PathBuf::from("libtorch_cuda.so"), |folder| folder.join("libtorch_cuda.so"));
+    // SAFETY: libtorch's own library of the same version; its initialisers only register kernels.
+    let library = unsafe { Library::open(Some(&path), RTLD_LAZY | RTLD_GLOBAL) };
+    // It stays loaded until the process ends: kernels are called through it.
+    library.map(std::mem::forget).map_err(|error| error.to_string())
+}
+
+/// Chooses device, dtype and threads.
+pub fn choose(precision: Precision, cuda: &Result<(), String>) -> Chosen {
+    let (threads, threads_reason) = cpu_threads();
+    tch::set_num_threads(threads as i32);
+    let (device, device_name, device_reason) = if cuda.is_ok() && Cuda::is_available() {
+        (Device::Cuda(0), "cuda:0".to_owned(), format!("{} CUDA device(s) found", Cuda::device_count()))
+    } else {
+        let reason = match cuda {
+            Ok(()) => "libtorch's CUDA half is loaded, but the driver reports no device".to_owned(),
+            Err(_) => "no CUDA libraries found".to_owned(),
+        };
+        (Device::Cpu, "cpu".to_owned(), reason)
+    };
+    let (kind, kind_reason) = match precision {
+        Precision::BF16 => (Kind::BFloat16, "hyperparameters.precision".to_owned()),
+        Precision::FP32 => (Kind::Float, "hyperparameters.precision".to_owned()),
+        Precision::Auto if device.is_cuda() => (Kind::BFloat16, "the device computes in it".to_owned()),
+        Precision::Auto if cpu_has_bf16() => (Kind::BFloat16, "the CPU multiplies in it (avx512_bf16 or amx)".to_owned()),
+        Precision::Auto => (Kind::Float, "the CPU has no bf16 arithmetic".to_owned()),
+    };
+    Chosen { device, device_name, device_reason, kind, kind_reason, threads, threads_reason }
+}
+
+fn cpu_has_bf16() -> bool {
+    std::fs::read_to_string("/proc/cpuinfo").is_ok_and(|text| {
+        text.lines()
+            .find(|line| line.starts_with("flags"))
+            .is_some_and(|flags| flags.split_whitespace().any(|flag| flag == "avx512_bf16" || flag == "amx_bf16"))
+    })
+}
+
+/// As many threads as the process may use: the affinity mask, or the cgroup's CPU limit where that is lower.
+fn cpu_threads() -> (i64, String) {
+    let visible = std::thread::available_parallelism().map_or(1, std::num::NonZero::get) as i64;
+    // available_parallelism honours the cgroup quota by rounding down; a container must not read it as the machine's size.
+    (visible, format!("{visible} CPUs are available to this process (affinity and cgroup limit)"))
+}
+
+/// Bytes of memory that the process may use on the CPU: the cgroup's limit, or the machine's memory. `None` where the
+/// machine does not tell.
+pub fn memory_limit() -> Option<i64> {
+    let mut system = sysinfo::System::new().ok()?;
+    system.refresh_memory();
+    let total = system.total_memory() as i64;
+    Some(system.cgroup_limits().map_or(total, |limits| (limits.total_memory as i64).min(total)))
+}
+
+/// Peak resident bytes of this process, or peak allocated bytes on the accelerator.
+pub fn peak_memory(device: Device) -> i64 {
+    if let Device::Cuda(index) = device
+        && let Ok(bytes) = crate::shim::device_peak_bytes(index as i32)
+    {
+        return bytes;
+    }
+    std::fs::read_to_string("/proc/self/status")
+        .ok()
+        .and_then(|text| {
+            let line = text.lines().find(|line| line.starts_with("VmHWM:"))?;
+            line.split_whitespace().nth(1)?.parse::<i64>().ok()
+        })
+        .map_or(0, |kib| kib * 1024)
+}
+
+/// Reads the CPU packages' energy counters (RAPL) where the machine shows them.
+#[derive(Debug)]
+pub struct EnergyMeter {
+    packages: Vec<(PathBuf, u64, u64)>,
+}
+
+impl EnergyMeter {
+    /// Starts a measurement; `None` where no counter can be read.
+    pub fn start() -> Option<Self> {
+        let read = |path: PathBuf| std::fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
+        let packages: Vec<_> = std::fs::read_dir("/sys/class/powercap")
+            .ok()?
+            .filter_map(|entry| {
+                let entry = entry.ok()?;
+                // `intel-rapl:0` is a package; `intel-rapl:0:0` is a part of it and would count twice.
+                let name = entry.file_name().into_string().ok()?;
+                (name.starts_with("intel-rapl:") && name.matches(':').count() == 1).then_some(())?;
+                let folder = entry.path();
+                Some((folder.join("energy_uj"), read(folder.join("energy_uj"))?, read(folder.join("max_energy_range_uj"))?))
+            })
+            .collect();
+        (!packages.is_empty()).then_some(Self { packages })
+    }
+
+    /// Joules since the start; a counter that wrapped once is corrected.
+    pub fn joules(&self) -> f64 {
+        let microjoules: u64 = self
+            .packages
+            .iter()
+            .filter_map(|(path, start, range)| {
+                let now = std::fs::read_to_string(path).ok()?.trim().parse::<u64>().ok()?;
+                Some(if now >= *start { now - start } else { now + range - start })
+            })
+            .sum();
+        microjoules as f64 / 1e6
+    }
+}

@@ -1,0 +1,90 @@
+//! A causal language model with an explicit forward and backward pass, chosen by `config.json`.
+//!
+//! It knows tensors and packed batches; nothing of files other than weights, of optimizers, or of the loop around it.
+
+use std::path::PathBuf;
+
+mod config;
+mod layer;
+mod llama;
+mod load;
+
+pub use config::Config;
+pub use layer::{KeyValues, Recompute};
+pub use llama::{DeviceBatch, Llama, Noise};
+pub use load::{Built, Source, base_elements, build, lora_parameters, read_base_master, target_linears};
+
+/// A model could not be built.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// `config.json` cannot be read.
+    #[error("{}: cannot be read ({source}); a model folder needs config.json", path.display())]
+    ReadConfig {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// `config.json` is not what it should be.
+    #[error("{}: {source}; expected the config.json of a Llama model as transformers writes it", path.display())]
+    ParseConfig {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: serde_json::Error,
+    },
+    /// The model needs something that is not there.
+    #[error("{}: {message}", path.display())]
+    UnsupportedModel {
+        /// The file.
+        path: PathBuf,
+        /// What was found and what is expected.
+        message: String,
+    },
+    /// The weight files are not acceptable.
+    #[error(transparent)]
+    Weights(#[from] crate::weights::Error),
+    /// A tensor has another shape than `config.json` says.
+    #[error("{folder}: tensor {name} has shape {found:?}, config.json says {expected:?}; the files do not belong together", folder = folder.display())]
+    Shape {
+        /// The model's folder.
+        folder: PathBuf,
+        /// Which tensor.
+        name: String,
+        /// Its shape.
+        found: Vec<i64>,
+        /// What the configuration implies.
+        expected: Vec<i64>,
+    },
+    /// A tensor holds NaN or infinity.
+    #[error("{folder}: tensor {name} holds NaN or infinite values; download the model again or choose another revision", folder = folder.display())]
+    NonFiniteWeight {
+        /// The model's folder.
+        folder: PathBuf,
+        /// Which tensor.
+        name: String,
+    },
+    /// A LoRA target names no linear of the model.
+    #[error("method.lora.targetModules: {found} is no linear layer of the model; expected some of {expected}")]
+    UnknownTarget {
+        /// As written.
+        found: String,
+        /// What there is.
+        expected: String,
+    },
+}
+
+impl Error {
+    /// The exit code that this error ends the trainer with.
+    pub fn exit(&self) -> crds::exit::ExitCode {
+        use crds::exit::ExitCode;
+        match self {
+            Self::ReadConfig { source, .. } if source.kind() == std::io::ErrorKind::NotFound => ExitCode::InputNotFound,
+            Self::Weights(error) => error.exit(),
+            Self::UnknownTarget { .. } | Self::UnsupportedModel { .. } => ExitCode::BadConfiguration,
+            Self::ReadConfig { .. } | Self::ParseConfig { .. } | Self::Shape { .. } | Self::NonFiniteWeight { .. } => {
+                ExitCode::BadData
+            }
+        }
+    }
+}

@@ -1,0 +1,244 @@
+//! The Llama decoder: embedding, layers, final norm, head; one packed row in, summed loss and gradients out.
+//!
+//! Everything runs without autograd; the tests hold it against autograd. Shapes as in `layer.rs`; n trained tokens.
+
+use tch::{Device, Kind, Tensor};
+
+use super::Config;
+use super::layer::{Below, KeyValues, Layer, LayerSaved, Pass, Recompute};
+use crate::attention::{self, Segments};
+use crate::data::pack::PackedBatch;
+use crate::linear::{Adapters, InputMask, Weight};
+use crate::loss::{self, Head, Scored};
+use crate::ops::{Rope, rms_norm, rms_norm_backward};
+use crate::random::seed64;
+
+/// A Llama model on one device.
+#[derive(Debug)]
+pub struct Llama {
+    /// Its `config.json`.
+    pub config: Config,
+    pub(super) embedding: Weight,
+    pub(super) layers: Vec<Layer>,
+    pub(super) norm: Weight,
+    pub(super) head: Head,
+    pub(super) rope: Rope,
+    pub(super) kind: Kind,
+    pub(super) device: Device,
+    pub(super) lora_dropout: f64,
+    /// The mapped files that frozen weights point into; they live as long as the model.
+    pub(super) _maps: std::sync::Arc<crate::weights::WeightFiles>,
+}
+
+/// A packed batch on the model's device.
+#[derive(Debug)]
+pub struct DeviceBatch {
+    tokens_t: Tensor,
+    positions_t: Tensor,
+    label_positions_n: Tensor,
+    labels_n: Tensor,
+    segments: Segments,
+    /// Example index and its first token, for randomness keyed by example.
+    examples: Vec<(u64, i64, i64)>,
+}
+
+impl DeviceBatch {
+    /// Uploads a packed batch.
+    pub fn new(batch: &PackedBatch, device: Device) -> Self {
+        let upload = |values: &[i64]| Tensor::from_slice(values).to_device(device);
+        let bounds = batch.cu_seqlens.windows(2).map(|pair| (i64::from(pair[0]), i64::from(pair[1] - pair[0])));
+        Self {
+            tokens_t: upload(&batch.tokens),
+            positions_t: upload(&batch.positions),
+            label_positions_n: upload(&batch.label_positions),
+            labels_n: upload(&batch.labels),
+            segments: Segments::new(&batch.cu_seqlens, device),
+            examples: batch
+                .examples
+                .iter()
+                .zip(bounds)
+                .map(|(&example, (start, length))| (example as u64, start, length))
+                .collect(),
+        }
+    }
+}
+
+/// The randomness of one training step: LoRA dropout and NEFTune, keyed by example so that packing cannot change it.
+#[derive(Clone, Copy, Debug)]
+pub struct Noise {
+    /// The run's seed.
+    pub seed: i64,
+    /// Completed steps.
+    pub step: i64,
+    /// NEFTune's alpha; `None`: off.
+    pub neftune_alpha: Option<f64>,
+}
+
+/// Dropout masks of one step's batch.
+struct StepDropout<'a> {
+    probability: f64,
+    noise: Noise,
+    examples: &'a [(u64, i64, i64)],
+}
+
+impl InputMask for StepDropout<'_> {
+    fn mask(&self, site: u64, x_ti: &Tensor) -> Option<Tensor> {
+        if self.probability == 0.0 {
+            return None;
+        }
+        let mask_ti = x_ti.empty_like();
+        for &(example, start, length) in self.examples {
+            tch::manual_seed(seed64(self.noise.seed, "drop", &[self.noise.step as u64, example, site]) as i64);
+            let _ = mask_ti.narrow(0, start, length).bernoulli_float_(1.0 - self.probability);
+        }
+        Some(mask_ti / (1.0 - self.probability))
+    }
+}
+
+/// No dropout: evaluation and generation.
+pub(super) struct NoDropout;
+
+impl InputMask for NoDropout {
+    fn mask(&self, _site: u64, _x_ti: &Tensor) -> Option<Tensor> {
+        None
+    }
+}
+
+impl Llama {
+    /// The dtype of activations.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// Where the model is.
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    /// Rows of logits of one chunk, for the memory plan.
+    pub fn chunk_rows(&self) -> i64 {
+        loss::chunk_rows(self.config.vocab_size)
+    }
+
+    fn embed(&self, batch: &DeviceBatch) -> Tensor {
+        self.embedding.value.index_select(0, &batch.tokens_t)
+    }
+
+    /// NEFTune: uniform noise of magnitude `alpha / sqrt(length * hidden_size)` on each example's embeddings.
+    fn add_neftune(&self, x_th: &Tensor, batch: &DeviceBatch, noise: Noise) {
+        let Some(alpha) = noise.neftune_alpha else { return };
+        for &(example, start, length) in &batch.examples {
+            let magnitude = alpha / ((length * self.config.hidden_size) as f64).sqrt();
+            tch::manual_seed(seed64(noise.seed, "neft", &[noise.step as u64, example]) as i64);
+            let mut rows = x_th.narrow(0, start, length);
+            let _ = rows.g_add_(&rows.empty_like().uniform_(-magnitude, magnitude));
+        }
+    }
+
+    fn below(&self, layer: usize) -> Below {
+        // The embedding, norms and earlier layers are trained together or not at all; adapters exist from layer 0 on.
+        if layer > 0 || self.embedding.gradient.is_some() { Below::Trained } else { Below::Frozen }
+    }
+
+    /// `scale * sum(NLL)` over the batch's trained tokens (a scalar on the device); adds the gradients of everything that
+    /// is trained. With `scale = 1 / N`, N the trained tokens of the whole step, the sum over its batches is the mean.
+    pub fn forward_backward(&self, batch: &DeviceBatch, noise: Noise, scale: f64, recompute: Recompute) -> Tensor {
+        let dropout = StepDropout { probability: self.lora_dropout, noise, examples: &batch.examples };
+        let rope = self.rope.at(&batch.positions_t);
+        let pass = Pass { rope: &rope, adapters: Adapters::On, dropout: &dropout };
+        let segments = &batch.segments;
+
+        let mut x_th = self.embed(batch);
+        self.add_neftune(&x_th, batch, noise);
+        let mut saved: Vec<(Tensor, Option<LayerSaved>)> = Vec::with_capacity(self.layers.len());
+        for layer in &self.layers {
+            let (output_th, kept) = match recompute {
+                Recompute::Pointwise => {
+                    let (output_th, kept) = layer.forward(&x_th, segments, &pass);
+                    (output_th, Some(kept))
+                }
+                Recompute::Layer => (layer.forward(&x_th, segments, &pass).0, None),
+            };
+            saved.push((std::mem::replace(&mut x_th, output_th), kept));
+        }
+
+        let eps = self.config.rms_norm_eps;
+        let selected_nh = x_th.index_select(0, &batch.label_positions_n);
+        let normed_nh = rms_norm(&selected_nh, &self.norm.value, eps);
+        let (loss, d_normed_nh) = loss::cross_entropy(&normed_nh, &batch.labels_n, &self.head, scale);
+        let d_selected_nh =
+            rms_norm_backward(&d_normed_nh, &selected_nh, &self.norm.value, eps, self.norm.gradient.as_ref());
+        let mut gradient_th = x_th.zeros_like();
+        let _ = gradient_th.index_copy_(0, &batch.label_positions_n, &d_selected_nh);
+        drop((x_th, selected_nh, normed_nh, d_normed_nh, d_selected_nh));
+
+        for (index, layer) in self.layers.iter().enumerate().rev() {
+            let (input_th, kept) = saved.pop().expect("one entry per layer");
+            let kept = kept.unwrap_or_else(|| layer.forward(&input_th, segments, &pass).1);
+            match layer.backward(gradient_th, &input_th, kept, segments, &pass, self.below(index)) {
+                Some(input_gradient_th) => gradient_th = input_gradient_th,
+                None => return loss,
+            }
+        }
+        if let Some(gradient) = &self.embedding.gradient {
+            let source = gradient_th.to_kind(gradient.kind());
+            let _ = gradient.shallow_clone().index_add_(0, &batch.tokens_t, &source);
+        }
+        loss
+    }
+
+    /// Final hidden states `[t, h]` before the last norm, of `tokens_t` at `positions_t`, without gradients.
+    /// `attend(layer, q, key_values)` gives the attention's output `[t, n, d]` from q `[t, n, d]`: over a packed batch, or
+    /// over a cache.
+    pub(crate) fn infer(
+        &self,
+        tokens_t: &Tensor,
+        positions_t: &Tensor,
+        adapters: Adapters,
+        attend: &mut dyn FnMut(usize, &Tensor, KeyValues) -> Tensor,
+    ) -> Tensor {
+        let rope = self.rope.at(positions_t);
+        let pass = Pass { rope: &rope, adapters, dropout: &NoDropout };
+        let mut x_th = self.embedding.value.index_select(0, tokens_t);
+        for (index, layer) in self.layers.iter().enumerate() {
+            let (q_tnd, key_values, _) = layer.project(&x_th, &pass);
+            let attended_tnd = attend(index, &q_tnd, key_values);
+            x_th = layer.finish(&x_th, &attended_tnd, &pass);
+        }
+        x_th
+    }
+
+    fn hidden(&self, batch: &DeviceBatch, adapters: Adapters) -> Tensor {
+        self.infer(&batch.tokens_t, &batch.positions_t, adapters, &mut |_, q_tnd, KeyValues { keys, values }| {
+            attention::attention(q_tnd, &keys, &values, &batch.segments, self.attention_scale()).out
+        })
+    }
+
+    /// What attention scores are multiplied by.
+    pub(crate) fn attention_scale(&self) -> f64 {
+        1.0 / (self.config.head_size() as f64).sqrt()
+    }
+
+    /// Loss and token accuracy over the batch's trained tokens.
+    pub fn score(&self, batch: &DeviceBatch, adapters: Adapters) -> Scored {
+        let selected_nh = self.hidden(batch, adapters).index_select(0, &batch.label_positions_n);
+        let normed_nh = rms_norm(&selected_nh, &self.norm.value, self.config.rms_norm_eps);
+        loss::score(&normed_nh, &batch.labels_n, &self.head)
+    }
+
+    /// Logits `[rows, v]` of some rows of final hidden states, in the accumulation dtype.
+    pub(crate) fn logits(&self, hidden_rh: &Tensor) -> Tensor {
+        let normed_rh = rms_norm(hidden_rh, &self.norm.value, self.config.rms_norm_eps);
+        normed_rh.matmul(&self.head.weight.tr()).to_kind(crate::ops::accumulate_kind(self.kind))
+    }
+
+    /// Logits `[t, v]` of every position of a batch.
+    pub fn all_logits(&self, batch: &DeviceBatch, adapters: Adapters) -> Tensor {
+        self.logits(&self.hidden(batch, adapters))
+    }
+
+    /// Positions that the rotary tables hold.
+    pub fn max_positions(&self) -> i64 {
+        self.rope.max_positions()
+    }
+}

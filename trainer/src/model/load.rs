@@ -1,0 +1,280 @@
+//! From a model folder and a method to a model and its trained tensors. Names are Hugging Face tensor names throughout:
+//! there is no mapping table. Frozen CPU weights in the right dtype stay in the mapped files; nothing is copied.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crds::run::{Lora, Method};
+use rand::RngExt;
+use tch::{Device, Kind, Tensor};
+
+use super::layer::{Layer, LayerShape};
+use super::{Config, Error, Llama};
+use crate::linear::{Adapter, Linear, Weight};
+use crate::loss::Head;
+use crate::ops::Rope;
+use crate::optim::{ParameterInit, Parameters, Slot};
+use crate::random::generator;
+use crate::shim;
+use crate::weights::WeightFiles;
+
+/// The linears of a decoder layer, by the path below `model.layers.N.`, in the order of use.
+pub const LAYER_LINEARS: [&str; 7] = [
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+];
+
+/// What a model is made from.
+#[derive(Debug)]
+pub struct Source<'a> {
+    /// Folder with `config.json` and safetensors files.
+    pub folder: &'a Path,
+    /// What is trained.
+    pub method: &'a Method,
+    /// Dtype of weights and activations.
+    pub kind: Kind,
+    /// Where it goes.
+    pub device: Device,
+    /// Seed of the adapters' initial values.
+    pub seed: i64,
+    /// Longest example; the rotary tables end there.
+    pub max_positions: i64,
+}
+
+/// A model and its trained tensors; the model computes with views of them.
+#[derive(Debug)]
+pub struct Built {
+    /// The model.
+    pub model: Llama,
+    /// What is trained.
+    pub parameters: Parameters,
+}
+
+/// Builds the model that `source` describes.
+pub fn build(source: &Source) -> Result<Built, Error> {
+    let config = Config::read(source.folder)?;
+    let files = Arc::new(WeightFiles::open(source.folder)?);
+    let loader = Loader { source, config: &config, files: &files };
+    let base = loader.read_base()?;
+    let (lora, trained) = match source.method {
+        Method::LoRA { lora } | Method::QLoRA { lora, .. } => (Some(lora), loader.adapter_inits(lora)?),
+        Method::Full {} => {
+            let copies = base.iter().map(|(name, value)| ParameterInit { name: name.clone(), value: value.shallow_clone() });
+            (None, copies.collect())
+        }
+    };
+    let parameters = Parameters::new(trained, source.kind, source.device);
+    let base = base.into_iter().collect();
+    let model = Assembler { config: &config, base, parameters: &parameters, lora }.assemble(source, &files)?;
+    Ok(Built { model, parameters })
+}
+
+struct Loader<'a> {
+    source: &'a Source<'a>,
+    config: &'a Config,
+    files: &'a WeightFiles,
+}
+
+/// Shapes of the base model's tensors by name, as `config.json` implies them.
+pub fn base_shapes(config: &Config) -> Vec<(String, Vec<i64>)> {
+    let hidden = config.hidden_size;
+    let mut shapes = vec![("model.embed_tokens.weight".to_owned(), vec![config.vocab_size, hidden])];
+    for layer in 0..config.num_hidden_layers {
+        for norm in ["input_layernorm", "post_attention_layernorm"] {
+            shapes.push((format!("model.layers.{layer}.{norm}.weight"), vec![hidden]));
+        }
+        for linear in LAYER_LINEARS {
+            shapes.push((format!("model.layers.{layer}.{linear}.weight"), linear_shape(config, linear)));
+        }
+    }
+    shapes.push(("model.norm.weight".to_owned(), vec![hidden]));
+    if !config.tie_word_embeddings {
+        shapes.push(("lm_head.weight".to_owned(), vec![config.vocab_size, hidden]));
+    }
+    shapes
+}
+
+/// Elements of the base model's tensors.
+pub fn base_elements(config: &Config) -> i64 {
+    base_shapes(config).iter().map(|(_, shape)| shape.iter().product::<i64>()).sum()
+}
+
+/// Elements of the adapters; 0 if the targets are not linears of the model, which `build` reports.
+pub fn lora_parameters(config: &Config, lora: &Lora) -> i64 {
+    let per_layer: i64 = target_linears(lora)
+        .unwrap_or_default()
+        .into_iter()
+        .map(|linear| linear_shape(config, linear).iter().sum::<i64>() * lora.rank)
+        .sum();
+    per_layer * config.num_hidden_layers
+}
+
+/// The base model's weights in the order of `parameters`' flat buffer: full fine-tuning has no adapter to switch off, so
+/// its baselines are measured with these put in the tuned weights' place.
+pub fn read_base_master(source: &Source, parameters: &Parameters) -> Result<Tensor, Error> {
+    let config = Config::read(source.folder)?;
+    let files = WeightFiles::open(source.folder)?;
+    let loader = Loader { source, config: &config, files: &files };
+    let flat = parameters.flat_master().zeros_like();
+    let shapes: std::collections::HashMap<_, _> = base_shapes(&config).into_iter().collect();
+    for slot in parameters.slots() {
+        slot.view(&flat).copy_(&loader.read(&slot.name, &shapes[&slot.name])?);
+    }
+    Ok(flat)
+}
+
+/// `[out, in]` of one linear of a layer.
+fn linear_shape(config: &Config, linear: &str) -> Vec<i64> {
+    let queries = config.num_attention_heads * config.head_size();
+    let keys = config.kv_heads() * config.head_size();
+    match linear {
+        "self_attn.q_proj" => vec![queries, config.hidden_size],
+        "self_attn.k_proj" | "self_attn.v_proj" => vec![keys, config.hidden_size],
+        "self_attn.o_proj" => vec![config.hidden_size, queries],
+        "mlp.down_proj" => vec![config.hidden_size, config.intermediate_size],
+        _ => vec![config.intermediate_size, config.hidden_size],
+    }
+}
+
+/// The linears of a layer that get an adapter: those whose last segment is listed, or all.
+pub fn target_linears(lora: &Lora) -> Result<Vec<&'static str>, Error> {
+    if lora.target_modules.is_empty() {
+        return Ok(LAYER_LINEARS.to_vec());
+    }
+    let last = |linear: &str| linear.rsplit('.').next().unwrap_or_default().to_owned();
+    for target in &lora.target_modules {
+        if !LAYER_LINEARS.iter().any(|linear| last(linear) == *target) {
+            return Err(Error::UnknownTarget {
+                found: target.clone(),
+                expected: LAYER_LINEARS.map(last).join(", "),
+            });
+        }
+    }
+    Ok(LAYER_LINEARS.into_iter().filter(|linear| lora.target_modules.contains(&last(linear))).collect())
+}
+
+impl Loader<'_> {
+    /// All tensors of the base on the device in the model's dtype, checked for shape and finiteness.
+    fn read_base(&self) -> Result<Vec<(String, Tensor)>, Error> {
+        base_shapes(self.config).into_iter().map(|(name, shape)| Ok((name.clone(), self.read(&name, &shape)?))).collect()
+    }
+
+    fn read(&self, name: &str, expected: &[i64]) -> Result<Tensor, Error> {
+        let folder = || self.source.folder.to_path_buf();
+        let mapped = self.files.tensor(name)?;
+        let shape: Vec<i64> = mapped.shape.iter().map(|&size| size as i64).collect();
+        if shape != expected {
+            return Err(Error::Shape { folder: folder(), name: name.into(), found: shape, expected: expected.to_vec() });
+        }
+        let kind = match mapped.dtype {
+            safetensors::Dtype::BF16 => Kind::BFloat16,
+            safetensors::Dtype::F16 => Kind::Half,
+            _ => Kind::Float,
+        };
+        // SAFETY: the model keeps the map alive (`_maps`), and nothing writes to a frozen weight.
+        let stored = unsafe { shim::borrow_bytes(mapped.data, &shape, kind) };
+        // A sum is finite only if every element is: no real weight comes near the range of fp32.
+        if !stored.sum(Kind::Float).double_value(&[]).is_finite() {
+            return Err(Error::NonFiniteWeight { folder: folder(), name: name.into() });
+        }
+        Ok(stored.to_device(self.source.device).to_kind(self.source.kind))
+    }
+
+    /// A ~ U(-1/sqrt(in), 1/sqrt(in)), keyed by the linear's name; B = 0: the tuned model starts as the base.
+    fn adapter_inits(&self, lora: &Lora) -> Result<Vec<ParameterInit>, Error> {
+        let mut inits = Vec::new();
+        for layer in 0..self.config.num_hidden_layers {
+            for linear in target_linears(lora)? {
+                let module = format!("model.layers.{layer}.{linear}");
+                let shape = linear_shape(self.config, linear);
+                let bound = 1.0 / (shape[1] as f32).sqrt();
+                let mut random = generator(self.source.seed, &format!("init {module}"), &[]);
+                let values: Vec<f32> =
+                    (0..lora.rank * shape[1]).map(|_| random.random_range(-bound..bound)).collect();
+                let a = Tensor::from_slice(&values).view([lora.rank, shape[1]]);
+                let b = Tensor::zeros([shape[0], lora.rank], (Kind::Float, Device::Cpu));
+                inits.push(ParameterInit { name: format!("{module}.lora_A.weight"), value: a });
+                inits.push(ParameterInit { name: format!("{module}.lora_B.weight"), value: b });
+            }
+        }
+        Ok(inits)
+    }
+}
+
+struct Assembler<'a> {
+    config: &'a Config,
+    base: std::collections::HashMap<String, Tensor>,
+    parameters: &'a Parameters,
+    lora: Option<&'a Lora>,
+}
+
+impl Assembler<'_> {
+    fn slot(&self, name: &str) -> Option<&Slot> {
+        self.parameters.slots().iter().find(|slot| slot.name == name)
+    }
+
+    fn weight(&self, name: &str) -> Weight {
+        match self.slot(name) {
+            Some(slot) => {
+                Weight { value: self.parameters.working(slot), gradient: Some(self.parameters.gradient(slot)) }
+            }
+            None => Weight::frozen(self.base[name].shallow_clone()),
+        }
+    }
+
+    fn linear(&self, layer: usize, index: usize) -> Linear {
+        let module = format!("model.layers.{layer}.{}", LAYER_LINEARS[index]);
+        let adapter = self.lora.filter(|_| self.slot(&format!("{module}.lora_A.weight")).is_some()).map(|lora| {
+            let rank = lora.rank as f64;
+            Adapter {
+                a: self.weight(&format!("{module}.lora_A.weight")),
+                b: self.weight(&format!("{module}.lora_B.weight")),
+                scale: lora.alpha / if lora.rank_stabilized { rank.sqrt() } else { rank },
+                site: (layer * LAYER_LINEARS.len() + index) as u64,
+            }
+        });
+        Linear { weight: self.weight(&format!("{module}.weight")), adapter }
+    }
+
+    fn assemble(&self, source: &Source, files: &Arc<WeightFiles>) -> Result<Llama, Error> {
+        let config = self.config.clone();
+        let shape = LayerShape {
+            heads: config.num_attention_heads,
+            kv_heads: config.kv_heads(),
+            head_size: config.head_size(),
+            eps: config.rms_norm_eps,
+        };
+        let layers = (0..config.num_hidden_layers as usize)
+            .map(|layer| {
+                let [q, k, v, o, gate, up, down] = std::array::from_fn(|index| self.linear(layer, index));
+                let norm = |name: &str| self.weight(&format!("model.layers.{layer}.{name}.weight"));
+                let (input_norm, post_attention_norm) = (norm("input_layernorm"), norm("post_attention_layernorm"));
+                Layer { shape, input_norm, q, k, v, o, post_attention_norm, gate, up, down }
+            })
+            .collect();
+        let embedding = self.weight("model.embed_tokens.weight");
+        let head = self.weight(if config.tie_word_embeddings { "model.embed_tokens.weight" } else { "lm_head.weight" });
+        let frequencies = config.rope_frequencies().map_err(|message| Error::UnsupportedModel {
+            path: source.folder.join("config.json"),
+            message,
+        })?;
+        let max_positions = source.max_positions.min(config.max_position_embeddings);
+        Ok(Llama {
+            rope: Rope::new(&frequencies, max_positions, source.kind, source.device),
+            embedding,
+            layers,
+            norm: self.weight("model.norm.weight"),
+            head: Head { weight: head.value, gradient: head.gradient },
+            kind: source.kind,
+            device: source.device,
+            lora_dropout: self.lora.map_or(0.0, |lora| lora.dropout),
+            _maps: Arc::clone(files),
+            config,
+        })
+    }
+}

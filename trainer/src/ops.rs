@@ -1,0 +1,116 @@
+//! The pointwise parts of a decoder layer, each with its backward, on whole packed rows.
+//!
+//! Shapes: t packed tokens, h hidden size, n heads, d head size, m MLP width. Statistics are taken in fp32 whatever the
+//! activation's dtype (fp64 stays fp64, for the tests against autograd), and cast once.
+
+use tch::{Kind, Tensor};
+
+/// The dtype that statistics are taken in.
+pub fn accumulate_kind(kind: Kind) -> Kind {
+    if kind == Kind::Double { Kind::Double } else { Kind::Float }
+}
+
+/// `x / rms(x)` in the accumulation dtype, and `1 / rms(x)` `[t, 1]`.
+fn normalized(x_th: &Tensor, eps: f64) -> (Tensor, Tensor) {
+    let x_th = x_th.to_kind(accumulate_kind(x_th.kind()));
+    let inverse_rms_t1 = (x_th.square().mean_dim(-1, true, None) + eps).rsqrt();
+    (x_th * &inverse_rms_t1, inverse_rms_t1)
+}
+
+/// RMSNorm as in Llama: normalise in fp32, cast, then multiply by the weight `[h]`.
+pub fn rms_norm(x_th: &Tensor, weight_h: &Tensor, eps: f64) -> Tensor {
+    let (normalized_th, _) = normalized(x_th, eps);
+    normalized_th.to_kind(x_th.kind()) * weight_h
+}
+
+/// The gradient of [`rms_norm`] with respect to `x`; adds the weight's to `weight_gradient` (fp32 `[h]`) where there is one.
+pub fn rms_norm_backward(
+    gradient_th: &Tensor,
+    x_th: &Tensor,
+    weight_h: &Tensor,
+    eps: f64,
+    weight_gradient: Option<&Tensor>,
+) -> Tensor {
+    let kind = accumulate_kind(x_th.kind());
+    let (normalized_th, inverse_rms_t1) = normalized(x_th, eps);
+    if let Some(weight_gradient) = weight_gradient {
+        let share_h = (gradient_th.to_kind(kind) * &normalized_th).sum_dim_intlist([0i64].as_slice(), false, None);
+        let _ = weight_gradient.shallow_clone().g_add_(&share_h);
+    }
+    let scaled_th = (gradient_th * weight_h).to_kind(kind);
+    let mean_t1 = (&scaled_th * &normalized_th).mean_dim(-1, true, None);
+    ((scaled_th - normalized_th * mean_t1) * inverse_rms_t1).to_kind(x_th.kind())
+}
+
+/// `silu(gate) * up`, `[t, m]`.
+pub fn swiglu(gate_tm: &Tensor, up_tm: &Tensor) -> Tensor {
+    gate_tm.silu() * up_tm
+}
+
+/// The gradients of [`swiglu`] with respect to `gate` and `up`.
+pub fn swiglu_backward(gradient_tm: &Tensor, gate_tm: &Tensor, up_tm: &Tensor) -> (Tensor, Tensor) {
+    let up_gradient_tm = gate_tm.silu() * gradient_tm;
+    let gate_gradient_tm = gate_tm.silu_backward(&(gradient_tm * up_tm));
+    (gate_gradient_tm, up_gradient_tm)
+}
+
+/// Rotary position embedding, rotate-half, with tables in the activation's dtype as transformers casts them.
+#[derive(Debug)]
+pub struct Rope {
+    /// `[positions, 1, d]`
+    cos: Tensor,
+    /// `[positions, 1, d]`; its first half is negated, so that the rotation is `x * cos + swap_halves(x) * sin`.
+    sin: Tensor,
+}
+
+/// Which way [`Rope::rotate`] turns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rotation {
+    /// As in the forward pass.
+    Forward,
+    /// The transpose, for gradients.
+    Backward,
+}
+
+impl Rope {
+    /// Tables for positions `0..max_positions` from inverse frequencies `[d / 2]` (fp32).
+    pub fn new(inverse_frequencies: &[f32], max_positions: i64, kind: Kind, device: tch::Device) -> Self {
+        let inverse = Tensor::from_slice(inverse_frequencies).to_device(device);
+        let positions = Tensor::arange(max_positions, (Kind::Float, device));
+        let angles = positions.outer(&inverse);
+        let sin = angles.sin();
+        Self {
+            cos: Tensor::cat(&[angles.cos(), angles.cos()], -1).to_kind(kind).unsqueeze(1),
+            sin: Tensor::cat(&[-&sin, sin], -1).to_kind(kind).unsqueeze(1),
+        }
+    }
+
+    /// The rows of the tables for `positions` (int64 `[t]`), gathered once per batch.
+    pub fn at(&self, positions: &Tensor) -> RopeRows {
+        RopeRows { cos: self.cos.index_select(0, positions), sin: self.sin.index_select(0, positions) }
+    }
+
+    /// Number of positions in the tables.
+    pub fn max_positions(&self) -> i64 {
+        self.cos.size()[0]
+    }
+}
+
+/// Tables of one packed batch: `[t, 1, d]` each.
+#[derive(Debug)]
+pub struct RopeRows {
+    cos: Tensor,
+    sin: Tensor,
+}
+
+impl RopeRows {
+    /// Rotates `x` `[t, n, d]`.
+    pub fn rotate(&self, x_tnd: &Tensor, rotation: Rotation) -> Tensor {
+        let half = x_tnd.size()[2] / 2;
+        let swapped_tnd = x_tnd.roll([half], [2]);
+        match rotation {
+            Rotation::Forward => x_tnd * &self.cos + swapped_tnd * &self.sin,
+            Rotation::Backward => x_tnd * &self.cos - swapped_tnd * &self.sin,
+        }
+    }
+}

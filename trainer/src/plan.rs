@@ -1,0 +1,234 @@
+//! Memory, time and cost before anything runs: what will be held, how many tokens are computed at once, and what would
+//! fit if this does not. The same numbers stand beside the measured ones in the report.
+//!
+//! Exact parts are counted; activations follow from what `model::layer` saves; time from one measured matrix product.
+
+use crds::report::MemoryEstimate;
+use crds::run::{Method, RunConfig};
+use tch::{Kind, Tensor};
+
+use crate::loss::chunk_rows;
+use crate::model::{Config, Recompute, lora_parameters, base_elements};
+
+/// Resident bytes of the process before a model is there: libtorch, its threads and the binary, as measured on x86-64.
+const RUNTIME_BYTES: i64 = 260 << 20;
+/// Share of the measured matrix-product rate that a whole step reaches; the rest goes to pointwise work and attention.
+const STEP_EFFICIENCY: f64 = 0.55;
+/// Tokens computed at once where memory allows more: beyond it matrix products no longer gain.
+const MICRO_BATCH_TOKENS_CPU: i64 = 2048;
+const MICRO_BATCH_TOKENS_GPU: i64 = 16_384;
+
+/// What the plan is made from.
+#[derive(Debug)]
+pub struct Inputs<'a> {
+    /// The model.
+    pub model: &'a Config,
+    /// The run.
+    pub config: &'a RunConfig,
+    /// Dtype of weights and activations.
+    pub kind: Kind,
+    /// Whether an accelerator computes.
+    pub accelerator: bool,
+    /// Longest example in tokens.
+    pub longest: i64,
+    /// Tokens of the longest possible step: no micro-batch is larger.
+    pub step_tokens: i64,
+    /// Tokens of one pass over the training rows.
+    pub epoch_tokens: i64,
+    /// Optimizer steps.
+    pub total_steps: i64,
+    /// Optimizer steps of one pass.
+    pub steps_per_epoch: i64,
+    /// Bytes that there are.
+    pub memory: i64,
+    /// Measured matrix-product rate, FLOP/s.
+    pub matmul_rate: f64,
+}
+
+/// A method's predicted needs.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Estimate {
+    /// Peak memory.
+    pub memory: MemoryEstimate,
+    /// Tokens computed at once.
+    pub micro_batch_tokens: i64,
+    /// What the backward pass computes again.
+    pub recompute: Recompute,
+    /// Trained parameters.
+    pub trainable_parameters: i64,
+    /// All parameters of the base.
+    pub base_parameters: i64,
+    /// Seconds of all optimizer steps.
+    pub seconds: f64,
+    /// Whether it fits.
+    pub fits: bool,
+}
+
+/// It cannot fit.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the run needs {needed} of memory and {available} are there, even with {tokens} tokens per micro-batch and all \
+     activations recomputed; {remedy}"
+)]
+pub struct DoesNotFit {
+    needed: String,
+    available: String,
+    tokens: i64,
+    remedy: String,
+}
+
+impl DoesNotFit {
+    /// The exit code that this error ends the trainer with.
+    pub fn exit(&self) -> crds::exit::ExitCode {
+        crds::exit::ExitCode::OutOfMemory
+    }
+}
+
+/// Bytes in binary units with one decimal, for people.
+pub fn display_bytes(bytes: i64) -> String {
+    let mut value = bytes as f64;
+    for unit in ["B", "KiB", "MiB", "GiB"] {
+        if value.abs() < 1024.0 {
+            return if unit == "B" { format!("{value} {unit}") } else { format!("{value:.1} {unit}") };
+        }
+        value /= 1024.0;
+    }
+    format!("{value:.1} TiB")
+}
+
+/// FLOP/s of a matrix product as large as a layer's, in the model's dtype, on one measurement of about a tenth of a second.
+pub fn measure_matmul_rate(model: &Config, kind: Kind, device: tch::Device) -> f64 {
+    let (rows, inner, columns) = (512, model.hidden_size, model.intermediate_size);
+    let a = Tensor::ones([rows, inner], (kind, device));
+    let b = Tensor::ones([columns, inner], (kind, device));
+    let product = |times: i32| {
+        let started = std::time::Instant::now();
+        for _ in 0..times {
+            let _ = a.matmul(&b.tr());
+        }
+        // Reading one value waits for an asynchronous device.
+        let _ = a.matmul(&b.tr()).get(0).get(0).to_kind(Kind::Float).double_value(&[]);
+        started.elapsed().as_secs_f64() / f64::from(times + 1)
+    };
+    let once = product(3);
+    let seconds = product(((0.1 / once) as i32).clamp(1, 2000));
+    2.0 * rows as f64 * inner as f64 * columns as f64 / seconds
+}
+
+/// Predicts the needs of `method` with the micro-batch and recomputation that fit best.
+pub fn estimate(inputs: &Inputs, method: &Method) -> Estimate {
+    let cap = if inputs.accelerator { MICRO_BATCH_TOKENS_GPU } else { MICRO_BATCH_TOKENS_CPU };
+    let wanted = inputs.config.hyperparameters.micro_batch_tokens.unwrap_or(cap);
+    let largest = wanted.min(inputs.step_tokens).max(inputs.longest);
+    let mut tokens = largest;
+    loop {
+        for recompute in [Recompute::Pointwise, Recompute::Layer] {
+            let estimate = estimate_at(inputs, method, tokens, recompute);
+            if estimate.fits || (tokens <= inputs.longest && recompute == Recompute::Layer) {
+                return estimate;
+            }
+        }
+        tokens = (tokens / 2).max(inputs.longest);
+    }
+}
+
+fn estimate_at(inputs: &Inputs, method: &Method, tokens: i64, recompute: Recompute) -> Estimate {
+    let model = inputs.model;
+    let element = inputs.kind.elt_size_in_bytes() as i64;
+    let base = base_elements(model);
+    let (trainable, full) = match method {
+        Method::LoRA { lora } | Method::QLoRA { lora, .. } => (lora_parameters(model, lora), false),
+        Method::Full {} => (base, true),
+    };
+    let copies = if inputs.kind == Kind::Float { 4 } else { 4 + element };
+    let heads = model.num_attention_heads * model.head_size();
+    let keys = model.kv_heads() * model.head_size();
+    let (hidden, mlp, layers) = (model.hidden_size, model.intermediate_size, model.num_hidden_layers);
+    // What layer::LayerSaved holds per token: q, k, v, attention output, middle, gate, up; and the layer's input.
+    let kept = 2 * heads + 2 * keys + 2 * hidden + 2 * mlp;
+    // One layer's backward pass has these alive besides: SwiGLU product and its three gradients, norms in fp32.
+    let live = 4 * mlp * element + 6 * hidden * 4 + 3 * heads * element;
+    let activations = tokens
+        * match recompute {
+            Recompute::Pointwise => layers * kept * element + live,
+            Recompute::Layer => layers * hidden * element + kept * element + live,
+        };
+    let logits = chunk_rows(model.vocab_size).min(tokens) * model.vocab_size * (4 + 4 + element);
+    let mut memory = MemoryEstimate {
+        // In full fine-tuning the mapped files are read once into the masters and need not stay resident.
+        weights: if full { 0 } else { base * element },
+        parameters: trainable * copies,
+        optimizer: trainable * 12,
+        activations,
+        workspace: logits + if full { 2 * model.vocab_size * hidden * 4 } else { 0 } + RUNTIME_BYTES,
+        total: 0,
+    };
+    memory.total = memory.weights + memory.parameters + memory.optimizer + memory.activations + memory.workspace;
+    let linear = (base - model.vocab_size * hidden * if model.tie_word_embeddings { 1 } else { 2 }) as f64;
+    let adapters = if full { 0.0 } else { trainable as f64 };
+    // Forward and input gradient always; weight gradients where trained; a third pass where layers are recomputed.
+    let passes = 2.0 + if full { 1.0 } else { 0.0 } + if recompute == Recompute::Layer { 1.0 } else { 0.0 };
+    let per_token = 2.0 * (linear * passes + adapters * 3.0);
+    let run_tokens = inputs.epoch_tokens as f64 * inputs.total_steps as f64 / inputs.steps_per_epoch.max(1) as f64;
+    Estimate {
+        memory,
+        micro_batch_tokens: tokens,
+        recompute,
+        trainable_parameters: trainable,
+        base_parameters: base,
+        seconds: run_tokens * per_token / (inputs.matmul_rate * STEP_EFFICIENCY),
+        fits: memory.total <= inputs.memory,
+    }
+}
+
+/// The estimate of the configured method, or what to do if it cannot fit.
+pub fn plan(inputs: &Inputs) -> Result<Estimate, DoesNotFit> {
+    let chosen = estimate(inputs, &inputs.config.method);
+    if chosen.fits {
+        return Ok(chosen);
+    }
+    let remedy = cheapest_that_fits(inputs)
+        .unwrap_or_else(|| "no shorter sequence or smaller adapter fits either: choose a smaller model or more memory".into());
+    Err(DoesNotFit {
+        needed: display_bytes(chosen.memory.total),
+        available: display_bytes(inputs.memory),
+        tokens: chosen.micro_batch_tokens,
+        remedy,
+    })
+}
+
+/// The least change that makes the run fit: LoRA instead of full fine-tuning, then shorter sequences.
+fn cheapest_that_fits(inputs: &Inputs) -> Option<String> {
+    let lora = crds::run::Lora {
+        rank: 16,
+        alpha: 32.0,
+        dropout: 0.0,
+        target_modules: Vec::new(),
+        rank_stabilized: false,
+    };
+    let candidates = [
+        (matches!(inputs.config.method, Method::Full {})).then_some((Method::LoRA { lora }, "method.type: LoRA")),
+        Some((inputs.config.method.clone(), "")),
+    ];
+    for (method, words) in candidates.into_iter().flatten() {
+        let mut longest = inputs.longest;
+        while longest >= 64 {
+            let shorter = Inputs { longest, step_tokens: inputs.step_tokens.min(longest), ..*inputs };
+            let estimate = estimate(&shorter, &method);
+            if estimate.fits {
+                let needs = display_bytes(estimate.memory.total);
+                return Some(match (words, longest == inputs.longest) {
+                    (words, true) => format!("the cheapest change that fits is {words}: {needs}"),
+                    ("", false) => {
+                        format!("the cheapest change that fits is hyperparameters.maxSequenceLength: {longest}: {needs}")
+                    }
+                    (words, false) => format!(
+                        "the cheapest change that fits is {words} with hyperparameters.maxSequenceLength: {longest}: {needs}"
+                    ),
+                });
+            }
+            longest /= 2;
+        }
+    }
+    None
+}

@@ -1,0 +1,187 @@
+//! The few libtorch calls that tch does not bind, through `shim.cpp`. All `unsafe` around libtorch lives here.
+
+use std::ffi::{CStr, c_char, c_int, c_void};
+
+use tch::Tensor;
+
+unsafe extern "C" {
+    fn ft_last_error() -> *const c_char;
+    fn ft_fused_adamw(
+        parameter: *mut c_void,
+        gradient: *mut c_void,
+        exp_avg: *mut c_void,
+        exp_avg_sq: *mut c_void,
+        step: *mut c_void,
+        learning_rate: f64,
+        beta1: f64,
+        beta2: f64,
+        weight_decay: f64,
+        eps: f64,
+        found_inf: *mut c_void,
+    ) -> c_int;
+    fn ft_flash_attention(
+        q: *mut c_void,
+        k: *mut c_void,
+        v: *mut c_void,
+        cu_seqlens: *mut c_void,
+        max_length: i64,
+        scale: f64,
+        out: *mut *mut c_void,
+        logsumexp: *mut *mut c_void,
+        rng_state: *mut *mut c_void,
+        unused: *mut *mut c_void,
+    ) -> c_int;
+    fn ft_set_deterministic() -> c_int;
+    fn ft_device_peak_bytes(device: c_int, bytes: *mut i64) -> c_int;
+}
+
+/// A libtorch call failed; the text is the first line of libtorch's own message.
+#[derive(Debug, thiserror::Error)]
+#[error("libtorch: {0}")]
+pub struct Error(String);
+
+fn check(status: c_int) -> Result<(), Error> {
+    if status == 0 {
+        return Ok(());
+    }
+    // SAFETY: the shim returns a pointer to a thread-local string that lives until its next failure on this thread.
+    let text = unsafe { CStr::from_ptr(ft_last_error()) };
+    Err(Error(text.to_string_lossy().into_owned()))
+}
+
+fn handle(tensor: &Tensor) -> *mut c_void {
+    tensor.as_ptr().cast_mut().cast()
+}
+
+/// Constants of one AdamW step.
+#[derive(Clone, Copy, Debug)]
+pub struct AdamwStep {
+    /// Learning rate of this step.
+    pub learning_rate: f64,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+}
+
+/// One AdamW step over flat fp32 buffers of equal length. `step` (fp32 scalar) already counts this step; where
+/// `found_inf` (fp32 scalar) is 1 nothing moves.
+pub fn fused_adamw(
+    parameter: &Tensor,
+    gradient: &Tensor,
+    exp_avg: &Tensor,
+    exp_avg_sq: &Tensor,
+    step: &Tensor,
+    found_inf: &Tensor,
+    constants: AdamwStep,
+) -> Result<(), Error> {
+    // SAFETY: the handles are live tensors for the whole call; libtorch checks shapes and dtypes.
+    check(unsafe {
+        ft_fused_adamw(
+            handle(parameter),
+            handle(gradient),
+            handle(exp_avg),
+            handle(exp_avg_sq),
+            handle(step),
+            constants.learning_rate,
+            constants.beta1,
+            constants.beta2,
+            constants.weight_decay,
+            constants.eps,
+            handle(found_inf),
+        )
+    })
+}
+
+/// What flash attention returns: the output `[t, heads, d]`, and what its backward needs.
+#[derive(Debug)]
+pub struct FlashAttention {
+    /// `[t, heads, d]`
+    pub out: Tensor,
+    /// `[heads, t]`, fp32
+    pub logsumexp: Tensor,
+    /// Philox state; unused without dropout.
+    pub rng_state: Tensor,
+    /// A placeholder of libtorch's signature.
+    pub unused: Tensor,
+}
+
+/// Causal attention over packed examples on CUDA: q `[t, heads, d]`, k and v `[t, kv_heads, d]` in bf16 or fp16,
+/// `cu_seqlens` int32 `[n + 1]` on the device, `max_length` the longest example.
+pub fn flash_attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    cu_seqlens: &Tensor,
+    max_length: i64,
+    scale: f64,
+) -> Result<FlashAttention, Error> {
+    let mut outputs = [std::ptr::null_mut(); 4];
+    let [out, logsumexp, rng_state, unused] = &mut outputs;
+    // SAFETY: the handles are live tensors; the outputs are written before success is returned.
+    check(unsafe {
+        ft_flash_attention(
+            handle(q),
+            handle(k),
+            handle(v),
+            handle(cu_seqlens),
+            max_length,
+            scale,
+            out,
+            logsumexp,
+            rng_state,
+            unused,
+        )
+    })?;
+    // SAFETY: each pointer is a tensor that the shim allocated for us; ownership passes here.
+    let [out, logsumexp, rng_state, unused] = outputs.map(|pointer| unsafe { Tensor::from_ptr(pointer.cast()) });
+    Ok(FlashAttention { out, logsumexp, rng_state, unused })
+}
+
+/// Makes libtorch refuse operations that have no deterministic form.
+pub fn set_deterministic() -> Result<(), Error> {
+    // SAFETY: no arguments.
+    check(unsafe { ft_set_deterministic() })
+}
+
+/// Peak bytes allocated on accelerator `device` since the process began.
+pub fn device_peak_bytes(device: i32) -> Result<i64, Error> {
+    let mut bytes = 0;
+    // SAFETY: `bytes` outlives the call.
+    check(unsafe { ft_device_peak_bytes(device, &raw mut bytes) })?;
+    Ok(bytes)
+}
+
+/// A tensor over memory that somebody else owns, without a copy.
+///
+/// # Safety
+/// `data` must stay mapped and unchanged as long as the tensor or any view of it lives.
+pub unsafe fn borrow_bytes(data: &[u8], shape: &[i64], kind: tch::Kind) -> Tensor {
+    let mut strides = vec![1; shape.len()];
+    for dim in (0..shape.len().saturating_sub(1)).rev() {
+        strides[dim] = strides[dim + 1] * shape[dim + 1];
+    }
+    // SAFETY: the caller keeps `data` alive; its length was checked against shape and dtype by the reader.
+    unsafe { Tensor::from_blob(data.as_ptr(), shape, &strides, kind, tch::Device::Cpu) }
+}
+
+/// The bytes of a contiguous CPU tensor, borrowed.
+pub fn tensor_bytes(tensor: &Tensor) -> &[u8] {
+    assert!(tensor.is_contiguous() && tensor.device() == tch::Device::Cpu, "bytes are taken from contiguous CPU tensors");
+    let length = tensor.numel() * tensor.kind().elt_size_in_bytes();
+    // SAFETY: a contiguous CPU tensor holds exactly this many bytes at its data pointer, and it is borrowed meanwhile.
+    unsafe { std::slice::from_raw_parts(tensor.data_ptr() as *const u8, length) }
+}
+
+/// Keeps large tensors on the heap between steps: glibc would map and unmap each one above 32 MB on every use.
+pub fn keep_large_allocations() {
+    // SAFETY: mallopt only sets allocator parameters.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 1 << 30);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
+    }
+}

@@ -1,0 +1,420 @@
+//! The training loop and its step.
+//!
+//! The loop knows the model, the rows and the schedule. Files, sockets and terminals are behind [`Surroundings`].
+
+use std::time::{Duration, Instant};
+
+use crds::report::Scores;
+use crds::run::{CheckpointInterval, EarlyStopping, Metric};
+use serde::{Deserialize, Serialize};
+use tch::Tensor;
+
+use crate::data::example::Examples;
+use crate::data::order::Order;
+use crate::data::pack::{PackedBatch, pack};
+use crate::model::{DeviceBatch, Llama, Noise, Recompute};
+use crate::optim::Parameters;
+use crate::record::{EvaluationRecord, Event, StepRecord};
+use crate::schedule::Schedule;
+use crate::shim;
+use crate::signal::Stop;
+
+/// Non-finite steps in a row that end the run.
+const MAX_NON_FINITE_STEPS: i64 = 3;
+
+/// Training ended early.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Loss or gradient stayed NaN or infinite.
+    #[error(
+        "step {step}: loss {loss} and gradient norm {gradient_norm} are not finite, {count} steps in a row; no weight was \
+         moved by them and none was saved. Lower hyperparameters.learningRate (now {peak_learning_rate:e}) or use precision FP32"
+    )]
+    NonFinite {
+        /// Completed steps.
+        step: i64,
+        /// As measured.
+        loss: f64,
+        /// As measured.
+        gradient_norm: f64,
+        /// Steps in a row.
+        count: i64,
+        /// From the schedule.
+        peak_learning_rate: f64,
+    },
+    /// Trained weights became NaN or infinite.
+    #[error("step {step}: trained weights are not finite, so no checkpoint was written; lower hyperparameters.learningRate (now {peak_learning_rate:e})")]
+    NonFiniteWeights {
+        /// Completed steps.
+        step: i64,
+        /// From the schedule.
+        peak_learning_rate: f64,
+    },
+    /// Not enough memory for even the smallest micro-batch.
+    #[error("out of memory at {tokens} tokens per micro-batch, the longest example of the step; lower hyperparameters.maxSequenceLength or give the job more memory ({message})")]
+    OutOfMemory {
+        /// Tokens computed at once.
+        tokens: i64,
+        /// libtorch's words.
+        message: String,
+    },
+    /// A libtorch call failed.
+    #[error(transparent)]
+    Libtorch(#[from] shim::Error),
+    /// A file could not be written, or another part of the surroundings failed.
+    #[error(transparent)]
+    Surroundings(Box<crate::Error>),
+}
+
+impl Error {
+    /// The exit code that this error ends the trainer with.
+    pub fn exit(&self) -> crds::exit::ExitCode {
+        use crds::exit::ExitCode;
+        match self {
+            Self::NonFinite { .. } | Self::NonFiniteWeights { .. } => ExitCode::NonFinite,
+            Self::OutOfMemory { .. } => ExitCode::OutOfMemory,
+            Self::Libtorch(_) => ExitCode::InternalError,
+            Self::Surroundings(error) => error.exit(),
+        }
+    }
+}
+
+/// What one step is made with.
+#[derive(Clone, Copy, Debug)]
+pub struct StepConfig {
+    /// Learning rate of this step.
+    pub learning_rate: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// Largest global gradient norm.
+    pub max_grad_norm: f64,
+    /// Randomness of the step.
+    pub noise: Noise,
+    /// What the backward pass computes again.
+    pub recompute: Recompute,
+}
+
+/// What one step found, still on the device: nothing in a step waits for it.
+#[derive(Debug)]
+pub struct StepStats {
+    /// Mean loss per trained token of the whole step.
+    pub loss: Tensor,
+    /// Global gradient norm before clipping.
+    pub gradient_norm: Tensor,
+    /// 1 where the update was made.
+    pub finite: Tensor,
+}
+
+/// One optimizer step over the step's examples, however they are split into `micro_batches`.
+///
+/// The loss is summed over the trained tokens of the *whole* step and divided by their number, so the split (packing,
+/// memory fallback, number of ranks) changes nothing but rounding. A non-finite step moves nothing.
+pub fn train_step(
+    model: &Llama,
+    parameters: &mut Parameters,
+    micro_batches: &[PackedBatch],
+    config: &StepConfig,
+) -> Result<StepStats, shim::Error> {
+    let num_tokens: usize = micro_batches.iter().map(|batch| batch.labels.len()).sum();
+    let mut loss = Tensor::zeros([], (tch::Kind::Float, model.device()));
+    parameters.zero_gradient();
+    for batch in micro_batches {
+        let batch = DeviceBatch::new(batch, model.device());
+        loss += model.forward_backward(&batch, config.noise, 1.0 / num_tokens as f64, config.recompute);
+    }
+    let update = parameters.update(&loss, config.max_grad_norm, config.learning_rate, config.weight_decay)?;
+    Ok(StepStats { loss, gradient_norm: update.gradient_norm, finite: update.finite })
+}
+
+/// Everything about a run that changes from step to step, beside parameters and moments. Saved with each checkpoint.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct TrainState {
+    /// Completed optimizer steps; the position in the data and the learning rate follow from it.
+    pub step: i64,
+    /// Tokens that went through the model.
+    pub input_tokens: i64,
+    /// Tokens that the loss was taken on.
+    pub trained_tokens: i64,
+    /// Steps that moved nothing because loss or gradient was not finite.
+    pub non_finite_steps: i64,
+    /// Of these, the ones since the last finite step.
+    pub consecutive_non_finite: i64,
+    /// Step of the last evaluation; -1 before the first.
+    pub evaluated_step: i64,
+    /// The best evaluation so far.
+    pub best: Option<Best>,
+    /// Evaluations since the metric last improved.
+    pub evaluations_without_improvement: i64,
+    /// Newest validation loss.
+    pub eval_loss: Option<f64>,
+    /// Seconds spent in steps, over all attempts.
+    pub train_seconds: f64,
+    /// Tokens computed at once; lowered when memory runs out.
+    pub micro_batch_tokens: i64,
+    /// Whether training is over.
+    pub finished: bool,
+}
+
+/// The best evaluation so far.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Best {
+    /// Completed steps.
+    pub step: i64,
+    /// The metric's value.
+    pub value: f64,
+}
+
+/// What does not change during a run.
+#[derive(Debug)]
+pub struct Plan<'a> {
+    /// Training examples.
+    pub examples: &'a Examples,
+    /// Which examples make up each step.
+    pub order: &'a Order,
+    /// Learning rates.
+    pub schedule: Schedule,
+    /// All randomness derives from it.
+    pub seed: i64,
+    /// NEFTune's alpha.
+    pub neftune_alpha: Option<f64>,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// Largest global gradient norm.
+    pub max_grad_norm: f64,
+    /// What the backward pass computes again.
+    pub recompute: Recompute,
+    /// Evaluate every so many steps; `None`: there is nothing to evaluate on.
+    pub evaluate_every: Option<i64>,
+    /// Decides which evaluation is best.
+    pub metric: Metric,
+    /// Stop when the metric no longer improves.
+    pub early_stopping: Option<EarlyStopping>,
+    /// When a checkpoint is due.
+    pub checkpoint: CheckpointInterval,
+}
+
+/// What the loop asks of the world around it.
+pub trait Surroundings {
+    /// Takes note of an event.
+    fn emit(&mut self, event: Event) -> Result<(), crate::Error>;
+    /// Measures the validation rows; `None` if a stop was asked for meanwhile.
+    fn evaluate(&mut self, model: &Llama) -> Result<Option<Scores>, crate::Error>;
+    /// Commits a checkpoint durably.
+    fn commit(&mut self, state: &TrainState, parameters: &Parameters) -> Result<(), crate::Error>;
+}
+
+/// How the loop ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// All steps are done, or early stopping decided.
+    Finished,
+    /// A stop was asked for; the state is committed.
+    Yielded,
+}
+
+/// Runs from `state` to the end, or to the next durable checkpoint after a stop was asked for.
+pub fn train(
+    model: &Llama,
+    parameters: &mut Parameters,
+    state: &mut TrainState,
+    plan: &Plan,
+    stop: &Stop,
+    surroundings: &mut dyn Surroundings,
+) -> Result<Outcome, Error> {
+    let mut committed = Committed { step: state.step, at: Instant::now() };
+    while !state.finished {
+        let improved =
+            evaluation_is_due(state, plan) && !stop.requested() && evaluate(model, state, plan, surroundings)?;
+        let last = state.step >= plan.schedule.total_steps || stops_early(state, plan);
+        // An evaluation that a stop cut short is still due: the next attempt makes it before it goes on.
+        state.finished = last && !evaluation_is_due(state, plan);
+        let due = committed.step != state.step && (stop.requested() || committed.is_due(state, plan));
+        if state.finished || improved || due {
+            commit(parameters, state, plan, surroundings)?;
+            committed = Committed { step: state.step, at: Instant::now() };
+        }
+        if state.finished {
+            break;
+        }
+        if stop.requested() {
+            return Ok(Outcome::Yielded);
+        }
+        step(model, parameters, state, plan, surroundings)?;
+    }
+    Ok(Outcome::Finished)
+}
+
+/// The last commit.
+struct Committed {
+    step: i64,
+    at: Instant,
+}
+
+impl Committed {
+    fn is_due(&self, state: &TrainState, plan: &Plan) -> bool {
+        match plan.checkpoint {
+            CheckpointInterval::EverySteps(steps) => state.step % steps == 0,
+            CheckpointInterval::EverySeconds(seconds) => {
+                self.at.elapsed() >= Duration::from_secs(seconds.unsigned_abs())
+            }
+        }
+    }
+}
+
+fn evaluation_is_due(state: &TrainState, plan: &Plan) -> bool {
+    plan.evaluate_every.is_some_and(|every| {
+        state.step > 0
+            && state.evaluated_step != state.step
+            && (state.step % every == 0 || state.step >= plan.schedule.total_steps)
+    })
+}
+
+fn stops_early(state: &TrainState, plan: &Plan) -> bool {
+    plan.early_stopping.is_some_and(|stopping| state.evaluations_without_improvement >= stopping.patience)
+}
+
+/// Whether the metric improved.
+fn evaluate(
+    model: &Llama,
+    state: &mut TrainState,
+    plan: &Plan,
+    surroundings: &mut dyn Surroundings,
+) -> Result<bool, Error> {
+    let started = Instant::now();
+    let Some(scores) = surroundings.evaluate(model).map_err(surroundings_failed)? else { return Ok(false) };
+    state.evaluated_step = state.step;
+    state.eval_loss = scores.eval_loss;
+    let value = scores.get(plan.metric).filter(|value| value.is_finite());
+    let min_delta = plan.early_stopping.map_or(0.0, |stopping| stopping.min_delta);
+    let improved = value.is_some_and(|value| {
+        state.best.is_none_or(|best| {
+            let gain = if plan.metric.lower_is_better() { best.value - value } else { value - best.value };
+            gain > min_delta
+        })
+    });
+    if let Some(value) = value.filter(|_| improved) {
+        state.best = Some(Best { step: state.step, value });
+        state.evaluations_without_improvement = 0;
+    } else {
+        state.evaluations_without_improvement += 1;
+    }
+    let record = EvaluationRecord {
+        step: state.step,
+        epoch: plan.order.epoch(state.step),
+        scores,
+        best: improved,
+        seconds: started.elapsed().as_secs_f64(),
+    };
+    surroundings.emit(Event::Evaluation(record)).map_err(surroundings_failed)?;
+    Ok(improved)
+}
+
+fn commit(
+    parameters: &Parameters,
+    state: &TrainState,
+    plan: &Plan,
+    surroundings: &mut dyn Surroundings,
+) -> Result<(), Error> {
+    if !parameters.flat_master().sum(tch::Kind::Float).double_value(&[]).is_finite() {
+        return Err(Error::NonFiniteWeights { step: state.step, peak_learning_rate: plan.schedule.peak });
+    }
+    surroundings.commit(state, parameters).map_err(surroundings_failed)
+}
+
+fn step(
+    model: &Llama,
+    parameters: &mut Parameters,
+    state: &mut TrainState,
+    plan: &Plan,
+    surroundings: &mut dyn Surroundings,
+) -> Result<(), Error> {
+    let started = Instant::now();
+    let ids = plan.order.examples(state.step);
+    let config = StepConfig {
+        learning_rate: plan.schedule.learning_rate(state.step),
+        weight_decay: plan.weight_decay,
+        max_grad_norm: plan.max_grad_norm,
+        noise: Noise { seed: plan.seed, step: state.step, neftune_alpha: plan.neftune_alpha },
+        recompute: plan.recompute,
+    };
+    let stats = loop {
+        let micro_batches = pack(plan.examples, &ids, state.micro_batch_tokens);
+        match guard_memory(|| train_step(model, parameters, &micro_batches, &config)) {
+            Ok(stats) => break stats?,
+            Err(message) => {
+                let longest = micro_batches.iter().map(|batch| batch.tokens.len() as i64).max().unwrap_or(0);
+                if micro_batches.len() >= ids.len() {
+                    return Err(Error::OutOfMemory { tokens: longest, message });
+                }
+                // Which examples make up the step does not change, so the update is the same beyond rounding.
+                state.micro_batch_tokens = (longest / 2).max(1);
+                let text = format!(
+                    "out of memory at {longest} tokens per micro-batch; going on with {}",
+                    state.micro_batch_tokens
+                );
+                surroundings.emit(Event::Warning(text)).map_err(surroundings_failed)?;
+            }
+        }
+    };
+    let loss = stats.loss.double_value(&[]);
+    let gradient_norm = stats.gradient_norm.double_value(&[]);
+    let finite = stats.finite.double_value(&[]) == 1.0;
+    let count = |of: &dyn Fn(usize) -> usize| ids.iter().map(|&id| of(id) as i64).sum::<i64>();
+    let input_tokens = count(&|id| plan.examples.tokens(id).len());
+    let trained_tokens = count(&|id| plan.examples.num_trained(id));
+    state.step += 1;
+    state.input_tokens += input_tokens;
+    state.trained_tokens += trained_tokens;
+    state.consecutive_non_finite = if finite { 0 } else { state.consecutive_non_finite + 1 };
+    state.non_finite_steps += i64::from(!finite);
+    let seconds = started.elapsed().as_secs_f64();
+    state.train_seconds += seconds;
+    let record = StepRecord {
+        step: state.step,
+        total_steps: plan.schedule.total_steps,
+        epoch: plan.order.epoch(state.step),
+        loss,
+        gradient_norm,
+        learning_rate: config.learning_rate,
+        examples: ids.len() as i64,
+        input_tokens,
+        trained_tokens,
+        total_input_tokens: state.input_tokens,
+        total_trained_tokens: state.trained_tokens,
+        seconds,
+        finite,
+    };
+    surroundings.emit(Event::Step(record)).map_err(surroundings_failed)?;
+    if state.consecutive_non_finite >= MAX_NON_FINITE_STEPS {
+        return Err(Error::NonFinite {
+            step: state.step,
+            loss,
+            gradient_norm,
+            count: state.consecutive_non_finite,
+            peak_learning_rate: plan.schedule.peak,
+        });
+    }
+    Ok(())
+}
+
+fn surroundings_failed(error: crate::Error) -> Error {
+    Error::Surroundings(Box::new(error))
+}
+
+/// Whether a panic's text is libtorch's report of exhausted memory, on CPU or CUDA.
+pub fn is_out_of_memory(message: &str) -> bool {
+    ["out of memory", "can't allocate memory", "not enough memory"].iter().any(|text| message.contains(text))
+}
+
+/// Runs `work`; exhausted memory, which tch reports as a panic, becomes an error. Any other panic goes on.
+fn guard_memory<T>(work: impl FnOnce() -> T) -> Result<T, String> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).map_err(|payload| {
+        let text = payload.downcast_ref::<String>().map(String::as_str).or(payload.downcast_ref::<&str>().copied());
+        match text.filter(|text| is_out_of_memory(text)) {
+            Some(text) => text.lines().next().unwrap_or_default().to_owned(),
+            None => std::panic::resume_unwind(payload),
+        }
+    })
+}
