@@ -139,7 +139,7 @@ def golden_steps(base, output):
     smollm, tiny = smollm_examples(tokenizer), tiny_examples()
     lora = {"type": "LoRA", "rank": 8, "alpha": 16}
     cases = [
-        ("smollm2-lora", str(base), smollm, lora, 1e-3, None),
+        ("smollm2-lora", str(base), smollm, lora, 2e-4, None),
         ("smollm2-full", str(base), smollm, {"type": "Full"}, 2e-5, None),
         ("tiny-llama-lora", "tiny-llama", tiny, lora, 1e-2, "gradients-tiny-llama-lora.safetensors"),
         ("tiny-llama-rslora", "tiny-llama", tiny,

@@ -1,1 +1,3 @@
+//! The integration tests of the whole product, in one binary.
 
+mod numerics;

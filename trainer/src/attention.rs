@@ -71,10 +71,7 @@ fn expand_heads(x_tkd: &Tensor, heads: i64) -> Tensor {
     if kv_heads == heads {
         return x_tkd.shallow_clone();
     }
-    x_tkd
-        .unsqueeze(2)
-        .expand([tokens, kv_heads, heads / kv_heads, head_dim], false)
-        .reshape([tokens, heads, head_dim])
+    x_tkd.unsqueeze(2).expand([tokens, kv_heads, heads / kv_heads, head_dim], false).reshape([tokens, heads, head_dim])
 }
 
 /// Adds up the gradients of the heads that share a key-value head.

@@ -1,6 +1,330 @@
-//! From files of rows to tokens: formats, chat templates, answer masks, checks, order, packing. No tensor here.
+//! From files of rows to tokens: formats, chat templates, answer masks, checks, order, packing. No tensor here, and nothing
+//! is fetched here.
 
+pub mod chat_template;
+pub mod check;
 pub mod example;
+pub mod format;
 pub mod generation;
+pub mod mask;
 pub mod order;
 pub mod pack;
+
+use std::path::{Path, PathBuf};
+
+use crds::report::DataReport;
+use crds::run::{DataFormat, ProblemAction, RunConfig, ValidationRows};
+use rayon::prelude::*;
+
+use self::chat_template::ChatTemplate;
+use self::check::RowHash;
+use self::example::Example;
+use self::format::{Content, Row, read_rows};
+use self::generation::GenerationRow;
+use self::mask::Tokeniser;
+use crate::signal::Stop;
+use crate::tokenizer::Tokenizer;
+
+/// Fewer rows than this are learnt by heart.
+const FEW_ROWS: usize = 10;
+
+/// Rows could not be turned into tokens.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file cannot be read as rows.
+    #[error(transparent)]
+    Format(#[from] format::Error),
+    /// The model's tokenizer cannot be used.
+    #[error(transparent)]
+    Tokenizer(#[from] crate::tokenizer::Error),
+    /// The model's template cannot be used.
+    #[error(transparent)]
+    Template(#[from] chat_template::Error),
+    /// A row cannot be tokenised.
+    #[error("{}:{line}: {source}", path.display())]
+    Row {
+        /// The file.
+        path: PathBuf,
+        /// Counted from 1.
+        line: usize,
+        /// Why.
+        source: mask::Error,
+    },
+    /// A finding that `onProblem` does not tolerate.
+    #[error("{}:{line}: {message}", path.display())]
+    Problem {
+        /// The file.
+        path: PathBuf,
+        /// The first row that has it, counted from 1.
+        line: usize,
+        /// What was found, how often, and what to do.
+        message: String,
+    },
+    /// Nothing is left to train on.
+    #[error("{}: {message}", path.display())]
+    NothingToTrain {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        message: String,
+    },
+    /// A stop was asked for.
+    #[error("stopped while preparing")]
+    Stopped,
+}
+
+impl Error {
+    /// The exit code that this error ends the trainer with.
+    pub fn exit(&self) -> crds::exit::ExitCode {
+        use crds::exit::ExitCode;
+        match self {
+            Self::Format(error) => error.exit(),
+            Self::Tokenizer(error) => error.exit(),
+            Self::Stopped => ExitCode::Preempted,
+            Self::Template(_) | Self::Row { .. } | Self::Problem { .. } | Self::NothingToTrain { .. } => {
+                ExitCode::BadData
+            }
+        }
+    }
+}
+
+/// What is tokenised.
+#[derive(Debug)]
+pub struct Inputs<'a> {
+    /// The run.
+    pub config: &'a RunConfig,
+    /// Training rows.
+    pub train: &'a Path,
+    /// Validation rows with a file of their own.
+    pub validation: Option<&'a Path>,
+    /// General text.
+    pub forgetting: Option<&'a Path>,
+    /// Folder of tokenizer and template.
+    pub model: &'a Path,
+    /// Positions that the model has.
+    pub max_context: i64,
+    /// What `strftime_now` in templates says.
+    pub date: jiff::civil::DateTime,
+    /// Polled between files.
+    pub stop: &'a Stop,
+}
+
+/// Rows as tokens, and what was found.
+#[derive(Debug)]
+pub struct Tokenized {
+    /// Training examples.
+    pub train: Vec<Example>,
+    /// Validation examples.
+    pub validation: Vec<Example>,
+    /// General text.
+    pub forgetting: Vec<Example>,
+    /// Validation rows to be answered.
+    pub generation: Vec<GenerationRow>,
+    /// What was found.
+    pub report: DataReport,
+    /// One training example with its trained tokens marked.
+    pub sample: String,
+}
+
+/// Rows of one file with what is known of them.
+struct File<'a> {
+    path: &'a Path,
+    rows: Vec<Row>,
+    hashes: Vec<RowHash>,
+}
+
+impl<'a> File<'a> {
+    fn read(path: &'a Path, format: DataFormat) -> Result<Self, Error> {
+        let rows = read_rows(path, format)?;
+        let hashes = rows.par_iter().map(|row| check::row_hash(&row.content)).collect();
+        Ok(Self { path, rows, hashes })
+    }
+
+    /// The rows whose hash satisfies `keep`.
+    fn part(&self, keep: impl Fn(&RowHash) -> bool) -> Self {
+        let kept = || (0..self.rows.len()).filter(|&index| keep(&self.hashes[index]));
+        Self {
+            path: self.path,
+            rows: kept().map(|index| self.rows[index].clone()).collect(),
+            hashes: kept().map(|index| self.hashes[index]).collect(),
+        }
+    }
+
+    fn examples(&self, tokeniser: &Tokeniser) -> Result<Vec<Example>, Error> {
+        let tokenise = |row: &Row| {
+            let failed = |source| Error::Row { path: self.path.into(), line: row.line, source };
+            tokeniser.example(&row.content).map_err(failed)
+        };
+        self.rows.par_iter().map(tokenise).collect()
+    }
+
+    /// Applies `onProblem` to findings at `indices`: an error that names the first, or a warning.
+    fn judge(
+        &self,
+        indices: &[usize],
+        action: ProblemAction,
+        warnings: &mut Vec<String>,
+        message: impl Fn(usize) -> String,
+    ) -> Result<(), Error> {
+        let Some(&first) = indices.first() else { return Ok(()) };
+        let (line, message) = (self.rows[first].line, message(indices.len()));
+        match action {
+            ProblemAction::Fail => Err(Error::Problem { path: self.path.into(), line, message }),
+            ProblemAction::Warn => {
+                warnings.push(format!("{}:{line}: {message}", self.path.display()));
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Reads, checks and tokenises all rows. The same inputs give the same result.
+pub fn tokenize(inputs: &Inputs) -> Result<Tokenized, Error> {
+    let config = inputs.config;
+    let tokenizer = Tokenizer::open(inputs.model)?;
+    let train = File::read(inputs.train, config.dataset.train.format)?;
+    let (train, validation) = match (&config.dataset.validation, inputs.validation) {
+        (ValidationRows::Source(source), Some(path)) => (train, Some(File::read(path, source.format)?)),
+        (ValidationRows::SplitPercent(percent), _) => {
+            let chosen = |hash: &RowHash| check::in_validation(config.hyperparameters.seed, hash, *percent);
+            (train.part(|hash| !chosen(hash)), Some(train.part(chosen)))
+        }
+        _ => (train, None),
+    };
+    let forgetting = match (&config.validation.forgetting, inputs.forgetting) {
+        (Some(forgetting), Some(path)) => Some(File::read(path, forgetting.dataset.format)?),
+        _ => None,
+    };
+    if inputs.stop.requested() {
+        return Err(Error::Stopped);
+    }
+    let files = [Some(&train), validation.as_ref(), forgetting.as_ref()];
+    let conversations =
+        files.iter().flatten().any(|file| matches!(file.rows[..], [Row { content: Content::Messages { .. }, .. }, ..]));
+    let template = conversations.then(|| load_template(&tokenizer, inputs.date)).transpose()?;
+    let tokeniser = Tokeniser { tokenizer: &tokenizer, template: template.as_ref() };
+
+    let mut report = DataReport::default();
+    check_rows(config, &train, validation.as_ref(), forgetting.as_ref(), &mut report)?;
+    let mut examples = train.examples(&tokeniser)?;
+    truncate(inputs, &train, &mut examples, &mut report)?;
+    if inputs.stop.requested() {
+        return Err(Error::Stopped);
+    }
+    let others = |file: Option<&File>| -> Result<Vec<Example>, Error> {
+        let mut examples = file.map_or(Ok(Vec::new()), |file| file.examples(&tokeniser))?;
+        for example in &mut examples {
+            example.tokens.truncate(report.max_sequence_length as usize);
+            example.trained.truncate(report.max_sequence_length as usize);
+        }
+        examples.retain(|example| example.num_trained() > 0);
+        Ok(examples)
+    };
+    let validation_examples = others(validation.as_ref())?;
+    let forgetting_examples = others(forgetting.as_ref())?;
+    let generation = match &validation {
+        Some(file) => generation::rows(&tokeniser, &train.rows, file.path, &file.rows, config)?,
+        None => Vec::new(),
+    };
+    let sample = mask::marked_sample(&tokenizer, &examples[0])?;
+    report.validation_rows = validation_examples.len() as i64;
+    Ok(Tokenized {
+        train: examples,
+        validation: validation_examples,
+        forgetting: forgetting_examples,
+        generation,
+        report,
+        sample,
+    })
+}
+
+fn load_template(tokenizer: &Tokenizer, date: jiff::civil::DateTime) -> Result<ChatTemplate, Error> {
+    let source = chat_template::read_source(tokenizer.folder())?;
+    let special: Vec<(String, String)> =
+        tokenizer.special_tokens().iter().map(|(name, text)| (name.clone(), text.clone())).collect();
+    Ok(ChatTemplate::new(&source, &special, date)?)
+}
+
+/// Duplicates and leakage.
+fn check_rows(
+    config: &RunConfig,
+    train: &File,
+    validation: Option<&File>,
+    forgetting: Option<&File>,
+    report: &mut DataReport,
+) -> Result<(), Error> {
+    let on_problem = config.dataset.on_problem;
+    if train.rows.is_empty() {
+        let message = "no training row is left after the validation split; lower dataset.splitPercent".into();
+        return Err(Error::NothingToTrain { path: train.path.into(), message });
+    }
+    if let Some(validation) = validation.filter(|validation| validation.rows.is_empty()) {
+        let message = "the split left no validation row; raise dataset.splitPercent or give dataset.validation".into();
+        return Err(Error::NothingToTrain { path: validation.path.into(), message });
+    }
+    let repeated = check::duplicates(&train.hashes);
+    report.duplicates = repeated.len() as i64;
+    let texts: Vec<String> = train.rows.par_iter().map(|row| check::normalized_text(&row.content)).collect();
+    report.near_duplicates = check::count_near_duplicates(&texts, &train.hashes) as i64;
+    train.judge(&repeated, on_problem.duplicates, &mut report.warnings, |count| {
+        format!("{count} training row(s) repeat an earlier one, this is the first; remove them or set dataset.onProblem.duplicates: Warn")
+    })?;
+    for (other, name) in [(validation, "validation"), (forgetting, "forgetting")] {
+        let Some(other) = other else { continue };
+        let leaked = check::leaked(&train.hashes, &other.hashes);
+        report.leaked += leaked.len() as i64;
+        train.judge(&leaked, on_problem.leakage, &mut report.warnings, |count| {
+            format!(
+                "{count} training row(s) are in the {name} rows too, this is the first: the result would look better than it \
+                 is; remove them from one side or set dataset.onProblem.leakage: Warn"
+            )
+        })?;
+    }
+    if train.rows.len() < FEW_ROWS {
+        report.warnings.push(format!("only {} training rows: expect them to be learnt by heart", train.rows.len()));
+    }
+    Ok(())
+}
+
+/// Cuts training examples to the sequence length, drops those without a trained token, and fills in the numbers.
+fn truncate(inputs: &Inputs, train: &File, examples: &mut Vec<Example>, report: &mut DataReport) -> Result<(), Error> {
+    let longest = examples.iter().map(|example| example.tokens.len()).max().unwrap_or(0);
+    let wanted = inputs.config.hyperparameters.max_sequence_length.unwrap_or(longest as i64);
+    let limit = wanted.min(inputs.max_context) as usize;
+    let lost: Vec<usize> = (0..examples.len())
+        .filter(|&index| examples[index].trained.get(limit..).is_some_and(|cut| cut.contains(&true)))
+        .collect();
+    report.truncated = lost.len() as i64;
+    let all_lost = lost.len() == examples.len();
+    let message = |count: usize| {
+        let rows = if all_lost { "all training rows".to_owned() } else { format!("{count} training row(s)") };
+        format!(
+            "{rows} lose answer tokens to the sequence length of {limit}, this is the first (the longest row has {longest} \
+             tokens); raise hyperparameters.maxSequenceLength, shorten the rows, or set dataset.onProblem.truncatedAnswers: Warn"
+        )
+    };
+    train.judge(&lost, inputs.config.dataset.on_problem.truncated_answers, &mut report.warnings, message)?;
+    for example in examples.iter_mut() {
+        example.tokens.truncate(limit);
+        example.trained.truncate(limit);
+    }
+    let before = examples.len();
+    examples.retain(|example| example.num_trained() > 0);
+    report.untrained = (before - examples.len()) as i64;
+    if examples.is_empty() {
+        let message =
+            format!("none of {before} rows has a token to train within {limit} tokens; check weights and lengths");
+        return Err(Error::NothingToTrain { path: train.path.into(), message });
+    }
+    if report.untrained > 0 {
+        report.warnings.push(format!("{} row(s) left out: none of their tokens is trained", report.untrained));
+    }
+    let lengths: Vec<usize> = examples.iter().map(|example| example.tokens.len()).collect();
+    report.rows = examples.len() as i64;
+    report.tokens = lengths.iter().sum::<usize>() as i64;
+    report.trained_tokens = examples.iter().map(Example::num_trained).sum::<usize>() as i64;
+    report.longest = lengths.iter().copied().max().unwrap_or(0) as i64;
+    report.max_sequence_length = limit as i64;
+    report.length_histogram = check::length_histogram(&lengths);
+    Ok(())
+}

@@ -52,7 +52,9 @@ pub fn choose(precision: Precision, cuda: &Result<(), String>) -> Chosen {
         Precision::BF16 => (Kind::BFloat16, "hyperparameters.precision".to_owned()),
         Precision::FP32 => (Kind::Float, "hyperparameters.precision".to_owned()),
         Precision::Auto if device.is_cuda() => (Kind::BFloat16, "the device computes in it".to_owned()),
-        Precision::Auto if cpu_has_bf16() => (Kind::BFloat16, "the CPU multiplies in it (avx512_bf16 or amx)".to_owned()),
+        Precision::Auto if cpu_has_bf16() => {
+            (Kind::BFloat16, "the CPU multiplies in it (avx512_bf16 or amx)".to_owned())
+        }
         Precision::Auto => (Kind::Float, "the CPU has no bf16 arithmetic".to_owned()),
     };
     Chosen { device, device_name, device_reason, kind, kind_reason, threads, threads_reason }
@@ -116,7 +118,11 @@ impl EnergyMeter {
                 let name = entry.file_name().into_string().ok()?;
                 (name.starts_with("intel-rapl:") && name.matches(':').count() == 1).then_some(())?;
                 let folder = entry.path();
-                Some((folder.join("energy_uj"), read(folder.join("energy_uj"))?, read(folder.join("max_energy_range_uj"))?))
+                Some((
+                    folder.join("energy_uj"),
+                    read(folder.join("energy_uj"))?,
+                    read(folder.join("max_energy_range_uj"))?,
+                ))
             })
             .collect();
         (!packages.is_empty()).then_some(Self { packages })

@@ -88,8 +88,7 @@ pub fn exact_match(
         .iter()
         .zip(&answers)
         .filter(|(row, answer)| {
-            answer.ended
-                && tokenizer.decode(&answer.tokens).is_ok_and(|text| text.trim() == row.reference.trim())
+            answer.ended && tokenizer.decode(&answer.tokens).is_ok_and(|text| text.trim() == row.reference.trim())
         })
         .count();
     Some(hits as f64 / rows.len().max(1) as f64)

@@ -51,8 +51,7 @@ pub fn generate(
     });
     for rows in by_length.chunks(limits.rows.max(1)) {
         let suffixes: Vec<&[u32]> = rows.iter().map(|&index| &prompts[index][shared..]).collect();
-        let batch_answers =
-            generate_batch(model, prefix_cache.as_ref(), &suffixes, adapters, limits, stop, on_tokens)?;
+        let batch_answers = generate_batch(model, prefix_cache.as_ref(), &suffixes, adapters, limits, stop, on_tokens)?;
         for (&index, answer) in rows.iter().zip(batch_answers) {
             answers[index] = answer;
         }
@@ -187,10 +186,12 @@ impl Cache {
             cached_keys.narrow(2, start, width).copy_(&as_columns(&new.keys));
             cached_values.narrow(2, start, width).copy_(&as_columns(&new.values));
             // The query heads of a group become rows of one query: keys and values are read once, not repeated.
-            let q = q
-                .view([rows, width, kv_heads, group, head_size])
-                .permute([0, 2, 3, 1, 4])
-                .reshape([rows, kv_heads, group * width, head_size]);
+            let q = q.view([rows, width, kv_heads, group, head_size]).permute([0, 2, 3, 1, 4]).reshape([
+                rows,
+                kv_heads,
+                group * width,
+                head_size,
+            ]);
             let (keys, values) = (cached_keys.narrow(2, 0, filled), cached_values.narrow(2, 0, filled));
             let scale = model.attention_scale();
             Tensor::scaled_dot_product_attention(&q, &keys, &values, Some(&mask), 0.0, false, scale, false)

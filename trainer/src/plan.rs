@@ -8,7 +8,7 @@ use crds::run::{Method, RunConfig};
 use tch::{Kind, Tensor};
 
 use crate::loss::chunk_rows;
-use crate::model::{Config, Recompute, lora_parameters, base_elements};
+use crate::model::{Config, Recompute, base_elements, lora_parameters};
 
 /// Resident bytes of the process before a model is there: libtorch, its threads and the binary, as measured on x86-64.
 const RUNTIME_BYTES: i64 = 260 << 20;
@@ -187,8 +187,9 @@ pub fn plan(inputs: &Inputs) -> Result<Estimate, DoesNotFit> {
     if chosen.fits {
         return Ok(chosen);
     }
-    let remedy = cheapest_that_fits(inputs)
-        .unwrap_or_else(|| "no shorter sequence or smaller adapter fits either: choose a smaller model or more memory".into());
+    let remedy = cheapest_that_fits(inputs).unwrap_or_else(|| {
+        "no shorter sequence or smaller adapter fits either: choose a smaller model or more memory".into()
+    });
     Err(DoesNotFit {
         needed: display_bytes(chosen.memory.total),
         available: display_bytes(inputs.memory),
@@ -199,13 +200,8 @@ pub fn plan(inputs: &Inputs) -> Result<Estimate, DoesNotFit> {
 
 /// The least change that makes the run fit: LoRA instead of full fine-tuning, then shorter sequences.
 fn cheapest_that_fits(inputs: &Inputs) -> Option<String> {
-    let lora = crds::run::Lora {
-        rank: 16,
-        alpha: 32.0,
-        dropout: 0.0,
-        target_modules: Vec::new(),
-        rank_stabilized: false,
-    };
+    let lora =
+        crds::run::Lora { rank: 16, alpha: 32.0, dropout: 0.0, target_modules: Vec::new(), rank_stabilized: false };
     let candidates = [
         (matches!(inputs.config.method, Method::Full {})).then_some((Method::LoRA { lora }, "method.type: LoRA")),
         Some((inputs.config.method.clone(), "")),
@@ -220,7 +216,9 @@ fn cheapest_that_fits(inputs: &Inputs) -> Option<String> {
                 return Some(match (words, longest == inputs.longest) {
                     (words, true) => format!("the cheapest change that fits is {words}: {needs}"),
                     ("", false) => {
-                        format!("the cheapest change that fits is hyperparameters.maxSequenceLength: {longest}: {needs}")
+                        format!(
+                            "the cheapest change that fits is hyperparameters.maxSequenceLength: {longest}: {needs}"
+                        )
                     }
                     (words, false) => format!(
                         "the cheapest change that fits is {words} with hyperparameters.maxSequenceLength: {longest}: {needs}"

@@ -171,7 +171,10 @@ pub unsafe fn borrow_bytes(data: &[u8], shape: &[i64], kind: tch::Kind) -> Tenso
 
 /// The bytes of a contiguous CPU tensor, borrowed.
 pub fn tensor_bytes(tensor: &Tensor) -> &[u8] {
-    assert!(tensor.is_contiguous() && tensor.device() == tch::Device::Cpu, "bytes are taken from contiguous CPU tensors");
+    assert!(
+        tensor.is_contiguous() && tensor.device() == tch::Device::Cpu,
+        "bytes are taken from contiguous CPU tensors"
+    );
     let length = tensor.numel() * tensor.kind().elt_size_in_bytes();
     // SAFETY: a contiguous CPU tensor holds exactly this many bytes at its data pointer, and it is borrowed meanwhile.
     unsafe { std::slice::from_raw_parts(tensor.data_ptr() as *const u8, length) }

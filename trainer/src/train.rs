@@ -43,7 +43,9 @@ pub enum Error {
         peak_learning_rate: f64,
     },
     /// Trained weights became NaN or infinite.
-    #[error("step {step}: trained weights are not finite, so no checkpoint was written; lower hyperparameters.learningRate (now {peak_learning_rate:e})")]
+    #[error(
+        "step {step}: trained weights are not finite, so no checkpoint was written; lower hyperparameters.learningRate (now {peak_learning_rate:e})"
+    )]
     NonFiniteWeights {
         /// Completed steps.
         step: i64,
@@ -51,7 +53,9 @@ pub enum Error {
         peak_learning_rate: f64,
     },
     /// Not enough memory for even the smallest micro-batch.
-    #[error("out of memory at {tokens} tokens per micro-batch, the longest example of the step; lower hyperparameters.maxSequenceLength or give the job more memory ({message})")]
+    #[error(
+        "out of memory at {tokens} tokens per micro-batch, the longest example of the step; lower hyperparameters.maxSequenceLength or give the job more memory ({message})"
+    )]
     OutOfMemory {
         /// Tokens computed at once.
         tokens: i64,

@@ -9,8 +9,8 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
-use safetensors::tensor::{Metadata, SafeTensors};
 use safetensors::Dtype;
+use safetensors::tensor::{Metadata, SafeTensors};
 
 /// Largest header that is read.
 const MAX_HEADER_BYTES: u64 = 16 << 20;
@@ -182,10 +182,7 @@ impl MappedFile {
         let (_, metadata) = SafeTensors::read_metadata(&map)
             .map_err(|error| malformed(format!("not a valid safetensors file ({error}): truncated or damaged")))?;
         if metadata.tensors().len() > MAX_TENSORS {
-            return Err(malformed(format!(
-                "{} tensors, at most {MAX_TENSORS} are accepted",
-                metadata.tensors().len()
-            )));
+            return Err(malformed(format!("{} tensors, at most {MAX_TENSORS} are accepted", metadata.tensors().len())));
         }
         Ok(Self { path: path.to_path_buf(), data_start: 8 + header_bytes as usize, map, metadata })
     }
@@ -232,8 +229,8 @@ impl WeightFiles {
             return Err(Error::NoWeights { folder: folder.into(), found: pickled_files(folder) });
         }
         let malformed = |message: String| Error::Malformed { path: index_path.clone(), message };
-        let text = std::fs::read_to_string(&index_path)
-            .map_err(|source| Error::Read { path: index_path.clone(), source })?;
+        let text =
+            std::fs::read_to_string(&index_path).map_err(|source| Error::Read { path: index_path.clone(), source })?;
         let shards: ShardIndex =
             serde_json::from_str(&text).map_err(|error| malformed(format!("not a shard index ({error})")))?;
         let mut names: Vec<&String> = shards.weight_map.values().collect();

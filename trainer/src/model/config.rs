@@ -134,7 +134,9 @@ impl Config {
         let head_size = self.head_size();
         let plain = (0..head_size / 2).map(|k| 1.0 / theta.powf((2 * k) as f64 / head_size as f64));
         let required = |name: &str, value: Option<f64>| {
-            value.filter(|value| value.is_finite() && *value > 0.0).ok_or_else(|| format!("rope_scaling.{name} is missing"))
+            value
+                .filter(|value| value.is_finite() && *value > 0.0)
+                .ok_or_else(|| format!("rope_scaling.{name} is missing"))
         };
         match scaling.map(|scaling| (scaling, scaling.rope_type.as_deref().unwrap_or("default"))) {
             None | Some((_, "default")) => Ok(plain.map(|f| f as f32).collect()),
@@ -146,8 +148,7 @@ impl Config {
                 let factor = required("factor", scaling.factor)?;
                 let low = required("low_freq_factor", scaling.low_freq_factor)?;
                 let high = required("high_freq_factor", scaling.high_freq_factor)?;
-                let original =
-                    required("original_max_position_embeddings", scaling.original_max_position_embeddings)?;
+                let original = required("original_max_position_embeddings", scaling.original_max_position_embeddings)?;
                 Ok(plain
                     .map(|f| {
                         let wavelength = 2.0 * std::f64::consts::PI / f;
@@ -156,7 +157,9 @@ impl Config {
                     })
                     .collect())
             }
-            Some((_, other)) => Err(format!("not supported yet: rope_type {other}; expected default, linear or llama3")),
+            Some((_, other)) => {
+                Err(format!("not supported yet: rope_type {other}; expected default, linear or llama3"))
+            }
         }
     }
 }

@@ -159,15 +159,8 @@ impl Layer {
         let mut d_attended_th = attended_th.zeros_like();
         self.o.backward(&d_middle_th, &attended_th, saved_o, dropout, Some(&mut d_attended_th));
         let d_attended_tnd = d_attended_th.view(q_tnd.size().as_slice());
-        let (dq_tnd, dk_tkd, dv_tkd) = attention::attention_backward(
-            &d_attended_tnd,
-            &q_tnd,
-            &k_tkd,
-            &v_tkd,
-            &attention,
-            segments,
-            self.scale(),
-        );
+        let (dq_tnd, dk_tkd, dv_tkd) =
+            attention::attention_backward(&d_attended_tnd, &q_tnd, &k_tkd, &v_tkd, &attention, segments, self.scale());
         let dq_th = pass.rope.rotate(&dq_tnd, Rotation::Backward).flatten(1, 2);
         let dk_th = pass.rope.rotate(&dk_tkd, Rotation::Backward).flatten(1, 2);
         let dv_th = dv_tkd.flatten(1, 2);

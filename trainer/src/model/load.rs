@@ -64,7 +64,8 @@ pub fn build(source: &Source) -> Result<Built, Error> {
     let (lora, trained) = match source.method {
         Method::LoRA { lora } | Method::QLoRA { lora, .. } => (Some(lora), loader.adapter_inits(lora)?),
         Method::Full {} => {
-            let copies = base.iter().map(|(name, value)| ParameterInit { name: name.clone(), value: value.shallow_clone() });
+            let copies =
+                base.iter().map(|(name, value)| ParameterInit { name: name.clone(), value: value.shallow_clone() });
             (None, copies.collect())
         }
     };
@@ -149,10 +150,7 @@ pub fn target_linears(lora: &Lora) -> Result<Vec<&'static str>, Error> {
     let last = |linear: &str| linear.rsplit('.').next().unwrap_or_default().to_owned();
     for target in &lora.target_modules {
         if !LAYER_LINEARS.iter().any(|linear| last(linear) == *target) {
-            return Err(Error::UnknownTarget {
-                found: target.clone(),
-                expected: LAYER_LINEARS.map(last).join(", "),
-            });
+            return Err(Error::UnknownTarget { found: target.clone(), expected: LAYER_LINEARS.map(last).join(", ") });
         }
     }
     Ok(LAYER_LINEARS.into_iter().filter(|linear| lora.target_modules.contains(&last(linear))).collect())
@@ -161,7 +159,10 @@ pub fn target_linears(lora: &Lora) -> Result<Vec<&'static str>, Error> {
 impl Loader<'_> {
     /// All tensors of the base on the device in the model's dtype, checked for shape and finiteness.
     fn read_base(&self) -> Result<Vec<(String, Tensor)>, Error> {
-        base_shapes(self.config).into_iter().map(|(name, shape)| Ok((name.clone(), self.read(&name, &shape)?))).collect()
+        base_shapes(self.config)
+            .into_iter()
+            .map(|(name, shape)| Ok((name.clone(), self.read(&name, &shape)?)))
+            .collect()
     }
 
     fn read(&self, name: &str, expected: &[i64]) -> Result<Tensor, Error> {
@@ -169,7 +170,12 @@ impl Loader<'_> {
         let mapped = self.files.tensor(name)?;
         let shape: Vec<i64> = mapped.shape.iter().map(|&size| size as i64).collect();
         if shape != expected {
-            return Err(Error::Shape { folder: folder(), name: name.into(), found: shape, expected: expected.to_vec() });
+            return Err(Error::Shape {
+                folder: folder(),
+                name: name.into(),
+                found: shape,
+                expected: expected.to_vec(),
+            });
         }
         let kind = match mapped.dtype {
             safetensors::Dtype::BF16 => Kind::BFloat16,
@@ -194,8 +200,7 @@ impl Loader<'_> {
                 let shape = linear_shape(self.config, linear);
                 let bound = 1.0 / (shape[1] as f32).sqrt();
                 let mut random = generator(self.source.seed, &format!("init {module}"), &[]);
-                let values: Vec<f32> =
-                    (0..lora.rank * shape[1]).map(|_| random.random_range(-bound..bound)).collect();
+                let values: Vec<f32> = (0..lora.rank * shape[1]).map(|_| random.random_range(-bound..bound)).collect();
                 let a = Tensor::from_slice(&values).view([lora.rank, shape[1]]);
                 let b = Tensor::zeros([shape[0], lora.rank], (Kind::Float, Device::Cpu));
                 inits.push(ParameterInit { name: format!("{module}.lora_A.weight"), value: a });
@@ -259,10 +264,9 @@ impl Assembler<'_> {
             .collect();
         let embedding = self.weight("model.embed_tokens.weight");
         let head = self.weight(if config.tie_word_embeddings { "model.embed_tokens.weight" } else { "lm_head.weight" });
-        let frequencies = config.rope_frequencies().map_err(|message| Error::UnsupportedModel {
-            path: source.folder.join("config.json"),
-            message,
-        })?;
+        let frequencies = config
+            .rope_frequencies()
+            .map_err(|message| Error::UnsupportedModel { path: source.folder.join("config.json"), message })?;
         let max_positions = source.max_positions.min(config.max_position_embeddings);
         Ok(Llama {
             rope: Rope::new(&frequencies, max_positions, source.kind, source.device),

@@ -1,0 +1,223 @@
+//! Logits, gradients, losses and schedules against transformers, PEFT and torch (`tests/golden/make_golden.py`).
+
+use crds::run::{Method, Scheduler};
+use harness::{StepsCase, base_model, examples, golden, max_difference, read_golden, start_adapters};
+use serde::Deserialize;
+use tch::{Device, Kind, Tensor};
+use trainer::data::pack::{PackedBatch, pack};
+use trainer::evaluate;
+use trainer::generate::{Limits, generate};
+use trainer::linear::Adapters;
+use trainer::model::{Built, DeviceBatch, Noise, Recompute, Source, build};
+use trainer::schedule::Schedule;
+use trainer::signal::Stop;
+use trainer::tokenizer::Tokenizer;
+use trainer::train::{StepConfig, StepStats, train_step};
+use trainer::weights::MappedFile;
+
+/// Relative tolerance of losses and gradient norms over ten steps.
+const STEP_TOLERANCE: f64 = 1e-4;
+/// Absolute tolerance of fp32 logits.
+const LOGIT_TOLERANCE: f64 = 2e-4;
+
+fn built(folder: &std::path::Path, method: &Method, kind: Kind) -> Built {
+    tch::set_num_threads(1);
+    let source = Source { folder, method, kind, device: Device::Cpu, seed: 1, max_positions: 512 };
+    build(&source).unwrap_or_else(|error| panic!("{error}"))
+}
+
+fn lora() -> Method {
+    let lora =
+        crds::run::Lora { rank: 4, alpha: 8.0, dropout: 0.0, target_modules: Vec::new(), rank_stabilized: false };
+    Method::LoRA { lora }
+}
+
+fn step_config(learning_rate: f64, case: &StepsCase, recompute: Recompute) -> StepConfig {
+    StepConfig {
+        learning_rate,
+        weight_decay: case.weight_decay,
+        max_grad_norm: case.max_grad_norm,
+        noise: Noise { seed: 1, step: 0, neftune_alpha: None },
+        recompute,
+    }
+}
+
+fn relative(ours: f64, expected: f64) -> f64 {
+    (ours - expected).abs() / expected.abs().max(1e-12)
+}
+
+#[derive(Deserialize)]
+struct GoldenLogits {
+    prompts: Vec<GoldenPrompt>,
+    greedy: Greedy,
+}
+
+#[derive(Deserialize)]
+struct GoldenPrompt {
+    text: String,
+    tokens: Vec<u32>,
+    positions: Vec<i64>,
+    columns: Vec<i64>,
+    logits: Vec<Vec<f32>>,
+}
+
+#[derive(Deserialize)]
+struct Greedy {
+    tokens: Vec<u32>,
+    answer: String,
+}
+
+fn single(tokens: &[u32]) -> DeviceBatch {
+    let mut batch = PackedBatch::default();
+    batch.push(0, tokens.iter().copied(), &vec![0; tokens.len()]);
+    DeviceBatch::new(&batch, Device::Cpu)
+}
+
+#[test]
+fn base_logits_and_greedy_answer_equal_transformers() {
+    let golden: GoldenLogits = read_golden("logits.json");
+    let folder = base_model();
+    let tokenizer = Tokenizer::open(&folder).expect("a tokenizer");
+    let Built { model, .. } = built(&folder, &lora(), Kind::Float);
+    for prompt in &golden.prompts {
+        assert_eq!(tokenizer.encode(&prompt.text).expect("encodes").ids, prompt.tokens);
+        let logits = model.all_logits(&single(&prompt.tokens), Adapters::Off);
+        let ours = logits
+            .index_select(0, &Tensor::from_slice(&prompt.positions))
+            .index_select(1, &Tensor::from_slice(&prompt.columns));
+        let expected = Tensor::from_slice(&prompt.logits.concat()).view(ours.size().as_slice());
+        let difference = max_difference(&ours, &expected);
+        assert!(difference <= LOGIT_TOLERANCE, "{:?}: logits differ by {difference}", prompt.text);
+    }
+    for kind in [Kind::Float, Kind::BFloat16] {
+        let Built { model, .. } = built(&folder, &lora(), kind);
+        let limits = Limits { max_new_tokens: 24, end_tokens: tokenizer.end_tokens().to_vec(), rows: 2 };
+        // Beside another prompt with the same beginning, so that prefix sharing and padding take part.
+        let other: Vec<u32> = [&golden.greedy.tokens[..], &golden.greedy.tokens[..7]].concat();
+        let prompts = [golden.greedy.tokens.as_slice(), &other];
+        let answers =
+            generate(&model, &prompts, Adapters::On, &limits, &Stop::default(), &mut |_| ()).expect("no stop");
+        assert_eq!(tokenizer.decode(&answers[0].tokens).expect("decodes"), golden.greedy.answer, "{kind:?}");
+        assert!(answers[0].ended);
+    }
+}
+
+#[test]
+fn ten_steps_equal_transformers_peft_and_torch() {
+    let cases: Vec<StepsCase> = read_golden("steps.json");
+    assert!(cases.len() >= 6);
+    for case in cases {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let examples = examples(folder.path(), &case.examples);
+        let Built { model, mut parameters } = built(&case.folder(), &case.method.method(), Kind::Float);
+        start_adapters(&mut parameters);
+        for (index, step) in case.steps.iter().enumerate() {
+            let batches = pack(&examples, &step.examples, 4096);
+            let config = step_config(step.learning_rate, &case, Recompute::Pointwise);
+            let stats = train_step(&model, &mut parameters, &batches, &config).expect("no libtorch error");
+            let (loss, norm) = (stats.loss.double_value(&[]), stats.gradient_norm.double_value(&[]));
+            let within =
+                relative(loss, step.loss) <= STEP_TOLERANCE && relative(norm, step.gradient_norm) <= STEP_TOLERANCE;
+            assert!(
+                within,
+                "{} step {index}: loss {loss} against {}, gradient norm {norm} against {}",
+                case.name, step.loss, step.gradient_norm
+            );
+        }
+    }
+}
+
+#[test]
+fn every_gradient_equals_autograd() {
+    for case in read_golden::<Vec<StepsCase>>("steps.json") {
+        let Some(gradients) = &case.gradients else { continue };
+        let file = MappedFile::open(&golden(gradients)).expect("golden gradients");
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let examples = examples(folder.path(), &case.examples);
+        let Built { model, mut parameters } = built(&case.folder(), &case.method.method(), Kind::Float);
+        start_adapters(&mut parameters);
+        // A huge norm: the gradients stay as they are.
+        let config = StepConfig { max_grad_norm: 1e30, ..step_config(0.0, &case, Recompute::Pointwise) };
+        let batches = pack(&examples, &case.steps[0].examples, 4096);
+        train_step(&model, &mut parameters, &batches, &config).expect("no libtorch error");
+        assert_eq!(parameters.slots().len(), file.names().len(), "{}", case.name);
+        for slot in parameters.slots() {
+            let expected = file.tensor(&slot.name).unwrap_or_else(|| panic!("{}: no {}", case.name, slot.name));
+            let expected = Tensor::from_data_size(expected.data, &slot.shape, Kind::Float);
+            let ours = parameters.gradient(slot);
+            let scale = expected.abs().max().double_value(&[]).max(1e-6);
+            let difference = max_difference(&ours, &expected) / scale;
+            assert!(difference <= 1e-4, "{}: gradient of {} differs by {difference}", case.name, slot.name);
+        }
+    }
+}
+
+/// Loss, norm and updated weights of one step.
+fn one_step(case: &StepsCase, max_tokens: i64, recompute: Recompute) -> (StepStats, Tensor) {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let examples = examples(folder.path(), &case.examples);
+    let Built { model, mut parameters } = built(&case.folder(), &case.method.method(), Kind::Float);
+    start_adapters(&mut parameters);
+    let batches = pack(&examples, &case.steps[0].examples, max_tokens);
+    let config = step_config(1e-2, case, recompute);
+    let stats = train_step(&model, &mut parameters, &batches, &config).expect("no libtorch error");
+    (stats, parameters.flat_master().copy())
+}
+
+#[test]
+fn packing_and_micro_batches_change_nothing_beyond_rounding_and_recomputation_nothing_at_all() {
+    for case in read_golden::<Vec<StepsCase>>("steps.json").into_iter().filter(|case| case.model != "base") {
+        let (packed, packed_weights) = one_step(&case, 4096, Recompute::Pointwise);
+        for max_tokens in [1, 12, 30] {
+            let (split, split_weights) = one_step(&case, max_tokens, Recompute::Pointwise);
+            assert!(relative(split.loss.double_value(&[]), packed.loss.double_value(&[])) < 1e-5, "{}", case.name);
+            let norms = [&split, &packed].map(|stats| stats.gradient_norm.double_value(&[]));
+            assert!(relative(norms[0], norms[1]) < 1e-5, "{}: {norms:?}", case.name);
+            // AdamW's first step divides each gradient by its own size, which magnifies rounding of the tiniest ones.
+            let moved = (&split_weights - &packed_weights).abs().mean(Kind::Double).double_value(&[]);
+            assert!(moved < 1e-5, "{}: weights differ by {moved}", case.name);
+        }
+        let (recomputed, recomputed_weights) = one_step(&case, 4096, Recompute::Layer);
+        assert_eq!(recomputed.loss.double_value(&[]), packed.loss.double_value(&[]), "{}", case.name);
+        assert_eq!(recomputed_weights, packed_weights, "{}", case.name);
+    }
+}
+
+#[test]
+fn evaluation_equals_the_training_loss() {
+    let cases: Vec<StepsCase> = read_golden("steps.json");
+    let case = cases.iter().find(|case| case.name == "tiny-llama-full").expect("a golden case");
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let step = &case.steps[0];
+    let chosen: Vec<_> = step.examples.iter().map(|&index| case.examples[index].clone()).collect();
+    let examples = examples(folder.path(), &chosen);
+    let Built { model, .. } = built(&case.folder(), &case.method.method(), Kind::Float);
+    for max_tokens in [1, 4096] {
+        let scores = evaluate::score(&model, &examples, Adapters::On, max_tokens, &Stop::default()).expect("no stop");
+        assert!(relative(scores.eval_loss.expect("measured"), step.loss) < 1e-5, "{scores:?}");
+        let accuracy = scores.token_accuracy.expect("measured");
+        assert!((0.0..=1.0).contains(&accuracy), "{accuracy}");
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct GoldenSchedule {
+    scheduler: Scheduler,
+    total_steps: i64,
+    warmup_steps: i64,
+    peak: f64,
+    rates: Vec<f64>,
+}
+
+#[test]
+fn schedules_equal_transformers() {
+    for golden in read_golden::<Vec<GoldenSchedule>>("schedules.json") {
+        let GoldenSchedule { scheduler, total_steps, warmup_steps, peak, rates } = golden;
+        let schedule = Schedule { scheduler, peak, warmup_steps, total_steps };
+        for (step, expected) in rates.into_iter().enumerate() {
+            let ours = schedule.learning_rate(step as i64);
+            assert!((ours - expected).abs() < 1e-9, "{scheduler:?} step {step}: {ours} against {expected}");
+        }
+    }
+}
