@@ -5,6 +5,7 @@
 //! Numbers that the resource carries as quoted decimals are `f64` here, parsed once. `None` means that the trainer
 //! chooses from what it sees (the model's context, the rows, the memory) and echoes the choice in its report.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// The version of this contract.
@@ -86,7 +87,7 @@ pub struct DataSource {
 }
 
 /// How a dataset row is to be read.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum DataFormat {
     /// Decided by the keys of the rows.
     #[default]
@@ -128,7 +129,7 @@ pub struct DatasetConfig {
 }
 
 /// What a finding does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum ProblemAction {
     /// Ends the run before training.
     Fail,
@@ -197,7 +198,7 @@ pub struct Quantization {
 }
 
 /// Storage type of a quantised base.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum QuantizationType {
     /// Four-bit NormalFloat.
     NF4,
@@ -214,7 +215,7 @@ pub enum Duration {
 }
 
 /// Learning-rate schedules, by Hugging Face's names.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum Scheduler {
     /// No change after warm-up.
     Constant,
@@ -229,7 +230,7 @@ pub enum Scheduler {
 }
 
 /// Number format of weights and activations.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum Precision {
     /// bf16 where the device computes in it, fp32 elsewhere.
     #[default]
@@ -298,7 +299,7 @@ pub struct CheckpointConfig {
 }
 
 /// A metric that validation measures.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub enum Metric {
     /// Mean negative log-likelihood in nats per trained token; lower is better.
@@ -329,7 +330,7 @@ impl Metric {
 }
 
 /// Which checkpoint is judged and exported.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum Evaluate {
     /// The best by the metric.
     Best,
@@ -338,7 +339,7 @@ pub enum Evaluate {
 }
 
 /// What a gate compares with.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum Baseline {
     /// The base model without examples in the prompt.
     Base,
@@ -420,7 +421,7 @@ pub struct EarlyStopping {
 }
 
 /// What the run writes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum OutputFormat {
     /// A PEFT adapter.
     Adapter,

@@ -1,1 +1,148 @@
-//! display
+//! What people see: a progress bar on a terminal, a line every few seconds elsewhere; what was derived before the first
+//! step; the result in plain words. Progress goes to standard error, the result to standard output.
+
+mod summary;
+
+use std::io;
+use std::time::{Duration, Instant};
+
+use crds::report::{DataReport, Stage};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::plan::display_bytes;
+use crate::record::{Event, Observer, StepRecord};
+
+pub use summary::{display_duration, summary};
+
+/// Between two lines where there is no terminal.
+const LINE_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Prints events to standard error.
+#[derive(Debug)]
+pub struct Display {
+    bar: Option<ProgressBar>,
+    terminal: bool,
+    eval_loss: Option<f64>,
+    last_line: Option<Instant>,
+    /// Recent steps' seconds and tokens, for a steady rate.
+    recent: std::collections::VecDeque<(f64, i64)>,
+}
+
+impl Display {
+    /// `terminal`: whether standard error is one.
+    pub fn new(terminal: bool) -> Self {
+        Self { bar: None, terminal, eval_loss: None, last_line: None, recent: std::collections::VecDeque::new() }
+    }
+
+    fn print(&self, text: &str) {
+        match &self.bar {
+            Some(bar) => bar.suspend(|| eprintln!("{text}")),
+            None => eprintln!("{text}"),
+        }
+    }
+
+    fn step(&mut self, record: &StepRecord) {
+        self.recent.push_back((record.seconds, record.input_tokens));
+        if self.recent.len() > 20 {
+            self.recent.pop_front();
+        }
+        let seconds: f64 = self.recent.iter().map(|(seconds, _)| seconds).sum();
+        let tokens: i64 = self.recent.iter().map(|(_, tokens)| tokens).sum();
+        let remaining = seconds / self.recent.len() as f64 * (record.total_steps - record.step) as f64;
+        let evaluation = self.eval_loss.map_or(String::new(), |loss| format!("  eval {loss:.4}"));
+        let text = format!(
+            "loss {:.4}{evaluation}  {:.0} tokens/s  {} left",
+            record.loss,
+            tokens as f64 / seconds.max(1e-9),
+            display_duration(remaining)
+        );
+        if self.terminal {
+            let bar = self.bar.get_or_insert_with(|| {
+                let style = ProgressStyle::with_template("step {pos}/{len} [{bar:30}] {msg}").expect("a valid template");
+                ProgressBar::new(record.total_steps.unsigned_abs()).with_style(style.progress_chars("=> "))
+            });
+            bar.set_position(record.step.unsigned_abs());
+            bar.set_message(text);
+        } else {
+            let due = self.last_line.is_none_or(|last| last.elapsed() >= LINE_INTERVAL);
+            if due || record.step == record.total_steps {
+                self.print(&format!("step {}/{}  {text}", record.step, record.total_steps));
+                self.last_line = Some(Instant::now());
+            }
+        }
+    }
+
+    fn data(&self, report: &DataReport) {
+        let share = 100.0 * report.trained_tokens as f64 / report.tokens.max(1) as f64;
+        self.print(&format!(
+            "data: {} training rows, {} validation rows; {} tokens, {share:.0} % of them trained; longest {} (limit {})",
+            report.rows, report.validation_rows, report.tokens, report.longest, report.max_sequence_length
+        ));
+        self.print(&format!(
+            "      {} exact and {} near duplicates, {} leaked, {} truncated, {} without trained tokens",
+            report.duplicates, report.near_duplicates, report.leaked, report.truncated, report.untrained
+        ));
+        let histogram: Vec<String> =
+            report.length_histogram.iter().map(|(upper, count)| format!("≤{upper}: {count}")).collect();
+        self.print(&format!("      rows by tokens: {}", histogram.join("  ")));
+        for warning in &report.warnings {
+            self.print(&format!("warning: {warning}"));
+        }
+    }
+}
+
+impl Observer for Display {
+    fn observe(&mut self, event: &Event) -> io::Result<()> {
+        match event {
+            Event::Stage(stage) => {
+                if *stage != Stage::Training
+                    && let Some(bar) = self.bar.take()
+                {
+                    bar.finish();
+                }
+                self.print(&format!("== {}", format!("{stage:?}").to_lowercase()));
+            }
+            Event::Derived { name, value, reason } => self.print(&format!("{name}: {value} ({reason})")),
+            Event::Data(report) => self.data(report),
+            Event::Plan(plan) => self.print(&format!(
+                "memory: {} predicted of {} (weights {}, trained {}, optimizer {}, activations {}, workspace {})",
+                display_bytes(plan.memory.total),
+                display_bytes(plan.memory_available),
+                display_bytes(plan.memory.weights),
+                display_bytes(plan.memory.parameters),
+                display_bytes(plan.memory.optimizer),
+                display_bytes(plan.memory.activations),
+                display_bytes(plan.memory.workspace),
+            )),
+            Event::Resumed { step, inexact_because } => {
+                let exact = inexact_because.as_ref().map_or_else(
+                    || "the result will be the same bytes as without the interruption".to_owned(),
+                    |why| format!("not bit-exact: {why}"),
+                );
+                self.print(&format!("resumed at step {step}; {exact}"));
+            }
+            Event::Step(record) => self.step(record),
+            Event::Evaluation(record) => {
+                self.eval_loss = record.scores.eval_loss;
+                let value = |name: &str, value: Option<f64>| value.map_or(String::new(), |v| format!("  {name} {v:.4}"));
+                self.print(&format!(
+                    "evaluation at step {}:{}{}{}{}",
+                    record.step,
+                    value("loss", record.scores.eval_loss),
+                    value("token accuracy", record.scores.token_accuracy),
+                    value("exact match", record.scores.exact_match),
+                    if record.best { "  (best so far)" } else { "" }
+                ));
+            }
+            Event::Checkpoint(record) => self.print(&format!(
+                "checkpoint at step {}: {} in {:.2} s",
+                record.step,
+                display_bytes(record.bytes),
+                record.seconds
+            )),
+            Event::Warning(text) => self.print(&format!("warning: {text}")),
+            Event::Validated(_) => {}
+        }
+        Ok(())
+    }
+}

@@ -1,1 +1,217 @@
-//! export
+//! What the ecosystem loads: a PEFT adapter, or a Hugging Face model; with the tokenizer, unchanged, and a model card.
+//! Everything is written to a sibling folder that is renamed into place.
+
+mod card;
+
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use crds::run::Lora;
+use safetensors::Dtype;
+use serde_json::json;
+
+use crate::checkpoint::{digest_file, sync_folder};
+use crate::weights::{TensorView, write_safetensors};
+
+pub use card::model_card;
+
+/// Bytes of one weights file; larger models are split.
+const MAX_SHARD_BYTES: usize = 5 << 30;
+/// Files that go along with the weights, as they are.
+const TOKENIZER_FILES: [&str; 4] =
+    ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"];
+const CONFIG_FILES: [&str; 2] = ["config.json", "generation_config.json"];
+
+/// The output could not be written.
+#[derive(Debug, thiserror::Error)]
+#[error("{}: cannot be written ({source}); free space or choose another --dir", path.display())]
+pub struct Error {
+    path: PathBuf,
+    source: io::Error,
+}
+
+impl Error {
+    /// The exit code that this error ends the trainer with.
+    pub fn exit(&self) -> crds::exit::ExitCode {
+        crds::exit::ExitCode::CannotWrite
+    }
+}
+
+/// What is written.
+#[derive(Debug)]
+pub enum Weights<'a> {
+    /// A PEFT adapter.
+    Adapter {
+        /// How it was trained.
+        lora: &'a Lora,
+        /// Linears that have one, by last path segment.
+        targets: &'a [&'a str],
+        /// Tensors by `model.layers.N.….lora_A.weight` and `.lora_B.weight`, fp32.
+        tensors: &'a [TensorView<'a>],
+        /// URI of the base model.
+        base_model: &'a str,
+        /// Commit of the base model.
+        revision: Option<&'a str>,
+    },
+    /// A whole model.
+    Model {
+        /// Tensors by Hugging Face name.
+        tensors: &'a [TensorView<'a>],
+    },
+}
+
+/// Writes `output` and returns the digest of the (first) weights file. `card` is the model card, `plot` the loss curve.
+pub fn write_output(output: &Path, base: &Path, weights: &Weights, card: &str, plot: &Path) -> Result<String, Error> {
+    let failed = |source| Error { path: output.into(), source };
+    let run = output.parent().unwrap_or(Path::new("."));
+    let temporary = tempfile::Builder::new().prefix(".output-").tempdir_in(run).map_err(failed)?;
+    let digest = write_files(temporary.path(), base, weights, card, plot).map_err(failed)?;
+    let old = run.join(".output-old");
+    if output.exists() {
+        let _ = fs::remove_dir_all(&old);
+        fs::rename(output, &old).map_err(failed)?;
+    }
+    fs::rename(temporary.keep(), output).and_then(|()| sync_folder(run)).map_err(failed)?;
+    // What is left of it is nobody's output any more.
+    let _ = fs::remove_dir_all(&old);
+    Ok(digest)
+}
+
+fn write_files(folder: &Path, base: &Path, weights: &Weights, card: &str, plot: &Path) -> io::Result<String> {
+    fs::write(folder.join("README.md"), card)?;
+    fs::copy(plot, folder.join("loss.svg"))?;
+    copy_existing(base, folder, &TOKENIZER_FILES)?;
+    let first = match weights {
+        Weights::Adapter { lora, targets, tensors, base_model, revision } => {
+            let config = adapter_config(lora, targets, base_model, *revision);
+            fs::write(folder.join("adapter_config.json"), config)?;
+            let renamed: Vec<TensorView> = tensors
+                .iter()
+                .map(|tensor| TensorView { name: format!("base_model.model.{}", tensor.name), ..tensor.clone() })
+                .collect();
+            write_weights(&folder.join("adapter_model.safetensors"), &renamed)?
+        }
+        Weights::Model { tensors } => {
+            copy_existing(base, folder, &CONFIG_FILES)?;
+            write_shards(folder, tensors)?
+        }
+    };
+    for entry in fs::read_dir(folder)? {
+        File::open(entry?.path())?.sync_all()?;
+    }
+    sync_folder(folder)?;
+    digest_file(&first)
+}
+
+fn copy_existing(from: &Path, to: &Path, names: &[&str]) -> io::Result<()> {
+    for name in names {
+        if from.join(name).exists() {
+            fs::write(to.join(name), fs::read(from.join(name))?)?;
+        }
+    }
+    Ok(())
+}
+
+fn write_weights(path: &Path, tensors: &[TensorView]) -> io::Result<PathBuf> {
+    let mut sink = BufWriter::with_capacity(1 << 20, File::create(path)?);
+    write_safetensors(&mut sink, &[("format", "pt")], tensors)?;
+    sink.flush()?;
+    Ok(path.into())
+}
+
+fn write_shards(folder: &Path, tensors: &[TensorView]) -> io::Result<PathBuf> {
+    let total: usize = tensors.iter().map(|tensor| tensor.data.len()).sum();
+    if total <= MAX_SHARD_BYTES {
+        return write_weights(&folder.join("model.safetensors"), tensors);
+    }
+    let mut shards: Vec<Vec<TensorView>> = vec![Vec::new()];
+    let mut used = 0;
+    for tensor in tensors {
+        if used + tensor.data.len() > MAX_SHARD_BYTES && used > 0 {
+            shards.push(Vec::new());
+            used = 0;
+        }
+        used += tensor.data.len();
+        shards.last_mut().expect("there is always one").push(tensor.clone());
+    }
+    let mut weight_map = serde_json::Map::new();
+    let mut first = None;
+    for (index, shard) in shards.iter().enumerate() {
+        let name = format!("model-{:05}-of-{:05}.safetensors", index + 1, shards.len());
+        for tensor in shard {
+            weight_map.insert(tensor.name.clone(), name.clone().into());
+        }
+        let path = write_weights(&folder.join(&name), shard)?;
+        first.get_or_insert(path);
+    }
+    let index = json!({"metadata": {"total_size": total}, "weight_map": weight_map});
+    fs::write(folder.join("model.safetensors.index.json"), serde_json::to_vec_pretty(&index)?)?;
+    Ok(first.expect("there is at least one shard"))
+}
+
+/// `adapter_config.json` as PEFT writes it: keys sorted, two spaces.
+fn adapter_config(lora: &Lora, targets: &[&str], base_model: &str, revision: Option<&str>) -> String {
+    let alpha = if lora.alpha.fract() == 0.0 { json!(lora.alpha as i64) } else { json!(lora.alpha) };
+    let last: Vec<&str> = targets.iter().map(|target| target.rsplit('.').next().unwrap_or(target)).collect();
+    let name = base_model.strip_prefix("hf://").or_else(|| base_model.strip_prefix("file://")).unwrap_or(base_model);
+    let mut config = json!({
+        "alpha_pattern": {}, "auto_mapping": null, "base_model_name_or_path": name, "bias": "none",
+        "fan_in_fan_out": false, "inference_mode": true, "init_lora_weights": true, "layer_replication": null,
+        "layers_pattern": null, "layers_to_transform": null, "loftq_config": {}, "lora_alpha": alpha,
+        "lora_dropout": lora.dropout, "megatron_config": null, "megatron_core": "megatron.core",
+        "modules_to_save": null, "peft_type": "LORA", "r": lora.rank, "rank_pattern": {}, "revision": revision,
+        "target_modules": last, "task_type": "CAUSAL_LM", "use_dora": false, "use_rslora": lora.rank_stabilized,
+    });
+    config.sort_all_objects();
+    serde_json::to_string_pretty(&config).expect("JSON") + "\n"
+}
+
+/// Safetensors' word for a tch dtype.
+pub fn dtype(kind: tch::Kind) -> Dtype {
+    match kind {
+        tch::Kind::BFloat16 => Dtype::BF16,
+        tch::Kind::Half => Dtype::F16,
+        tch::Kind::Double => Dtype::F64,
+        _ => Dtype::F32,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_adapter_has_pefts_layout() {
+        let run = tempfile::tempdir().expect("a temporary folder");
+        let base = run.path().join("base");
+        fs::create_dir(&base).expect("writable");
+        fs::write(base.join("tokenizer.json"), "{}").expect("writable");
+        fs::write(run.path().join("loss.svg"), "<svg/>").expect("writable");
+        let lora = Lora { rank: 2, alpha: 4.0, dropout: 0.0, target_modules: Vec::new(), rank_stabilized: false };
+        let data = [0u8; 16];
+        let name = "model.layers.0.self_attn.q_proj.lora_A.weight".to_owned();
+        let tensors = [TensorView { name, dtype: Dtype::F32, shape: vec![2, 2], data: &data }];
+        let weights = Weights::Adapter {
+            lora: &lora,
+            targets: &["self_attn.q_proj"],
+            tensors: &tensors,
+            base_model: "hf://owner/name",
+            revision: Some("abc"),
+        };
+        let output = run.path().join("output");
+        for _ in 0..2 {
+            let digest = write_output(&output, &base, &weights, "card", &run.path().join("loss.svg")).expect("written");
+            assert_eq!(digest, digest_file(&output.join("adapter_model.safetensors")).expect("there"));
+        }
+        let bytes = fs::read(output.join("adapter_model.safetensors")).expect("there");
+        let parsed = safetensors::SafeTensors::deserialize(&bytes).expect("valid");
+        assert_eq!(parsed.names(), ["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"]);
+        let config: serde_json::Value =
+            serde_json::from_slice(&fs::read(output.join("adapter_config.json")).expect("there")).expect("JSON");
+        let expected = json!(["owner/name", 2, 4, ["q_proj"], "abc"]);
+        let found = ["base_model_name_or_path", "r", "lora_alpha", "target_modules", "revision"].map(|key| config[key].clone());
+        assert_eq!(json!(found), expected);
+        assert!(output.join("tokenizer.json").exists() && output.join("README.md").exists());
+    }
+}
