@@ -238,6 +238,18 @@ pub fn tokenize(inputs: &Inputs) -> Result<Tokenized, Error> {
     })
 }
 
+/// The text that asks a model for an answer to `prompt`: through its chat template, or as it is where it has none.
+pub fn chat_prompt(tokenizer: &Tokenizer, prompt: &str) -> Result<String, Error> {
+    match load_template(tokenizer, jiff::Zoned::now().datetime()) {
+        Ok(template) => {
+            let message = serde_json::json!({"role": "user", "content": prompt});
+            Ok(template.render(&[message], None, true)?.text)
+        }
+        Err(Error::Template(chat_template::Error::Missing { .. })) => Ok(prompt.to_owned()),
+        Err(error) => Err(error),
+    }
+}
+
 fn load_template(tokenizer: &Tokenizer, date: jiff::civil::DateTime) -> Result<ChatTemplate, Error> {
     let source = chat_template::read_source(tokenizer.folder())?;
     let special: Vec<(String, String)> =

@@ -12,7 +12,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use crate::plan::display_bytes;
 use crate::record::{Event, Observer, StepRecord};
 
-pub use summary::{display_duration, summary};
+pub use summary::{describe_gate, display_duration, summary};
 
 /// Between two lines where there is no terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(5);

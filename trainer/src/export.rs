@@ -167,6 +167,50 @@ fn adapter_config(lora: &Lora, targets: &[&str], base_model: &str, revision: Opt
     serde_json::to_string_pretty(&config).expect("JSON") + "\n"
 }
 
+/// An adapter folder's configuration, as far as loading needs it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AdapterInfo {
+    /// Rank, alpha, targets.
+    pub lora: Lora,
+    /// As the configuration names it.
+    pub base_model: String,
+}
+
+/// Reads `adapter_config.json`; `None` if the folder holds no adapter.
+pub fn read_adapter(folder: &Path) -> Result<Option<AdapterInfo>, String> {
+    let path = folder.join("adapter_config.json");
+    let Ok(text) = fs::read_to_string(&path) else { return Ok(None) };
+    let refuse = |what: &str| format!("{}: {what}; expected a LoRA adapter_config.json as PEFT writes it", path.display());
+    let config: serde_json::Value = serde_json::from_str(&text).map_err(|error| refuse(&error.to_string()))?;
+    let targets = config["target_modules"].as_array().ok_or_else(|| refuse("target_modules is not a list"))?;
+    Ok(Some(AdapterInfo {
+        lora: Lora {
+            rank: config["r"].as_i64().ok_or_else(|| refuse("r is missing"))?,
+            alpha: config["lora_alpha"].as_f64().ok_or_else(|| refuse("lora_alpha is missing"))?,
+            dropout: 0.0,
+            target_modules: targets.iter().filter_map(|name| name.as_str().map(str::to_owned)).collect(),
+            rank_stabilized: config["use_rslora"].as_bool().unwrap_or(false),
+        },
+        base_model: config["base_model_name_or_path"].as_str().unwrap_or_default().to_owned(),
+    }))
+}
+
+/// Puts an adapter folder's weights in place.
+pub fn load_adapter(folder: &Path, parameters: &mut crate::optim::Parameters) -> Result<(), String> {
+    let path = folder.join("adapter_model.safetensors");
+    let file = crate::weights::MappedFile::open(&path).map_err(|error| error.to_string())?;
+    let flat = parameters.flat_master().zeros_like();
+    for slot in parameters.slots() {
+        let tensor = file
+            .tensor(&format!("base_model.model.{}", slot.name))
+            .filter(|tensor| tensor.dtype == Dtype::F32 && tensor.shape.iter().map(|&s| s as i64).eq(slot.shape.iter().copied()))
+            .ok_or_else(|| format!("{}: no fp32 tensor {} of shape {:?}", path.display(), slot.name, slot.shape))?;
+        slot.view(&flat).copy_(&tch::Tensor::from_data_size(tensor.data, &slot.shape, tch::Kind::Float));
+    }
+    parameters.set_master(&flat);
+    Ok(())
+}
+
 /// Safetensors' word for a tch dtype.
 pub fn dtype(kind: tch::Kind) -> Dtype {
     match kind {

@@ -2,11 +2,15 @@
 
 pub mod attention;
 pub mod checkpoint;
+pub mod cli;
 pub mod data;
 pub mod device;
+pub mod display;
 pub mod evaluate;
+pub mod export;
 pub mod generate;
 pub mod history;
+pub mod judge;
 pub mod linear;
 pub mod loss;
 pub mod model;
@@ -17,6 +21,7 @@ pub mod plot;
 pub mod prepare;
 pub mod random;
 pub mod record;
+pub mod run;
 pub mod schedule;
 pub mod shim;
 pub mod signal;
@@ -25,19 +30,4 @@ pub mod tokenizer;
 pub mod train;
 pub mod weights;
 
-/// A run ended without a result.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// Training.
-    #[error(transparent)]
-    Train(#[from] train::Error),
-}
-
-impl Error {
-    /// The exit code that this error ends the trainer with.
-    pub fn exit(&self) -> crds::exit::ExitCode {
-        match self {
-            Self::Train(error) => error.exit(),
-        }
-    }
-}
+pub use run::Error;

@@ -4,7 +4,7 @@
 //! Exact parts are counted; activations follow from what `model::layer` saves; time from one measured matrix product.
 
 use crds::report::MemoryEstimate;
-use crds::run::{Method, RunConfig};
+use crds::run::{Lora, Method, RunConfig};
 use tch::{Kind, Tensor};
 
 use crate::loss::chunk_rows;
@@ -198,12 +198,22 @@ pub fn plan(inputs: &Inputs) -> Result<Estimate, DoesNotFit> {
     })
 }
 
+/// The method to compare with: LoRA with the usual settings, or full fine-tuning.
+pub fn other_method(method: &Method) -> Method {
+    match method {
+        Method::LoRA { .. } | Method::QLoRA { .. } => Method::Full {},
+        Method::Full {} => {
+            let lora =
+                Lora { rank: 16, alpha: 32.0, dropout: 0.0, target_modules: Vec::new(), rank_stabilized: false };
+            Method::LoRA { lora }
+        }
+    }
+}
+
 /// The least change that makes the run fit: LoRA instead of full fine-tuning, then shorter sequences.
 fn cheapest_that_fits(inputs: &Inputs) -> Option<String> {
-    let lora =
-        crds::run::Lora { rank: 16, alpha: 32.0, dropout: 0.0, target_modules: Vec::new(), rank_stabilized: false };
     let candidates = [
-        (matches!(inputs.config.method, Method::Full {})).then_some((Method::LoRA { lora }, "method.type: LoRA")),
+        matches!(inputs.config.method, Method::Full {}).then(|| (other_method(&inputs.config.method), "method.type: LoRA")),
         Some((inputs.config.method.clone(), "")),
     ];
     for (method, words) in candidates.into_iter().flatten() {

@@ -154,6 +154,8 @@ pub struct TrainState {
     pub eval_loss: Option<f64>,
     /// Seconds spent in steps, over all attempts.
     pub train_seconds: f64,
+    /// Wall seconds of earlier attempts and of this one up to the commit.
+    pub wall_seconds: f64,
     /// Tokens computed at once; lowered when memory runs out.
     pub micro_batch_tokens: i64,
     /// Whether training is over.

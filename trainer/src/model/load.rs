@@ -129,6 +129,47 @@ pub fn read_base_master(source: &Source, parameters: &Parameters) -> Result<Tens
     Ok(flat)
 }
 
+/// The whole model with what was trained: masters of full fine-tuning, or `W + scale * B A` computed in fp32; in the dtype
+/// of the base model's files. Tied heads stay tied: they are not among the names.
+pub fn merged(folder: &Path, parameters: &Parameters, lora: Option<&Lora>) -> Result<Vec<(String, Tensor)>, Error> {
+    let config = Config::read(folder)?;
+    let files = WeightFiles::open(folder)?;
+    let slot = |name: &str| parameters.slots().iter().find(|slot| slot.name == name);
+    let mut tensors = Vec::new();
+    for (name, shape) in base_shapes(&config) {
+        let mapped = files.tensor(&name)?;
+        let kind = kind_of(mapped.dtype);
+        // SAFETY: the copy below is made while the map is alive.
+        let base = unsafe { shim::borrow_bytes(mapped.data, &shape, kind) };
+        let module = name.trim_end_matches(".weight");
+        let adapter = slot(&format!("{module}.lora_A.weight")).zip(slot(&format!("{module}.lora_B.weight"))).zip(lora);
+        let value = match (slot(&name), adapter) {
+            (Some(slot), _) => parameters.master(slot).to_device(Device::Cpu),
+            (None, Some(((a, b), lora))) => {
+                let delta = parameters.master(b).matmul(&parameters.master(a)).to_device(Device::Cpu);
+                base.to_kind(Kind::Float) + delta * adapter_scale(lora)
+            }
+            (None, None) => base.copy(),
+        };
+        tensors.push((name, value.to_kind(kind).contiguous()));
+    }
+    Ok(tensors)
+}
+
+fn kind_of(dtype: safetensors::Dtype) -> Kind {
+    match dtype {
+        safetensors::Dtype::BF16 => Kind::BFloat16,
+        safetensors::Dtype::F16 => Kind::Half,
+        _ => Kind::Float,
+    }
+}
+
+/// `alpha / rank`, or `alpha / sqrt(rank)` when rank-stabilised.
+fn adapter_scale(lora: &Lora) -> f64 {
+    let rank = lora.rank as f64;
+    lora.alpha / if lora.rank_stabilized { rank.sqrt() } else { rank }
+}
+
 /// `[out, in]` of one linear of a layer.
 fn linear_shape(config: &Config, linear: &str) -> Vec<i64> {
     let queries = config.num_attention_heads * config.head_size();
@@ -177,11 +218,7 @@ impl Loader<'_> {
                 expected: expected.to_vec(),
             });
         }
-        let kind = match mapped.dtype {
-            safetensors::Dtype::BF16 => Kind::BFloat16,
-            safetensors::Dtype::F16 => Kind::Half,
-            _ => Kind::Float,
-        };
+        let kind = kind_of(mapped.dtype);
         // SAFETY: the model keeps the map alive (`_maps`), and nothing writes to a frozen weight.
         let stored = unsafe { shim::borrow_bytes(mapped.data, &shape, kind) };
         // A sum is finite only if every element is: no real weight comes near the range of fp32.
@@ -235,11 +272,10 @@ impl Assembler<'_> {
     fn linear(&self, layer: usize, index: usize) -> Linear {
         let module = format!("model.layers.{layer}.{}", LAYER_LINEARS[index]);
         let adapter = self.lora.filter(|_| self.slot(&format!("{module}.lora_A.weight")).is_some()).map(|lora| {
-            let rank = lora.rank as f64;
             Adapter {
                 a: self.weight(&format!("{module}.lora_A.weight")),
                 b: self.weight(&format!("{module}.lora_B.weight")),
-                scale: lora.alpha / if lora.rank_stabilized { rank.sqrt() } else { rank },
+                scale: adapter_scale(lora),
                 site: (layer * LAYER_LINEARS.len() + index) as u64,
             }
         });

@@ -1,0 +1,198 @@
+//! What the training loop asks of the world: events to observers, evaluations, checkpoints on disk.
+
+use std::io::Write;
+use std::time::Instant;
+
+use crds::report::Scores;
+use crds::run::{CheckpointInterval, Metric, RunConfig};
+use tch::{Device, Kind, Tensor};
+
+use super::{Context, Error, Planned};
+use crate::checkpoint::{Content, Store, Stored};
+use crate::evaluate::{self, Prompt};
+use crate::export::dtype;
+use crate::history::History;
+use crate::linear::Adapters;
+use crate::model::Llama;
+use crate::optim::Parameters;
+use crate::record::{CheckpointRecord, Event, Observer};
+use crate::shim::tensor_bytes;
+use crate::tokenizer::Tokenizer;
+use crate::train::{self, Surroundings, TrainState};
+use crate::weights::{MappedFile, TensorView, write_safetensors};
+
+const WEIGHTS: &str = "weights.safetensors";
+const OPTIMIZER: &str = "optimizer.safetensors";
+const STATE: &str = "state.json";
+/// Evaluations over a run where the configuration is silent.
+const EVALUATIONS: i64 = 10;
+
+/// The loop's surroundings in a run directory.
+pub struct RunSurroundings<'a> {
+    pub config: &'a RunConfig,
+    pub context: &'a Context<'a>,
+    pub planned: &'a Planned,
+    pub observer: &'a mut dyn Observer,
+    pub history: History,
+    pub store: Store,
+    pub started: Instant,
+    pub earlier_seconds: f64,
+}
+
+/// The loop's constants.
+pub fn loop_plan<'a>(config: &RunConfig, planned: &'a Planned) -> train::Plan<'a> {
+    let total = planned.schedule.total_steps;
+    let every = config.validation.every_steps.unwrap_or((total / EVALUATIONS).max(1));
+    train::Plan {
+        examples: &planned.prepared.train,
+        order: &planned.order,
+        schedule: planned.schedule,
+        seed: config.hyperparameters.seed,
+        neftune_alpha: config.hyperparameters.neftune_alpha,
+        weight_decay: config.hyperparameters.weight_decay,
+        max_grad_norm: config.hyperparameters.max_grad_norm,
+        recompute: planned.estimate.recompute,
+        evaluate_every: (!planned.prepared.validation.is_empty()).then_some(every),
+        metric: config.validation.metric,
+        early_stopping: config.early_stopping,
+        checkpoint: match config.checkpoint.interval {
+            CheckpointInterval::EverySteps(steps) => CheckpointInterval::EverySteps(steps.max(1)),
+            seconds @ CheckpointInterval::EverySeconds(_) => seconds,
+        },
+    }
+}
+
+impl RunSurroundings<'_> {
+    /// Hands an event to the record and to the observer.
+    pub fn emit_event(&mut self, event: Event) -> Result<(), Error> {
+        let failed = |source| Error::Write { path: self.context.run.into(), source };
+        self.history.observe(&event).map_err(failed)?;
+        self.observer.observe(&event).map_err(failed)
+    }
+}
+
+impl Surroundings for RunSurroundings<'_> {
+    fn emit(&mut self, event: Event) -> Result<(), crate::Error> {
+        self.emit_event(event)
+    }
+
+    fn evaluate(&mut self, model: &Llama) -> Result<Option<Scores>, crate::Error> {
+        let prepared = &self.planned.prepared;
+        let stop = self.context.stop;
+        let tokens = self.planned.estimate.micro_batch_tokens;
+        let Some(mut scores) = evaluate::score(model, &prepared.validation, Adapters::On, tokens, stop) else {
+            return Ok(None);
+        };
+        if self.config.validation.metric == Metric::ExactMatch {
+            let tokenizer = Tokenizer::open(&prepared.model)?;
+            let rows = &prepared.generation;
+            let share = evaluate::exact_match(model, rows, Prompt::ZeroShot, Adapters::On, &tokenizer, stop, &mut |_| ());
+            let Some(share) = share else { return Ok(None) };
+            scores.exact_match = Some(share);
+        }
+        Ok(Some(scores))
+    }
+
+    fn commit(&mut self, state: &TrainState, parameters: &Parameters) -> Result<(), crate::Error> {
+        let started = Instant::now();
+        let mut state = state.clone();
+        state.wall_seconds = self.earlier_seconds + self.started.elapsed().as_secs_f64();
+        let best = state.best.is_some_and(|best| best.step == state.step);
+        let weights = host_masters(parameters);
+        let optimizer = host_moments(parameters);
+        let write_state = |sink: &mut dyn Write| serde_json::to_writer_pretty(sink, &state).map_err(Into::into);
+        let write_weights = |sink: &mut dyn Write| write_safetensors(sink, &[], &views(&weights));
+        let write_optimizer = |sink: &mut dyn Write| write_safetensors(sink, &[], &views(&optimizer));
+        let stored = self.store.commit(
+            state.step,
+            best,
+            &[
+                Content { name: WEIGHTS, write: &write_weights },
+                Content { name: OPTIMIZER, write: &write_optimizer },
+                Content { name: STATE, write: &write_state },
+            ],
+        )?;
+        self.store.retain(self.config.checkpoint.keep_latest, self.config.checkpoint.keep_best)?;
+        let record = CheckpointRecord {
+            step: state.step,
+            bytes: stored.bytes(),
+            seconds: started.elapsed().as_secs_f64(),
+            eval_loss: state.eval_loss.filter(|_| state.evaluated_step == state.step),
+            best,
+        };
+        self.emit_event(Event::Checkpoint(record))
+    }
+}
+
+/// The masters by name, in host memory.
+pub fn host_masters(parameters: &Parameters) -> Vec<(String, Tensor)> {
+    let host = |slot| parameters.master(slot).to_device(Device::Cpu).contiguous();
+    parameters.slots().iter().map(|slot| (slot.name.clone(), host(slot))).collect()
+}
+
+fn host_moments(parameters: &Parameters) -> Vec<(String, Tensor)> {
+    let (exp_avg, exp_avg_sq, updates) = parameters.moments();
+    [("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq), ("updates", updates)]
+        .map(|(name, tensor)| (name.to_owned(), tensor.to_device(Device::Cpu).contiguous()))
+        .into()
+}
+
+/// Named tensors as bytes.
+pub fn views(tensors: &[(String, Tensor)]) -> Vec<TensorView<'_>> {
+    tensors
+        .iter()
+        .map(|(name, tensor)| TensorView {
+            name: name.clone(),
+            dtype: dtype(tensor.kind()),
+            shape: tensor.size().iter().map(|&size| size as usize).collect(),
+            data: tensor_bytes(tensor),
+        })
+        .collect()
+}
+
+/// The tensor `name` of a checkpoint's file, fp32.
+fn stored_tensor(file: &MappedFile, stored: &Stored, name: &str, shape: &[i64]) -> Result<Tensor, Error> {
+    let malformed = || {
+        Error::Weights(crate::weights::Error::Malformed {
+            path: stored.folder.clone(),
+            message: format!("the checkpoint verifies and has no tensor {name} of shape {shape:?}"),
+        })
+    };
+    let mapped = file.tensor(name).ok_or_else(malformed)?;
+    if mapped.dtype != safetensors::Dtype::F32 || mapped.shape.iter().map(|&size| size as i64).ne(shape.iter().copied()) {
+        return Err(malformed());
+    }
+    Ok(Tensor::from_data_size(mapped.data, shape, Kind::Float))
+}
+
+/// Puts a checkpoint's weights in place, and leaves the moments.
+pub fn restore_weights(stored: &Stored, parameters: &mut Parameters) -> Result<(), Error> {
+    let flat = read_masters(stored, parameters)?;
+    parameters.set_master(&flat);
+    Ok(())
+}
+
+fn read_masters(stored: &Stored, parameters: &Parameters) -> Result<Tensor, Error> {
+    let file = MappedFile::open(&stored.folder.join(WEIGHTS))?;
+    let flat = Tensor::zeros([parameters.num_elements()], (Kind::Float, Device::Cpu));
+    for slot in parameters.slots() {
+        slot.view(&flat).copy_(&stored_tensor(&file, stored, &slot.name, &slot.shape)?);
+    }
+    Ok(flat)
+}
+
+/// Puts a checkpoint's weights and moments in place and returns the loop's state.
+pub fn restore(stored: &Stored, parameters: &mut Parameters) -> Result<TrainState, Error> {
+    let path = stored.folder.join(STATE);
+    let read = |source| crate::checkpoint::Error::Read { path: path.clone(), source };
+    let state = std::fs::read(&path).map_err(read)?;
+    let state: TrainState = serde_json::from_slice(&state).map_err(|error| read(error.into()))?;
+    let flat = read_masters(stored, parameters)?;
+    let file = MappedFile::open(&stored.folder.join(OPTIMIZER))?;
+    let length = [parameters.num_elements()];
+    let exp_avg = stored_tensor(&file, stored, "exp_avg", &length)?;
+    let exp_avg_sq = stored_tensor(&file, stored, "exp_avg_sq", &length)?;
+    let updates = stored_tensor(&file, stored, "updates", &[])?;
+    parameters.restore(&flat, &exp_avg, &exp_avg_sq, &updates);
+    Ok(state)
+}
