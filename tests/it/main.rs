@@ -1,3 +1,5 @@
 //! The integration tests of the whole product, in one binary.
 
+mod bad_input;
 mod numerics;
+mod resume;

@@ -150,3 +150,7 @@ pub fn start_adapters(parameters: &mut Parameters) {
 pub fn max_difference(a: &Tensor, b: &Tensor) -> f64 {
     (a - b).abs().max().double_value(&[])
 }
+
+mod job;
+
+pub use job::{Job, Outcome, trainer_binary};

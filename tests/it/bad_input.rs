@@ -1,0 +1,186 @@
+//! What bad input gets: the exit code and the first line of every case.
+
+use std::fs;
+
+use harness::Job;
+
+/// Runs a job after `spoil`, and compares exit code and first error line.
+fn check(name: &str, spoil: impl Fn(&Job), code: i32, expected: &str) {
+    let job = Job::new();
+    spoil(&job);
+    let outcome = job.run();
+    let first = outcome.first_error(job.folder());
+    assert!(
+        outcome.code == Some(code) && first.starts_with(expected),
+        "{name}:\n  found    {:?} {first}\n  expected {code} {expected}\n{}",
+        outcome.code,
+        outcome.stderr
+    );
+    assert!(!outcome.stderr.contains("panicked"), "{name}: {}", outcome.stderr);
+}
+
+const ROW: &str = r#"{"messages":[{"role":"user","content":"q"},{"role":"assistant","content":"a"}]}"#;
+
+#[test]
+fn the_file() {
+    check("missing file", |job| fs::remove_file(job.path("job.yaml")).expect("removable"), 66, "job.yaml: cannot be read");
+    check(
+        "unknown field",
+        |job| job.edit("batchSize", "batchsize"),
+        64,
+        "job.yaml:10:35: spec.hyperparameters.batchsize: unknown field; did you mean batchSize?",
+    );
+    check(
+        "unquoted decimal",
+        |job| job.edit("\"1e-2\"", "2e-4"),
+        64,
+        "job.yaml:10:63: spec.hyperparameters.learningRate: found the number 2e-4, expected a quoted decimal: write learningRate: \"2e-4\"",
+    );
+    check(
+        "not supported yet",
+        |job| job.edit("type: LoRA", "type: QLoRA"),
+        64,
+        "job.yaml:7:12: spec.method.type: not supported yet: QLoRA; use LoRA",
+    );
+    check(
+        "unknown target",
+        |job| job.edit("rank: 4", "rank: 4, targetModules: [w_proj]"),
+        64,
+        "method.lora.targetModules: w_proj is no linear layer of the model; expected some of q_proj, k_proj",
+    );
+}
+
+#[test]
+fn the_rows() {
+    let train = |content: &'static str| move |job: &Job| job.write("train.jsonl", content);
+    check("missing", |job| fs::remove_file(job.path("train.jsonl")).expect("removable"), 66, "spec.dataset.train.uri: train.jsonl does not exist");
+    check("broken line", train("{\"text\":\"a\"}\n{\"text\":\n"), 65, "train.jsonl:2:9: not valid JSON");
+    check(
+        "unknown role",
+        train(r#"{"messages":[{"role":"robot","content":"q"}]}"#),
+        65,
+        "train.jsonl:1:1: messages[0]: role \"robot\"; expected system, developer, user, assistant or tool",
+    );
+    check(
+        "empty answer",
+        train(r#"{"messages":[{"role":"user","content":"q"},{"role":"assistant","content":""}]}"#),
+        65,
+        "train.jsonl:1:1: messages[1]: the answer is empty",
+    );
+    check("two formats", train(r#"{"text":"a","messages":[]}"#), 65, "train.jsonl:1:1: the row fits two formats at once");
+    check("invalid UTF-8", |job| job.write("train.jsonl", b"{\"text\":\"\xff\"}"), 65, "train.jsonl:1:10: not valid UTF-8");
+    check(
+        "all answers truncated",
+        |job| job.edit("batchSize", "maxSequenceLength: 8, batchSize"),
+        65,
+        "train.jsonl:1: all training rows lose answer tokens to the sequence length of 8",
+    );
+    check(
+        "leaked rows",
+        |job| {
+            let rows = fs::read_to_string(job.path("train.jsonl")).expect("readable") + ROW;
+            job.write("train.jsonl", rows);
+            job.write("test.jsonl", ROW);
+        },
+        65,
+        "train.jsonl:25: 1 training row(s) are in the validation rows too",
+    );
+    check(
+        "a template that raises",
+        |job| job.write("model/chat_template.jinja", "{{ raise_exception('no system role here') }}"),
+        65,
+        "train.jsonl:1: the chat template refuses this conversation: no system role here",
+    );
+    check(
+        "a template that loops",
+        |job| job.write("model/chat_template.jinja", "{% for a in range(9999) %}{% for b in range(9999) %}x{% endfor %}{% endfor %}"),
+        65,
+        "train.jsonl:1: the chat template refuses this conversation: ",
+    );
+}
+
+/// Rewrites the tiny model's weights with one tensor changed.
+fn spoil_tensor(job: &Job, change: impl Fn(&mut Vec<trainer::weights::TensorView<'_>>)) {
+    let path = job.path("model/model.safetensors");
+    let bytes = fs::read(&path).expect("readable");
+    let parsed = safetensors::SafeTensors::deserialize(&bytes).expect("valid");
+    let mut tensors: Vec<trainer::weights::TensorView> = parsed
+        .tensors()
+        .into_iter()
+        .map(|(name, view)| trainer::weights::TensorView {
+            name,
+            dtype: view.dtype(),
+            shape: view.shape().to_vec(),
+            data: &bytes[view.data().as_ptr() as usize - bytes.as_ptr() as usize..][..view.data().len()],
+        })
+        .collect();
+    change(&mut tensors);
+    let mut output = Vec::new();
+    trainer::weights::write_safetensors(&mut output, &[], &tensors).expect("a Vec takes everything");
+    fs::write(path, output).expect("writable");
+}
+
+#[test]
+fn the_weights() {
+    const NORM: &str = "model.norm.weight";
+    check("missing tensor", |job| spoil_tensor(job, |tensors| tensors.retain(|tensor| tensor.name != NORM)), 65, "model: tensor model.norm.weight is missing");
+    check(
+        "misshapen tensor",
+        |job| spoil_tensor(job, |tensors| tensors.iter_mut().filter(|tensor| tensor.name == NORM).for_each(|tensor| tensor.shape = vec![8, 8])),
+        65,
+        "model: tensor model.norm.weight has shape [8, 8], config.json says [64]",
+    );
+    let nan: &'static [u8] = Box::leak([f32::NAN.to_le_bytes(); 64].concat().into_boxed_slice());
+    check(
+        "non-finite tensor",
+        |job| spoil_tensor(job, |tensors| tensors.iter_mut().filter(|tensor| tensor.name == NORM).for_each(|tensor| tensor.data = nan)),
+        65,
+        "model: tensor model.norm.weight holds NaN or infinite values",
+    );
+    check(
+        "truncated file",
+        |job| {
+            let bytes = fs::read(job.path("model/model.safetensors")).expect("readable");
+            job.write("model/model.safetensors", &bytes[..bytes.len() / 2]);
+        },
+        65,
+        "model/model.safetensors: not a valid safetensors file",
+    );
+    check(
+        "hostile header",
+        |job| job.write("model/model.safetensors", [0xff; 64]),
+        65,
+        "model/model.safetensors: the header says 18446744073709551615 bytes",
+    );
+    check("another architecture", |job| {
+        let text = fs::read_to_string(job.path("model/config.json")).expect("readable");
+        job.write("model/config.json", text.replace("LlamaForCausalLM", "GPT2LMHeadModel"));
+    }, 64, "model/config.json: not supported yet: architecture GPT2LMHeadModel");
+}
+
+#[test]
+fn numbers_and_memory() {
+    check(
+        "NaN loss",
+        |job| job.edit("\"1e-2\"", "\"1e30\""),
+        79,
+        "step ",
+    );
+    check(
+        "it cannot fit",
+        |job| job.edit("  checkpoint:", "  resources: {limits: {memory: 1Mi}}\n  checkpoint:"),
+        71,
+        "the run needs ",
+    );
+}
+
+#[test]
+fn a_full_disk_keeps_what_is_there() {
+    // A file-size limit makes every write beyond it fail, as a full disk would.
+    let job = Job::new();
+    let script = format!("ulimit -f 8; trap '' XFSZ; exec taskset -c 0 {} run job.yaml", harness::trainer_binary().display());
+    let output = std::process::Command::new("bash").args(["-c", &script]).current_dir(job.folder()).output().expect("bash runs");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(73), "{stderr}");
+    assert!(stderr.contains("cannot be written"), "{stderr}");
+}

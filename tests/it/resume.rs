@@ -1,0 +1,130 @@
+//! A run that is interrupted anywhere ends with the bytes of one that was not.
+
+use std::fs;
+use std::process::Child;
+use std::time::{Duration, Instant};
+
+use harness::Job;
+use rand::RngExt;
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::SeedableRng;
+
+/// Kill -9 this often.
+const KILLS: usize = 20;
+
+/// Waits until `condition` holds or the process ends; whether the condition held.
+fn wait_for(child: &mut Child, condition: impl Fn() -> bool) -> bool {
+    let deadline = Instant::now() + Duration::from_secs(120);
+    loop {
+        if condition() {
+            return true;
+        }
+        if child.try_wait().expect("a child of ours").is_some() {
+            return false;
+        }
+        assert!(Instant::now() < deadline, "the trainer neither ends nor gets there");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn kill_9_at_random_moments_changes_no_byte() {
+    let undisturbed = Job::new();
+    let outcome = undisturbed.run();
+    assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
+    let expected = undisturbed.adapter_digest();
+
+    let mut random = ChaCha8Rng::seed_from_u64(1);
+    let mut kills = 0;
+    while kills < KILLS {
+        let job = Job::new();
+        loop {
+            let mut child = job.start();
+            let already = job.logged_steps();
+            let inside_a_save = random.random_bool(0.4);
+            let steps: usize = random.random_range(1..12);
+            let temporary = || job.checkpoints().iter().any(|path| path.to_string_lossy().contains(".tmp-step"));
+            let killed = if inside_a_save {
+                wait_for(&mut child, temporary)
+            } else {
+                wait_for(&mut child, || job.logged_steps() > already + steps)
+            };
+            if killed {
+                child.kill().expect("a child of ours");
+                kills += 1;
+            }
+            let status = child.wait().expect("a child of ours");
+            if status.success() {
+                break;
+            }
+            assert!(killed, "the trainer failed by itself: {status}");
+        }
+        assert_eq!(job.adapter_digest(), expected, "after {kills} kills");
+    }
+}
+
+#[test]
+fn sigterm_commits_and_exits_75_and_the_same_command_continues() {
+    let undisturbed = Job::new();
+    assert_eq!(undisturbed.run().code, Some(0));
+    let job = Job::new();
+    // No checkpoint is due by itself: what is there afterwards was committed because of the signal.
+    job.edit("everySteps: 4", "everySeconds: 3600");
+    let mut child = job.start();
+    assert!(wait_for(&mut child, || job.logged_steps() > 5));
+    let asked = Instant::now();
+    let status = std::process::Command::new("kill").args(["-TERM", &child.id().to_string()]).status().expect("kill runs");
+    assert!(status.success());
+    assert_eq!(child.wait().expect("a child of ours").code(), Some(75));
+    assert!(asked.elapsed() < Duration::from_secs(10));
+    assert_eq!(job.checkpoints().len(), 1, "{:?}", job.checkpoints());
+    let outcome = job.run();
+    assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
+    assert!(outcome.stderr.contains("resumed at step") && outcome.stderr.contains("the same bytes"), "{}", outcome.stderr);
+    assert_eq!(job.adapter_digest(), undisturbed.adapter_digest());
+    let again = job.run();
+    assert_eq!(again.code, Some(0));
+    assert!(again.stdout.starts_with("tiny is finished, nothing to do"), "{}", again.stdout);
+}
+
+#[test]
+fn a_damaged_checkpoint_falls_back_and_says_so() {
+    for truncate in [true, false] {
+        let job = Job::new();
+        job.edit("maxSteps: 60", "maxSteps: 59");
+        let mut child = job.start();
+        assert!(wait_for(&mut child, || job.checkpoints().len() >= 2 && job.logged_steps() > 10));
+        child.kill().expect("a child of ours");
+        child.wait().expect("a child of ours");
+        let newest = job.checkpoints().into_iter().filter(|path| !path.to_string_lossy().contains(".tmp")).next_back();
+        let weights = newest.expect("a checkpoint").join("weights.safetensors");
+        let mut bytes = fs::read(&weights).expect("readable");
+        if truncate {
+            bytes.truncate(100);
+        } else {
+            bytes[500] ^= 1;
+        }
+        fs::write(&weights, bytes).expect("writable");
+        let outcome = job.run();
+        assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
+        assert!(outcome.stderr.contains("weights.safetensors is damaged"), "{}", outcome.stderr);
+        assert!(outcome.stderr.contains("falling back to the checkpoint before it"), "{}", outcome.stderr);
+    }
+}
+
+#[test]
+fn a_checkpoint_of_other_inputs_is_refused() {
+    let changes: [(&str, fn(&Job)); 3] = [
+        ("another configuration", |job| job.edit("learningRate: \"1e-2\"", "learningRate: \"2e-2\"")),
+        ("another dataset", |job| job.write_rows("train.jsonl", 1..25)),
+        ("another job", |job| job.edit("name: tiny", "name: other")),
+    ];
+    for (expected, change) in changes {
+        let job = Job::new();
+        assert_eq!(job.run().code, Some(0));
+        change(&job);
+        let outcome = job.trainer(&["run", "job.yaml", "--dir", "runs/tiny"]);
+        assert_eq!(outcome.code, Some(78), "{}", outcome.stderr);
+        assert!(outcome.stderr.contains(expected) && outcome.stderr.contains("choose another --dir"), "{}", outcome.stderr);
+    }
+}
