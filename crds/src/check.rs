@@ -266,6 +266,78 @@ spec:
     }
 
     #[test]
+    fn every_example_is_valid() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/examples");
+        let mut seen = 0;
+        for entry in std::fs::read_dir(folder).expect("there").flatten() {
+            let path = entry.path();
+            if path.extension().is_none_or(|extension| extension != "yaml") {
+                continue;
+            }
+            let text = std::fs::read_to_string(&path).expect("readable");
+            let scope = if text.contains("file://") { Scope::Local } else { Scope::Cluster };
+            assert_eq!(problems(&text, scope), Vec::<String>::new(), "{}", path.display());
+            seen += 1;
+        }
+        assert!(seen >= 6, "{seen} examples");
+    }
+
+    /// One refusal for every rule and bound that a user can break; the message is the API server's too.
+    #[test]
+    fn every_rule_refuses() {
+        let spec = "  model: {uri: hf://a/b}\n  dataset: {train: {uri: hf://datasets/a/b/c}}\n  method: {type: LoRA}\n";
+        for (from, to, expected) in [
+            ("{type: LoRA}", "{type: Full, lora: {rank: 4}}", "lora is not valid for type Full"),
+            ("{type: LoRA}", "{type: LoRA, quantization: {type: NF4}}", "quantization is only valid for type QLoRA"),
+            ("{type: LoRA}", "{type: DoRA}", "found \"DoRA\", expected one of LoRA, QLoRA, Full"),
+            ("{type: LoRA}", "{type: LoRA, lora: {rank: 0}}", "0 is less than the minimum of 1"),
+            ("{type: LoRA}", "{type: LoRA, lora: {rank: 513}}", "513 is greater than the maximum of 512"),
+            ("{type: LoRA}", "{type: LoRA, lora: {dropout: \"1.0\"}}", "must be less than 1"),
+            ("{type: LoRA}", "{type: Full}\n  output: {format: Adapter}", "full fine-tuning has no adapter"),
+            ("c}}", "c}, splitPercent: 5, validation: {uri: hf://datasets/a/b/d}}", "set validation or splitPercent, not both"),
+            ("c}}", "c}, splitPercent: 51}", "51 is greater than the maximum of 50"),
+            ("hf://a/b", "hf://user:secret@host/b", "found a source with hf"),
+            ("hf://a/b", "ftp://a/b", "found a source with ftp"),
+            ("{type: LoRA}", "{type: LoRA}\n  hyperparameters: {epochs: \"1\", maxSteps: 5}", "set epochs or maxSteps, not both"),
+            ("{type: LoRA}", "{type: LoRA}\n  hyperparameters: {maxSteps: 0}", "0 is less than the minimum of 1"),
+            ("{type: LoRA}", "{type: LoRA}\n  checkpoint: {storage: {claim: c, size: 5Gi}}", "set {claim, path} for an existing volume"),
+            ("{type: LoRA}", "{type: LoRA}\n  validation: {gates: [{metric: evalLoss, operator: AtMost, value: \"1\"}]}", "validation.gates needs dataset.validation"),
+            ("c}}", "c}, splitPercent: 5}\n  validation: {gates: [{metric: evalLoss, operator: AtMost, by: \"1\"}]}", "AtMost and AtLeast take value"),
+            ("{type: LoRA}", "{type: LoRA}\n  earlyStopping: {patience: 3}", "earlyStopping needs dataset.validation"),
+            ("{type: LoRA}", "{type: LoRA}\n  nodes: 2\n  resources: {limits: {nvidia.com/mig-1g.10gb: \"1\"}}", "MIG slices cannot span nodes"),
+            ("{type: LoRA}", "{type: LoRA}\n  scheduling: {priorityClassName: system-node-critical}", "system priority classes are not for jobs"),
+            ("{type: LoRA}", "{type: LoRA}\n  scheduling: {tolerations: [{operator: Exists}]}", "a toleration must name a key"),
+            ("name: bot", "name: a-name-that-goes-on-and-on-until-it-is-longer-than-fifty-two", "metadata.name must be at most 52 characters"),
+        ] {
+            let text = format!("apiVersion: finetune.dev/v1alpha1\nkind: FineTuneJob\nmetadata: {{name: bot}}\nspec:\n{spec}");
+            assert!(text.contains(from), "{from}");
+            let found = problems(&text.replacen(from, to, 1), Scope::Cluster);
+            assert!(found.iter().any(|problem| problem.contains(expected)), "{to}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn what_may_not_change_is_refused() {
+        let job = |text: &str| check(text, Scope::Cluster).unwrap_or_else(|problems| panic!("{problems:?}")).job;
+        let old = job(MINIMAL);
+        for (added, expected) in [
+            ("  hyperparameters: {seed: 1}\n", Some("training inputs are immutable")),
+            ("  managedBy: other\n", Some("managedBy is immutable")),
+            ("  profile: a100\n", Some("profile is immutable")),
+            ("  suspend: true\n", None),
+        ] {
+            let errors = job(&format!("{MINIMAL}{added}")).validate_cel_update(&old).err();
+            let text = errors.map(|errors| format!("{:?}", errors.as_slice()));
+            match expected {
+                Some(expected) => assert!(text.as_ref().is_some_and(|text| text.contains(expected)), "{added}: {text:?}"),
+                None => assert_eq!(text, None, "{added}"),
+            }
+        }
+        let stopped = job(&format!("{MINIMAL}  stopRequested: true\n"));
+        assert!(old.validate_cel_update(&stopped).is_err(), "stopRequested cannot be taken back");
+    }
+
+    #[test]
     fn files_are_local() {
         let text = MINIMAL.replace("s3://acme/support/train.jsonl", "file://data/train.jsonl");
         assert_eq!(problems(&text, Scope::Local), Vec::<String>::new());

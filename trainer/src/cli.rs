@@ -1,20 +1,24 @@
 //! The commands. Results go to standard output, everything else to standard error.
 
 use std::io::IsTerminal;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use clap::{Parser, Subcommand};
 use crds::check::{Scope, check};
 use crds::exit::ExitCode;
 use crds::profile::{Profile, parse as parse_profiles};
 use crds::resolve::{Target, resolve};
-use crds::run::{Method, RunConfig};
+use crds::run::{Method, Precision, RunConfig};
 
 use crate::display::{Display, summary};
 use crate::generate::{Limits, generate};
 use crate::linear::Adapters;
 use crate::model::{Source, build};
+use crate::record::Observers;
 use crate::run::{Context, finished, plan_run, run};
+use crate::serve::{Server, Telemetry};
 use crate::signal::Stop;
 use crate::source::HubSettings;
 use crate::tokenizer::Tokenizer;
@@ -31,7 +35,13 @@ pub struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Fine-tune, validate and write the result; continues where an earlier run of the same file stopped
-    Run(JobArguments),
+    Run {
+        #[command(flatten)]
+        job: JobArguments,
+        /// Serve GET /status, /metrics and /healthz here, for example 127.0.0.1:9464
+        #[arg(long)]
+        listen: Option<SocketAddr>,
+    },
     /// Tell memory, steps, time and cost without training
     Plan(JobArguments),
     /// Check the file without running it
@@ -51,7 +61,27 @@ enum Command {
         /// New tokens at most
         #[arg(long, default_value_t = 256)]
         max_new_tokens: i64,
+        /// Number format of weights and activations
+        #[arg(long, value_enum, default_value_t = PrecisionArgument::Auto)]
+        precision: PrecisionArgument,
     },
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum PrecisionArgument {
+    Auto,
+    Bf16,
+    Fp32,
+}
+
+impl PrecisionArgument {
+    fn precision(self) -> Precision {
+        match self {
+            Self::Auto => Precision::Auto,
+            Self::Bf16 => Precision::BF16,
+            Self::Fp32 => Precision::FP32,
+        }
+    }
 }
 
 #[derive(Debug, clap::Args)]
@@ -94,11 +124,12 @@ pub fn report_panic(text: &str) -> ExitCode {
 /// Executes a command.
 pub fn execute(arguments: &Arguments, environment: &Environment) -> ExitCode {
     let result = match &arguments.command {
-        Command::Run(job) => run_job(job, environment),
+        Command::Run { job, listen } => run_job(job, *listen, environment),
         Command::Plan(job) => plan_job(job, environment),
         Command::Check { file } => check_file(file),
-        Command::Generate { folder, prompt, base, max_new_tokens } => {
-            answer(folder, prompt, base.as_deref(), *max_new_tokens, environment)
+        Command::Generate { folder, prompt, base, max_new_tokens, precision } => {
+            let chosen = crate::device::choose(precision.precision(), &environment.cuda);
+            answer(folder, prompt, base.as_deref(), *max_new_tokens, &chosen)
         }
     };
     result.unwrap_or_else(|(exit, message)| fail(exit, &message))
@@ -155,7 +186,7 @@ fn run_directory(job: &JobArguments, config: &RunConfig) -> PathBuf {
     job.dir.clone().unwrap_or_else(|| Path::new("runs").join(&config.job.name))
 }
 
-fn run_job(job: &JobArguments, environment: &Environment) -> Outcome {
+fn run_job(job: &JobArguments, listen: Option<SocketAddr>, environment: &Environment) -> Outcome {
     let config = load(&job.file, job.profiles.as_deref())?;
     let directory = run_directory(job, &config);
     if let Some(report) = finished(&config, &directory) {
@@ -165,7 +196,15 @@ fn run_job(job: &JobArguments, environment: &Environment) -> Outcome {
     let stop = Stop::on_signals().map_err(|error| (ExitCode::InternalError, format!("signals cannot be handled: {error}")))?;
     let context = Context { run: &directory, hub: &environment.hub, cuda: &environment.cuda, stop: &stop };
     let mut display = Display::new(std::io::stderr().is_terminal());
-    match run(&config, &context, &mut display) {
+    let mut telemetry = Telemetry::new(&config.job.name, &config.job.uid)
+        .map_err(|error| (ExitCode::InternalError, format!("series cannot be registered: {error}")))?;
+    if let Some(address) = listen {
+        let server = Server::start(address, Arc::clone(&telemetry))
+            .map_err(|error| (ExitCode::BadConfiguration, format!("--listen {address}: {error}; choose another address")))?;
+        eprintln!("serving http://{}/status, /metrics and /healthz", server.address);
+    }
+    let mut observers = Observers(vec![&mut display, &mut telemetry]);
+    match run(&config, &context, &mut observers) {
         Ok(report) => {
             println!("{}", summary(&report));
             Ok(ExitCode::Done)
@@ -200,7 +239,7 @@ fn answer(
     prompt: &str,
     base: Option<&Path>,
     max_new_tokens: i64,
-    environment: &Environment,
+    chosen: &crate::device::Chosen,
 ) -> Outcome {
     let failed = |error: &dyn std::fmt::Display, exit: ExitCode| (exit, error.to_string());
     let adapter = crate::export::read_adapter(folder).map_err(|message| (ExitCode::BadData, message))?;
@@ -209,7 +248,6 @@ fn answer(
         (Some(adapter), None) => PathBuf::from(&adapter.base_model),
         (None, None) => folder.to_path_buf(),
     };
-    let chosen = crate::device::choose(crds::run::Precision::Auto, &environment.cuda);
     let method = adapter.as_ref().map_or(Method::Full {}, |adapter| Method::LoRA { lora: adapter.lora.clone() });
     let tokenizer = Tokenizer::open(&model_folder).map_err(|error| failed(&error, error.exit()))?;
     let text = crate::data::chat_prompt(&tokenizer, prompt).map_err(|error| failed(&error, error.exit()))?;

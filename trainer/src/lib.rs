@@ -23,6 +23,7 @@ pub mod random;
 pub mod record;
 pub mod run;
 pub mod schedule;
+pub mod serve;
 pub mod shim;
 pub mod signal;
 pub mod source;

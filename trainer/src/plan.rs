@@ -13,7 +13,7 @@ use crate::model::{Config, Recompute, base_elements, lora_parameters};
 /// Resident bytes of the process before a model is there: libtorch, its threads and the binary, as measured on x86-64.
 const RUNTIME_BYTES: i64 = 260 << 20;
 /// Share of the measured matrix-product rate that a whole step reaches; the rest goes to pointwise work and attention.
-const STEP_EFFICIENCY: f64 = 0.55;
+const STEP_EFFICIENCY: f64 = 0.75;
 /// Tokens computed at once where memory allows more: beyond it matrix products no longer gain.
 const MICRO_BATCH_TOKENS_CPU: i64 = 2048;
 const MICRO_BATCH_TOKENS_GPU: i64 = 16_384;

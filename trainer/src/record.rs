@@ -106,3 +106,13 @@ pub trait Observer {
     /// Takes note of one event. An observer that cannot (a full disk) returns the error; the run decides.
     fn observe(&mut self, event: &Event) -> std::io::Result<()>;
 }
+
+/// Several observers as one; each sees every event, in order.
+#[derive(Default)]
+pub struct Observers<'a>(pub Vec<&'a mut dyn Observer>);
+
+impl Observer for Observers<'_> {
+    fn observe(&mut self, event: &Event) -> std::io::Result<()> {
+        self.0.iter_mut().try_for_each(|observer| observer.observe(event))
+    }
+}

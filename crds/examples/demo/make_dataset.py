@@ -12,7 +12,7 @@ import random
 import sys
 
 SYSTEM = "Answer with one kubectl command line and nothing else."
-TRAIN_ROWS, TEST_ROWS, SEED = 1400, 150, 7
+TRAIN_ROWS, TEST_ROWS, SEED = 1000, 150, 7
 
 TRAIN_NAMES = {
     "app": ["web", "api", "cart", "billing", "search", "gateway", "auth", "orders", "mailer", "reports", "frontend", "worker",

@@ -1,0 +1,36 @@
+"""Compares two folders of golden values: every number of the JSON files within a relative tolerance.
+
+Usage: compare_golden.py COMMITTED NEW
+"""
+
+import json
+import pathlib
+import sys
+
+TOLERANCE = 2e-4
+
+
+def differences(committed, new, path):
+    if isinstance(committed, dict):
+        assert committed.keys() == new.keys(), f"{path}: other keys"
+        return [found for key in committed if key != "model" for found in differences(committed[key], new[key], f"{path}.{key}")]
+    if isinstance(committed, list):
+        assert len(committed) == len(new), f"{path}: another length"
+        return [found for index, pair in enumerate(zip(committed, new)) for found in differences(*pair, f"{path}[{index}]")]
+    if isinstance(committed, float):
+        difference = abs(committed - new) / max(abs(committed), 1.0)
+        return [(difference, path)]
+    assert committed == new, f"{path}: {committed!r} became {new!r}"
+    return []
+
+
+def main():
+    for name in ("logits.json", "steps.json", "schedules.json"):
+        committed, new = (json.loads(pathlib.Path(folder, name).read_text()) for folder in sys.argv[1:3])
+        worst, path = max(differences(committed, new, name))
+        assert worst <= TOLERANCE, f"{path} differs by {worst}"
+        print(f"{name}: reproduced, largest relative difference {worst:.1e}")
+
+
+if __name__ == "__main__":
+    main()

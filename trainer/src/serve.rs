@@ -1,0 +1,307 @@
+//! What a running trainer tells over HTTP, read-only: `GET /status` (`Progress`), `/metrics` (Prometheus), `/healthz`.
+//! The only module with an async runtime; it has a thread of its own and never touches the loop.
+
+use std::collections::VecDeque;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use axum::Json;
+use axum::Router;
+use axum::extract::State;
+use axum::routing::get;
+use crds::report::{CheckpointInfo, MetricValue, Progress, Stage};
+use prometheus::{Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Registry, TextEncoder};
+
+use crate::record::{CheckpointRecord, EvaluationRecord, Event, Observer, StepRecord};
+
+/// Steps over which tokens per second and the remaining time are taken.
+const WINDOW: usize = 20;
+/// Checkpoints that `/status` lists.
+const LISTED_CHECKPOINTS: usize = 16;
+
+/// The state that observers fill and handlers read.
+pub struct Telemetry {
+    progress: Mutex<Progress>,
+    recent: Mutex<VecDeque<(f64, i64)>>,
+    registry: Registry,
+    series: Series,
+}
+
+struct Series {
+    step: Gauge,
+    steps_planned: Gauge,
+    epoch: Gauge,
+    train_loss: Gauge,
+    eval_loss: Gauge,
+    learning_rate: Gauge,
+    gradient_norm: Gauge,
+    phase: GaugeVec,
+    parameters: GaugeVec,
+    completion: Gauge,
+    checkpoint_time: Gauge,
+    checkpoint_size: Gauge,
+    tokens: IntCounterVec,
+    samples: IntCounter,
+    checkpoints: IntCounterVec,
+    resumes: IntCounter,
+    nonfinite: IntCounter,
+    step_duration: Histogram,
+    checkpoint_duration: Histogram,
+}
+
+const PHASES: [(Stage, &str); 4] = [
+    (Stage::Preparing, "preparing"),
+    (Stage::Training, "training"),
+    (Stage::Evaluating, "evaluating"),
+    (Stage::Publishing, "publishing"),
+];
+
+impl Telemetry {
+    /// Series with the constant label `finetunejob`.
+    pub fn new(job_name: &str, job_uid: &str) -> Result<Arc<Self>, prometheus::Error> {
+        let labels = [("finetunejob".to_owned(), job_name.to_owned())].into();
+        let registry = Registry::new_custom(Some("finetune".into()), Some(labels))?;
+        let series = Series::register(&registry)?;
+        let progress = Progress { job_uid: job_uid.into(), ..Progress::default() };
+        Ok(Arc::new(Self { progress: Mutex::new(progress), recent: Mutex::default(), registry, series }))
+    }
+
+    fn progress(&self) -> MutexGuard<'_, Progress> {
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn step(&self, record: &StepRecord) {
+        let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
+        recent.push_back((record.seconds, record.input_tokens));
+        if recent.len() > WINDOW {
+            recent.pop_front();
+        }
+        let seconds: f64 = recent.iter().map(|(seconds, _)| seconds).sum();
+        let tokens: i64 = recent.iter().map(|(_, tokens)| tokens).sum();
+        let remaining = seconds / recent.len() as f64 * (record.total_steps - record.step) as f64;
+        let series = &self.series;
+        series.step.set(record.step as f64);
+        series.steps_planned.set(record.total_steps as f64);
+        series.epoch.set(record.epoch);
+        series.train_loss.set(record.loss);
+        series.learning_rate.set(record.learning_rate);
+        series.gradient_norm.set(record.gradient_norm);
+        series.completion.set(jiff::Timestamp::now().as_second() as f64 + remaining);
+        series.tokens.with_label_values(&["input"]).inc_by(record.input_tokens.unsigned_abs());
+        series.tokens.with_label_values(&["trained"]).inc_by(record.trained_tokens.unsigned_abs());
+        series.samples.inc_by(record.examples.unsigned_abs());
+        series.nonfinite.inc_by(u64::from(!record.finite));
+        series.step_duration.observe(record.seconds);
+        let mut progress = self.progress();
+        progress.step = record.step;
+        progress.total_steps = record.total_steps;
+        progress.epoch = record.epoch;
+        progress.trained_tokens = record.total_trained_tokens;
+        progress.input_tokens = record.total_input_tokens;
+        progress.tokens_per_second = Some(tokens as f64 / seconds.max(1e-9));
+        progress.estimated_remaining_seconds = Some(remaining as i64);
+        for (name, value) in
+            [("trainLoss", record.loss), ("learningRate", record.learning_rate), ("gradientNorm", record.gradient_norm)]
+        {
+            set_metric(&mut progress.metrics, name, value);
+        }
+    }
+
+    fn evaluation(&self, record: &EvaluationRecord) {
+        if let Some(loss) = record.scores.eval_loss {
+            self.series.eval_loss.set(loss);
+            set_metric(&mut self.progress().metrics, "evalLoss", loss);
+        }
+    }
+
+    fn checkpoint(&self, record: &CheckpointRecord) {
+        let series = &self.series;
+        series.checkpoints.with_label_values(&["success"]).inc();
+        series.checkpoint_time.set(jiff::Timestamp::now().as_second() as f64);
+        series.checkpoint_size.set(record.bytes as f64);
+        series.checkpoint_duration.observe(record.seconds);
+        let mut progress = self.progress();
+        if record.best {
+            progress.checkpoints.iter_mut().for_each(|checkpoint| checkpoint.best = false);
+        }
+        let time = jiff::Timestamp::now().to_string();
+        let info = CheckpointInfo { step: record.step, time, eval_loss: record.eval_loss, best: record.best };
+        progress.checkpoints.push(info);
+        if progress.checkpoints.len() > LISTED_CHECKPOINTS {
+            progress.checkpoints.remove(0);
+        }
+    }
+
+    fn stage(&self, stage: Stage) {
+        for (phase, name) in PHASES {
+            self.series.phase.with_label_values(&[name]).set(f64::from(u8::from(phase == stage)));
+        }
+        self.progress().stage = stage;
+    }
+}
+
+/// A value that is not finite has no JSON: it is left out of `/status` and exported as NaN to Prometheus.
+fn set_metric(metrics: &mut Vec<MetricValue>, name: &str, value: f64) {
+    metrics.retain(|metric| metric.name != name);
+    if value.is_finite() {
+        metrics.push(MetricValue { name: name.into(), value });
+    }
+}
+
+impl Observer for Arc<Telemetry> {
+    fn observe(&mut self, event: &Event) -> io::Result<()> {
+        match event {
+            Event::Stage(stage) => self.stage(*stage),
+            Event::Step(record) => self.step(record),
+            Event::Evaluation(record) => self.evaluation(record),
+            Event::Checkpoint(record) => self.checkpoint(record),
+            Event::Resumed { .. } => self.series.resumes.inc(),
+            Event::Plan(plan) => {
+                let parameters = &self.series.parameters;
+                parameters.with_label_values(&["trainable"]).set(plan.trainable_parameters as f64);
+                parameters.with_label_values(&["total"]).set(plan.total_parameters as f64);
+                self.series.steps_planned.set(plan.total_steps as f64);
+                self.progress().total_steps = plan.total_steps;
+            }
+            Event::Derived { .. } | Event::Data(_) | Event::Warning(_) | Event::Validated(_) => {}
+        }
+        Ok(())
+    }
+}
+
+impl Series {
+    fn register(registry: &Registry) -> Result<Self, prometheus::Error> {
+        let gauge = |name: &str, help: &str| {
+            let gauge = Gauge::new(name, help)?;
+            registry.register(Box::new(gauge.clone())).map(|()| gauge)
+        };
+        let gauges = |name: &str, help: &str, label: &str| {
+            let gauges = GaugeVec::new(Opts::new(name, help), &[label])?;
+            registry.register(Box::new(gauges.clone())).map(|()| gauges)
+        };
+        let counter = |name: &str, help: &str| {
+            let counter = IntCounter::new(name, help)?;
+            registry.register(Box::new(counter.clone())).map(|()| counter)
+        };
+        let counters = |name: &str, help: &str, label: &str| {
+            let counters = IntCounterVec::new(Opts::new(name, help), &[label])?;
+            registry.register(Box::new(counters.clone())).map(|()| counters)
+        };
+        let histogram = |name: &str, help: &str| {
+            let buckets = prometheus::exponential_buckets(0.01, 2.0, 16)?;
+            let histogram = Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets))?;
+            registry.register(Box::new(histogram.clone())).map(|()| histogram)
+        };
+        Ok(Self {
+            step: gauge("step", "Completed optimizer steps")?,
+            steps_planned: gauge("steps_planned", "Planned optimizer steps")?,
+            epoch: gauge("epoch", "Completed passes over the training rows")?,
+            train_loss: gauge("train_loss", "Mean loss per trained token of the last step, nats")?,
+            eval_loss: gauge("eval_loss", "Mean loss per trained token of the validation rows, nats")?,
+            learning_rate: gauge("learning_rate", "Learning rate of the last step")?,
+            gradient_norm: gauge("gradient_norm", "Global gradient norm before clipping of the last step")?,
+            phase: gauges("phase", "1 for the stage that runs", "phase")?,
+            parameters: gauges("parameters", "Parameters of the model", "kind")?,
+            completion: gauge("estimated_completion_timestamp_seconds", "When the last step is expected")?,
+            checkpoint_time: gauge("checkpoint_last_success_timestamp_seconds", "When a checkpoint was last committed")?,
+            checkpoint_size: gauge("checkpoint_size_bytes", "Size of the last checkpoint")?,
+            tokens: counters("tokens_total", "Tokens that went through the model, and trained ones", "kind")?,
+            samples: counter("samples_total", "Examples that were trained on")?,
+            checkpoints: counters("checkpoints_total", "Checkpoints by result", "result")?,
+            resumes: counter("resumes_total", "Runs that continued a checkpoint")?,
+            nonfinite: counter("nonfinite_steps_total", "Steps whose loss or gradient was not finite")?,
+            step_duration: histogram("step_duration_seconds", "Seconds of an optimizer step")?,
+            checkpoint_duration: histogram("checkpoint_duration_seconds", "Seconds of a commit")?,
+        })
+    }
+}
+
+/// A server on a thread of its own; it ends with the process.
+#[derive(Debug)]
+pub struct Server {
+    /// Where it listens; the port is the chosen one if 0 was asked for.
+    pub address: SocketAddr,
+}
+
+impl Server {
+    /// Listens on `address`.
+    pub fn start(address: SocketAddr, telemetry: Arc<Telemetry>) -> io::Result<Self> {
+        let listener = std::net::TcpListener::bind(address)?;
+        listener.set_nonblocking(true)?;
+        let address = listener.local_addr()?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let router = Router::new()
+            .route("/status", get(status))
+            .route("/metrics", get(metrics))
+            .route("/healthz", get(async || "ok\n"))
+            .with_state(telemetry);
+        std::thread::Builder::new().name("http".into()).spawn(move || {
+            runtime.block_on(async move {
+                let listener = tokio::net::TcpListener::from_std(listener)?;
+                axum::serve(listener, router).await
+            })
+        })?;
+        Ok(Self { address })
+    }
+}
+
+async fn status(State(telemetry): State<Arc<Telemetry>>) -> Json<Progress> {
+    let mut progress = telemetry.progress().clone();
+    progress.last_report_time = jiff::Timestamp::now().to_string();
+    Json(progress)
+}
+
+async fn metrics(State(telemetry): State<Arc<Telemetry>>) -> Result<String, axum::http::StatusCode> {
+    let families = telemetry.registry.gather();
+    TextEncoder::new().encode_to_string(&families).map_err(|_| axum::http::StatusCode::INTERNAL_SERVER_ERROR)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+
+    fn request(address: SocketAddr, line: &str) -> String {
+        let mut stream = std::net::TcpStream::connect(address).expect("listening");
+        write!(stream, "{line} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").expect("sent");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).expect("answered");
+        answer
+    }
+
+    #[test]
+    fn status_metrics_and_health_are_served_and_nothing_can_be_changed() {
+        let mut telemetry = Telemetry::new("bot", "uid-1").expect("series register");
+        let server = Server::start("127.0.0.1:0".parse().expect("an address"), Arc::clone(&telemetry)).expect("listens");
+        telemetry.observe(&Event::Stage(Stage::Training)).expect("noted");
+        let record = StepRecord {
+            step: 3,
+            total_steps: 9,
+            loss: f64::NAN,
+            learning_rate: 0.5,
+            input_tokens: 100,
+            seconds: 2.0,
+            ..StepRecord::default()
+        };
+        telemetry.observe(&Event::Step(record)).expect("noted");
+        let answer = request(server.address, "GET /status");
+        let body = answer.split("\r\n\r\n").nth(1).expect("a body");
+        let progress: Progress = serde_json::from_str(body).expect("Progress");
+        assert_eq!((progress.step, progress.tokens_per_second, progress.stage), (3, Some(50.0), Stage::Training));
+        assert_eq!(progress.estimated_remaining_seconds, Some(12));
+        assert!(progress.metrics.iter().all(|metric| metric.name != "trainLoss"), "NaN is left out");
+        let text = request(server.address, "GET /metrics");
+        for line in [
+            "finetune_step{finetunejob=\"bot\"} 3",
+            "finetune_train_loss{finetunejob=\"bot\"} NaN",
+            "finetune_nonfinite_steps_total{finetunejob=\"bot\"} 1",
+            "finetune_phase{finetunejob=\"bot\",phase=\"training\"} 1",
+        ] {
+            assert!(text.contains(line), "{line}\n{text}");
+        }
+        assert!(request(server.address, "GET /healthz").contains("200 OK"));
+        assert!(request(server.address, "POST /status").contains("405"));
+        assert!(request(server.address, "GET /").contains("404"));
+    }
+}
