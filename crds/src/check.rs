@@ -105,7 +105,8 @@ fn check_kind(document: &Document) -> Vec<Problem> {
     let name = document.value["metadata"]["name"].as_str().unwrap_or_default();
     let label = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-' || c == '.';
     if name.is_empty() || !name.chars().all(label) || !name.starts_with(|c: char| c.is_ascii_alphanumeric()) {
-        let message = format!("found {name:?}, expected a name of lower-case letters, digits and '-', for example support-bot");
+        let message =
+            format!("found {name:?}, expected a name of lower-case letters, digits and '-', for example support-bot");
         problems.push(problem(document, "/metadata/name", message));
     }
     problems
@@ -168,12 +169,11 @@ fn unknown_fields(document: &Document, schema: &Value, value: &Value, pointer: &
 
 fn unknown_field(key: &str, properties: &Map<String, Value>) -> String {
     let nearest = properties.keys().min_by_key(|name| edit_distance(name, key));
-    match nearest.filter(|name| edit_distance(name, key) <= 3) {
-        Some(name) => format!("unknown field; did you mean {name}?"),
-        None => {
-            let names: Vec<&str> = properties.keys().map(String::as_str).collect();
-            format!("unknown field; expected one of {}", names.join(", "))
-        }
+    if let Some(name) = nearest.filter(|name| edit_distance(name, key) <= 3) {
+        format!("unknown field; did you mean {name}?")
+    } else {
+        let names: Vec<&str> = properties.keys().map(String::as_str).collect();
+        format!("unknown field; expected one of {}", names.join(", "))
     }
 }
 
@@ -222,7 +222,9 @@ fn schema_message(document: &Document, error: &jsonschema::ValidationError, poin
         Kind::Pattern { pattern } if *pattern == CLUSTER_URI_PATTERN || *pattern == LOCAL_URI_PATTERN => {
             let scheme = found.as_str().and_then(|uri| uri.split_once("://")).map_or("no scheme", |(scheme, _)| scheme);
             let local = if *pattern == LOCAL_URI_PATTERN { ", file://path" } else { "" };
-            format!("found a source with {scheme}, expected hf://owner/name, s3://, gs://, az://, https:// or pvc://{local}")
+            format!(
+                "found a source with {scheme}, expected hf://owner/name, s3://, gs://, az://, https:// or pvc://{local}"
+            )
         }
         Kind::Pattern { .. } => format!("found {found}, expected a decimal such as \"0.05\" or \"2e-4\""),
         _ => error.to_string(),
@@ -256,7 +258,7 @@ spec:
 ";
 
     fn problems(text: &str, scope: Scope) -> Vec<String> {
-        check(text, scope).map(|_| Vec::new()).unwrap_or_else(|problems| problems.iter().map(ToString::to_string).collect())
+        check(text, scope).map_or_else(|problems| problems.iter().map(ToString::to_string).collect(), |_| Vec::new())
     }
 
     #[test]
@@ -294,22 +296,59 @@ spec:
             ("{type: LoRA}", "{type: LoRA, lora: {rank: 513}}", "513 is greater than the maximum of 512"),
             ("{type: LoRA}", "{type: LoRA, lora: {dropout: \"1.0\"}}", "must be less than 1"),
             ("{type: LoRA}", "{type: Full}\n  output: {format: Adapter}", "full fine-tuning has no adapter"),
-            ("c}}", "c}, splitPercent: 5, validation: {uri: hf://datasets/a/b/d}}", "set validation or splitPercent, not both"),
+            (
+                "c}}",
+                "c}, splitPercent: 5, validation: {uri: hf://datasets/a/b/d}}",
+                "set validation or splitPercent, not both",
+            ),
             ("c}}", "c}, splitPercent: 51}", "51 is greater than the maximum of 50"),
             ("hf://a/b", "hf://user:secret@host/b", "found a source with hf"),
             ("hf://a/b", "ftp://a/b", "found a source with ftp"),
-            ("{type: LoRA}", "{type: LoRA}\n  hyperparameters: {epochs: \"1\", maxSteps: 5}", "set epochs or maxSteps, not both"),
+            (
+                "{type: LoRA}",
+                "{type: LoRA}\n  hyperparameters: {epochs: \"1\", maxSteps: 5}",
+                "set epochs or maxSteps, not both",
+            ),
             ("{type: LoRA}", "{type: LoRA}\n  hyperparameters: {maxSteps: 0}", "0 is less than the minimum of 1"),
-            ("{type: LoRA}", "{type: LoRA}\n  checkpoint: {storage: {claim: c, size: 5Gi}}", "set {claim, path} for an existing volume"),
-            ("{type: LoRA}", "{type: LoRA}\n  validation: {gates: [{metric: evalLoss, operator: AtMost, value: \"1\"}]}", "validation.gates needs dataset.validation"),
-            ("c}}", "c}, splitPercent: 5}\n  validation: {gates: [{metric: evalLoss, operator: AtMost, by: \"1\"}]}", "AtMost and AtLeast take value"),
+            (
+                "{type: LoRA}",
+                "{type: LoRA}\n  checkpoint: {storage: {claim: c, size: 5Gi}}",
+                "set {claim, path} for an existing volume",
+            ),
+            (
+                "{type: LoRA}",
+                "{type: LoRA}\n  validation: {gates: [{metric: evalLoss, operator: AtMost, value: \"1\"}]}",
+                "validation.gates needs dataset.validation",
+            ),
+            (
+                "c}}",
+                "c}, splitPercent: 5}\n  validation: {gates: [{metric: evalLoss, operator: AtMost, by: \"1\"}]}",
+                "AtMost and AtLeast take value",
+            ),
             ("{type: LoRA}", "{type: LoRA}\n  earlyStopping: {patience: 3}", "earlyStopping needs dataset.validation"),
-            ("{type: LoRA}", "{type: LoRA}\n  nodes: 2\n  resources: {limits: {nvidia.com/mig-1g.10gb: \"1\"}}", "MIG slices cannot span nodes"),
-            ("{type: LoRA}", "{type: LoRA}\n  scheduling: {priorityClassName: system-node-critical}", "system priority classes are not for jobs"),
-            ("{type: LoRA}", "{type: LoRA}\n  scheduling: {tolerations: [{operator: Exists}]}", "a toleration must name a key"),
-            ("name: bot", "name: a-name-that-goes-on-and-on-until-it-is-longer-than-fifty-two", "metadata.name must be at most 52 characters"),
+            (
+                "{type: LoRA}",
+                "{type: LoRA}\n  nodes: 2\n  resources: {limits: {nvidia.com/mig-1g.10gb: \"1\"}}",
+                "MIG slices cannot span nodes",
+            ),
+            (
+                "{type: LoRA}",
+                "{type: LoRA}\n  scheduling: {priorityClassName: system-node-critical}",
+                "system priority classes are not for jobs",
+            ),
+            (
+                "{type: LoRA}",
+                "{type: LoRA}\n  scheduling: {tolerations: [{operator: Exists}]}",
+                "a toleration must name a key",
+            ),
+            (
+                "name: bot",
+                "name: a-name-that-goes-on-and-on-until-it-is-longer-than-fifty-two",
+                "metadata.name must be at most 52 characters",
+            ),
         ] {
-            let text = format!("apiVersion: finetune.dev/v1alpha1\nkind: FineTuneJob\nmetadata: {{name: bot}}\nspec:\n{spec}");
+            let text =
+                format!("apiVersion: finetune.dev/v1alpha1\nkind: FineTuneJob\nmetadata: {{name: bot}}\nspec:\n{spec}");
             assert!(text.contains(from), "{from}");
             let found = problems(&text.replacen(from, to, 1), Scope::Cluster);
             assert!(found.iter().any(|problem| problem.contains(expected)), "{to}: {found:?}");
@@ -329,7 +368,9 @@ spec:
             let errors = job(&format!("{MINIMAL}{added}")).validate_cel_update(&old).err();
             let text = errors.map(|errors| format!("{:?}", errors.as_slice()));
             match expected {
-                Some(expected) => assert!(text.as_ref().is_some_and(|text| text.contains(expected)), "{added}: {text:?}"),
+                Some(expected) => {
+                    assert!(text.as_ref().is_some_and(|text| text.contains(expected)), "{added}: {text:?}");
+                }
                 None => assert_eq!(text, None, "{added}"),
             }
         }
@@ -343,19 +384,39 @@ spec:
         assert_eq!(problems(&text, Scope::Local), Vec::<String>::new());
         assert_eq!(
             problems(&text, Scope::Cluster),
-            ["6:26: spec.dataset.train.uri: found a source with file, expected hf://owner/name, s3://, gs://, az://, https:// or pvc://"]
+            [
+                "6:26: spec.dataset.train.uri: found a source with file, expected hf://owner/name, s3://, gs://, az://, https:// or pvc://"
+            ]
         );
     }
 
     #[test]
     fn problems_name_line_column_field_and_remedy() {
         for (added, expected) in [
-            ("  hyperparameters: {learningRate: 2e-4}\n", "8:35: spec.hyperparameters.learningRate: found the number 2e-4, expected a quoted decimal: write learningRate: \"2e-4\""),
-            ("  hyperparameters: {learninRate: \"1\"}\n", "8:34: spec.hyperparameters.learninRate: unknown field; did you mean learningRate?"),
-            ("  hyperparameters: {learningRate: \"0\"}\n", "8:35: spec.hyperparameters.learningRate: must be greater than 0"),
-            ("  hyperparameters: {learningRate: fast}\n", "8:35: spec.hyperparameters.learningRate: found \"fast\", expected a decimal such as \"0.05\" or \"2e-4\""),
-            ("  hyperparameters: {scheduler: Spline}\n", "8:32: spec.hyperparameters.scheduler: found \"Spline\", expected one of Constant, Linear, Cosine, CosineWithMinLr, InverseSqrt"),
-            ("  checkpoint: {everySteps: 1, everySeconds: 1}\n", "8:3: spec.checkpoint: set everySteps or everySeconds, not both"),
+            (
+                "  hyperparameters: {learningRate: 2e-4}\n",
+                "8:35: spec.hyperparameters.learningRate: found the number 2e-4, expected a quoted decimal: write learningRate: \"2e-4\"",
+            ),
+            (
+                "  hyperparameters: {learninRate: \"1\"}\n",
+                "8:34: spec.hyperparameters.learninRate: unknown field; did you mean learningRate?",
+            ),
+            (
+                "  hyperparameters: {learningRate: \"0\"}\n",
+                "8:35: spec.hyperparameters.learningRate: must be greater than 0",
+            ),
+            (
+                "  hyperparameters: {learningRate: fast}\n",
+                "8:35: spec.hyperparameters.learningRate: found \"fast\", expected a decimal such as \"0.05\" or \"2e-4\"",
+            ),
+            (
+                "  hyperparameters: {scheduler: Spline}\n",
+                "8:32: spec.hyperparameters.scheduler: found \"Spline\", expected one of Constant, Linear, Cosine, CosineWithMinLr, InverseSqrt",
+            ),
+            (
+                "  checkpoint: {everySteps: 1, everySeconds: 1}\n",
+                "8:3: spec.checkpoint: set everySteps or everySeconds, not both",
+            ),
             ("  suspend: maybe\n", "8:12: spec.suspend: \"maybe\" is not of type \"boolean\""),
             ("  - x\n", "not valid YAML"),
         ] {
@@ -367,6 +428,12 @@ spec:
     #[test]
     fn the_kind_is_asked_for_first() {
         let found = problems("kind: Pod\nmetadata: {name: x}\n", Scope::Local);
-        assert_eq!(found, ["1:1: apiVersion: found null, expected finetune.dev/v1alpha1", "1:7: kind: found \"Pod\", expected FineTuneJob"]);
+        assert_eq!(
+            found,
+            [
+                "1:1: apiVersion: found null, expected finetune.dev/v1alpha1",
+                "1:7: kind: found \"Pod\", expected FineTuneJob"
+            ]
+        );
     }
 }

@@ -24,7 +24,9 @@ pub use output::{FailurePolicy, Output, PublishWhen};
 pub use scalar::{CLUSTER_URI_PATTERN, Decimal, LOCAL_URI_PATTERN, PositiveDecimal, Probability, Uri};
 pub use scheduling::{JobToleration, Resources, Scheduling};
 pub use status::*;
-pub use validation::{Baselines, EarlyStoppingSpec, FewShot, ForgettingSpec, GateOperator, GateSpec, OnFailure, ValidationSpec};
+pub use validation::{
+    Baselines, EarlyStoppingSpec, FewShot, ForgettingSpec, GateOperator, GateSpec, OnFailure, ValidationSpec,
+};
 
 /// A fine-tuning of a language model on your data, validated against the base model.
 #[derive(CustomResource, KubeSchema, Clone, Debug, Deserialize, Serialize, PartialEq)]

@@ -111,19 +111,21 @@ impl Resolver<'_> {
                 let path = Path::new(path);
                 format!("file://{}", if path.is_absolute() { path.into() } else { folder.join(path) }.display())
             }
-            Some(("hf", _)) => uri.to_owned(),
+            Some(("hf", _)) | None => uri.to_owned(),
             Some((scheme, _)) => {
                 self.refuse(field, format!("not supported yet: {scheme}:// sources; use hf:// or file://"));
                 uri.to_owned()
             }
-            None => uri.to_owned(),
         }
     }
 
     fn rows(&mut self, field: &str, source: &RowSource) -> DataSource {
         let format = source.format.unwrap_or_default();
         if matches!(format, DataFormat::ShareGPT | DataFormat::Alpaca) {
-            self.refuse(&format!("{field}.format"), format!("not supported yet: {format:?}; convert the rows to Messages"));
+            self.refuse(
+                &format!("{field}.format"),
+                format!("not supported yet: {format:?}; convert the rows to Messages"),
+            );
         }
         DataSource {
             uri: self.source(&format!("{field}.uri"), &source.uri),
@@ -291,7 +293,8 @@ fn checkpoint(job: &FineTuneJob) -> CheckpointConfig {
 
 fn output(job: &FineTuneJob) -> OutputConfig {
     let spec = job.spec.output.clone().unwrap_or_default();
-    let default = if job.spec.method.method_type == MethodType::Full { OutputFormat::Merged } else { OutputFormat::Adapter };
+    let default =
+        if job.spec.method.method_type == MethodType::Full { OutputFormat::Merged } else { OutputFormat::Adapter };
     OutputConfig {
         format: spec.format.unwrap_or(default),
         publish_always: spec.publish_when == Some(PublishWhen::Always),
@@ -374,13 +377,21 @@ mod tests {
         fields.sort_unstable();
         assert_eq!(
             fields,
-            ["spec.dataset.train.format", "spec.dataset.train.uri", "spec.method.type", "spec.model.secretRef", "spec.model.uri"]
+            [
+                "spec.dataset.train.format",
+                "spec.dataset.train.uri",
+                "spec.method.type",
+                "spec.model.secretRef",
+                "spec.model.uri"
+            ]
         );
     }
 
     #[test]
     fn quantities_are_bytes() {
-        for (text, bytes) in [("16Gi", Some(17_179_869_184)), ("1.5G", Some(1_500_000_000)), ("12", Some(12)), ("x", None)] {
+        for (text, bytes) in
+            [("16Gi", Some(17_179_869_184)), ("1.5G", Some(1_500_000_000)), ("12", Some(12)), ("x", None)]
+        {
             assert_eq!(quantity_bytes(text), bytes, "{text}");
         }
     }

@@ -24,7 +24,7 @@ impl Document {
     pub fn parse(text: &str) -> Result<Self, serde_saphyr::Error> {
         let Spanned { value, defined, .. } = serde_saphyr::from_str::<Spanned<Node>>(text)?;
         let mut positions = HashMap::new();
-        let value = value.into_value(String::new(), (defined.line(), defined.column()), &mut positions);
+        let value = value.into_value("", (defined.line(), defined.column()), &mut positions);
         Ok(Self { value, positions })
     }
 
@@ -50,8 +50,8 @@ enum Node {
 }
 
 impl Node {
-    fn into_value(self, pointer: String, position: Position, positions: &mut HashMap<String, Position>) -> Value {
-        positions.insert(pointer.clone(), position);
+    fn into_value(self, pointer: &str, position: Position, positions: &mut HashMap<String, Position>) -> Value {
+        positions.insert(pointer.to_owned(), position);
         let place = |node: &Spanned<Node>| (node.defined.line(), node.defined.column());
         match self {
             Self::Scalar(value) => value,
@@ -60,7 +60,7 @@ impl Node {
                 .enumerate()
                 .map(|(index, node)| {
                     let position = place(&node);
-                    node.value.into_value(format!("{pointer}/{index}"), position, positions)
+                    node.value.into_value(&format!("{pointer}/{index}"), position, positions)
                 })
                 .collect(),
             Self::Map(entries) => {
@@ -73,7 +73,7 @@ impl Node {
                     };
                     let name = key.value;
                     let below = format!("{pointer}/{}", name.replace('~', "~0").replace('/', "~1"));
-                    let value = node.value.into_value(below, position, positions);
+                    let value = node.value.into_value(&below, position, positions);
                     map.insert(name, value);
                 }
                 Value::Object(map)
@@ -110,7 +110,8 @@ impl<'de> Visitor<'de> for NodeVisitor {
     }
 
     fn visit_f64<E: serde::de::Error>(self, value: f64) -> Result<Node, E> {
-        let number = Number::from_f64(value).ok_or_else(|| E::custom("a number that is not finite; expected a finite one"))?;
+        let number =
+            Number::from_f64(value).ok_or_else(|| E::custom("a number that is not finite; expected a finite one"))?;
         Ok(Node::Scalar(Value::Number(number)))
     }
 

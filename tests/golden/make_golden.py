@@ -102,7 +102,7 @@ def step_loss(model, examples):
 
 
 def run_steps(folder, examples, method, learning_rate, gradients_path=None):
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if method["type"] == "LoRA":
         config = LoraConfig(r=method["rank"], lora_alpha=method["alpha"], lora_dropout=0.0, bias="none",
                             target_modules=method.get("targetModules") or "all-linear",
@@ -139,7 +139,7 @@ def golden_steps(base, output):
     smollm, tiny = smollm_examples(tokenizer), tiny_examples()
     lora = {"type": "LoRA", "rank": 8, "alpha": 16}
     cases = [
-        ("smollm2-lora", str(base), smollm, lora, 2e-4, None),
+        ("smollm2-lora", str(base), smollm, lora, 1e-4, None),
         ("smollm2-full", str(base), smollm, {"type": "Full"}, 2e-5, None),
         ("tiny-llama-lora", "tiny-llama", tiny, lora, 1e-2, "gradients-tiny-llama-lora.safetensors"),
         ("tiny-llama-rslora", "tiny-llama", tiny,

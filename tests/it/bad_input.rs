@@ -23,12 +23,17 @@ const ROW: &str = r#"{"messages":[{"role":"user","content":"q"},{"role":"assista
 
 #[test]
 fn the_file() {
-    check("missing file", |job| fs::remove_file(job.path("job.yaml")).expect("removable"), 66, "job.yaml: cannot be read");
+    check(
+        "missing file",
+        |job| fs::remove_file(job.path("job.yaml")).expect("removable"),
+        66,
+        "job.yaml: cannot be read",
+    );
     check(
         "unknown field",
         |job| job.edit("batchSize", "batchsize"),
         64,
-        "job.yaml:10:35: spec.hyperparameters.batchsize: unknown field; did you mean batchSize?",
+        "job.yaml:10:46: spec.hyperparameters.batchsize: unknown field; did you mean batchSize?",
     );
     check(
         "unquoted decimal",
@@ -40,7 +45,7 @@ fn the_file() {
         "not supported yet",
         |job| job.edit("type: LoRA", "type: QLoRA"),
         64,
-        "job.yaml:7:12: spec.method.type: not supported yet: QLoRA; use LoRA",
+        "job.yaml:7:18: spec.method.type: not supported yet: QLoRA; use LoRA",
     );
     check(
         "unknown target",
@@ -53,8 +58,13 @@ fn the_file() {
 #[test]
 fn the_rows() {
     let train = |content: &'static str| move |job: &Job| job.write("train.jsonl", content);
-    check("missing", |job| fs::remove_file(job.path("train.jsonl")).expect("removable"), 66, "spec.dataset.train.uri: train.jsonl does not exist");
-    check("broken line", train("{\"text\":\"a\"}\n{\"text\":\n"), 65, "train.jsonl:2:9: not valid JSON");
+    check(
+        "missing",
+        |job| fs::remove_file(job.path("train.jsonl")).expect("removable"),
+        66,
+        "spec.dataset.train.uri: train.jsonl does not exist",
+    );
+    check("broken line", train("{\"text\":\"a\"}\n{\"text\":\n"), 65, "train.jsonl:2:8: not valid JSON");
     check(
         "unknown role",
         train(r#"{"messages":[{"role":"robot","content":"q"}]}"#),
@@ -67,8 +77,18 @@ fn the_rows() {
         65,
         "train.jsonl:1:1: messages[1]: the answer is empty",
     );
-    check("two formats", train(r#"{"text":"a","messages":[]}"#), 65, "train.jsonl:1:1: the row fits two formats at once");
-    check("invalid UTF-8", |job| job.write("train.jsonl", b"{\"text\":\"\xff\"}"), 65, "train.jsonl:1:10: not valid UTF-8");
+    check(
+        "two formats",
+        train(r#"{"text":"a","messages":[]}"#),
+        65,
+        "train.jsonl:1:1: the row fits two formats at once",
+    );
+    check(
+        "invalid UTF-8",
+        |job| job.write("train.jsonl", b"{\"text\":\"\xff\"}"),
+        65,
+        "train.jsonl:1:10: not valid UTF-8",
+    );
     check(
         "all answers truncated",
         |job| job.edit("batchSize", "maxSequenceLength: 8, batchSize"),
@@ -93,7 +113,12 @@ fn the_rows() {
     );
     check(
         "a template that loops",
-        |job| job.write("model/chat_template.jinja", "{% for a in range(9999) %}{% for b in range(9999) %}x{% endfor %}{% endfor %}"),
+        |job| {
+            job.write(
+                "model/chat_template.jinja",
+                "{% for a in range(9999) %}{% for b in range(9999) %}x{% endfor %}{% endfor %}",
+            );
+        },
         65,
         "train.jsonl:1: the chat template refuses this conversation: ",
     );
@@ -123,17 +148,30 @@ fn spoil_tensor(job: &Job, change: impl Fn(&mut Vec<trainer::weights::TensorView
 #[test]
 fn the_weights() {
     const NORM: &str = "model.norm.weight";
-    check("missing tensor", |job| spoil_tensor(job, |tensors| tensors.retain(|tensor| tensor.name != NORM)), 65, "model: tensor model.norm.weight is missing");
+    check(
+        "missing tensor",
+        |job| spoil_tensor(job, |tensors| tensors.retain(|tensor| tensor.name != NORM)),
+        65,
+        "model: tensor model.norm.weight is missing",
+    );
     check(
         "misshapen tensor",
-        |job| spoil_tensor(job, |tensors| tensors.iter_mut().filter(|tensor| tensor.name == NORM).for_each(|tensor| tensor.shape = vec![8, 8])),
+        |job| {
+            spoil_tensor(job, |tensors| {
+                tensors.iter_mut().filter(|tensor| tensor.name == NORM).for_each(|tensor| tensor.shape = vec![8, 8]);
+            });
+        },
         65,
         "model: tensor model.norm.weight has shape [8, 8], config.json says [64]",
     );
     let nan: &'static [u8] = Box::leak([f32::NAN.to_le_bytes(); 64].concat().into_boxed_slice());
     check(
         "non-finite tensor",
-        |job| spoil_tensor(job, |tensors| tensors.iter_mut().filter(|tensor| tensor.name == NORM).for_each(|tensor| tensor.data = nan)),
+        |job| {
+            spoil_tensor(job, |tensors| {
+                tensors.iter_mut().filter(|tensor| tensor.name == NORM).for_each(|tensor| tensor.data = nan);
+            });
+        },
         65,
         "model: tensor model.norm.weight holds NaN or infinite values",
     );
@@ -152,20 +190,20 @@ fn the_weights() {
         65,
         "model/model.safetensors: the header says 18446744073709551615 bytes",
     );
-    check("another architecture", |job| {
-        let text = fs::read_to_string(job.path("model/config.json")).expect("readable");
-        job.write("model/config.json", text.replace("LlamaForCausalLM", "GPT2LMHeadModel"));
-    }, 64, "model/config.json: not supported yet: architecture GPT2LMHeadModel");
+    check(
+        "another architecture",
+        |job| {
+            let text = fs::read_to_string(job.path("model/config.json")).expect("readable");
+            job.write("model/config.json", text.replace("LlamaForCausalLM", "GPT2LMHeadModel"));
+        },
+        64,
+        "model/config.json: not supported yet: architecture GPT2LMHeadModel",
+    );
 }
 
 #[test]
 fn numbers_and_memory() {
-    check(
-        "NaN loss",
-        |job| job.edit("\"1e-2\"", "\"1e30\""),
-        79,
-        "step ",
-    );
+    check("NaN loss", |job| job.edit("\"1e-2\"", "\"1e30\""), 79, "step ");
     check(
         "it cannot fit",
         |job| job.edit("  checkpoint:", "  resources: {limits: {memory: 1Mi}}\n  checkpoint:"),
@@ -178,8 +216,10 @@ fn numbers_and_memory() {
 fn a_full_disk_keeps_what_is_there() {
     // A file-size limit makes every write beyond it fail, as a full disk would.
     let job = Job::new();
-    let script = format!("ulimit -f 8; trap '' XFSZ; exec taskset -c 0 {} run job.yaml", harness::trainer_binary().display());
-    let output = std::process::Command::new("bash").args(["-c", &script]).current_dir(job.folder()).output().expect("bash runs");
+    let script =
+        format!("ulimit -f 8; trap '' XFSZ; exec taskset -c 0 {} run job.yaml", harness::trainer_binary().display());
+    let output =
+        std::process::Command::new("bash").args(["-c", &script]).current_dir(job.folder()).output().expect("bash runs");
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(73), "{stderr}");
     assert!(stderr.contains("cannot be written"), "{stderr}");

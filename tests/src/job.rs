@@ -81,7 +81,9 @@ impl Job {
         let row = |number: u32| {
             let user = format!("say {number} backwards");
             let answer: String = number.to_string().chars().rev().collect();
-            json!({"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]}).to_string() + "\n"
+            json!({"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]})
+                .to_string()
+                + "\n"
         };
         self.write(name, numbers.map(row).collect::<String>());
     }
@@ -126,12 +128,17 @@ impl Job {
 
     /// Starts job.yaml; its output goes nowhere, so that nobody has to read it.
     pub fn start(&self) -> Child {
-        self.command(&["run", "job.yaml"]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("the trainer starts")
+        self.command(&["run", "job.yaml"])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("the trainer starts")
     }
 
     /// SHA-256 of the adapter.
     pub fn adapter_digest(&self) -> String {
-        trainer::checkpoint::digest_file(&self.path("runs/tiny/output/adapter_model.safetensors")).expect("the run has an output")
+        trainer::checkpoint::digest_file(&self.path("runs/tiny/output/adapter_model.safetensors"))
+            .expect("the run has an output")
     }
 
     /// `report.json`.

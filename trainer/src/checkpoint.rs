@@ -367,7 +367,8 @@ impl Store {
         let mut files = Vec::new();
         for content in contents {
             let file = File::create(folder.join(content.name))?;
-            let mut sink = HashingWriter { inner: io::BufWriter::with_capacity(1 << 20, file), hash: Sha256::new(), bytes: 0 };
+            let mut sink =
+                HashingWriter { inner: io::BufWriter::with_capacity(1 << 20, file), hash: Sha256::new(), bytes: 0 };
             let result = (content.write)(&mut sink).and_then(|()| sink.inner.flush());
             *written += sink.bytes;
             result?;
@@ -401,13 +402,17 @@ impl Store {
     /// leaves no half of one.
     pub fn retain(&self, keep_latest: i64, keep_best: i64) -> Result<(), Error> {
         let stored = self.all()?;
-        let kept = retained(&stored.iter().map(|s| (s.manifest.sequence, s.manifest.best)).collect::<Vec<_>>(), keep_latest, keep_best);
+        let kept = retained(
+            &stored.iter().map(|s| (s.manifest.sequence, s.manifest.best)).collect::<Vec<_>>(),
+            keep_latest,
+            keep_best,
+        );
         for old in stored.iter().filter(|stored| !kept.contains(&stored.manifest.sequence)) {
             let name = old.folder.file_name().unwrap_or_default().to_string_lossy();
             let doomed = self.run.join("checkpoints").join(format!(".tmp-old-{name}"));
-            fs::rename(&old.folder, &doomed).and_then(|()| fs::remove_dir_all(&doomed)).map_err(|source| {
-                Error::Write { path: old.folder.clone(), source, space: String::new() }
-            })?;
+            fs::rename(&old.folder, &doomed)
+                .and_then(|()| fs::remove_dir_all(&doomed))
+                .map_err(|source| Error::Write { path: old.folder.clone(), source, space: String::new() })?;
         }
         Ok(())
     }
@@ -635,7 +640,8 @@ mod tests {
         };
         let error = store.commit(20, false, &[Content { name: "a", write: &write }]).expect_err("full");
         assert!(error.exit().code() == 73 && error.to_string().contains("after 4 bytes"), "{error}");
-        let names: Vec<_> = fs::read_dir(run.path().join("checkpoints")).expect("there").flatten().map(|e| e.file_name()).collect();
+        let names: Vec<_> =
+            fs::read_dir(run.path().join("checkpoints")).expect("there").flatten().map(|e| e.file_name()).collect();
         assert_eq!(names.len(), 1, "{names:?}");
         assert_eq!(latest_step(run.path()), (Some(10), 0));
     }

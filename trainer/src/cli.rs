@@ -114,10 +114,14 @@ fn fail(exit: ExitCode, message: &str) -> ExitCode {
 pub fn report_panic(text: &str) -> ExitCode {
     let first = text.lines().next().unwrap_or_default();
     if is_out_of_memory(text) {
-        let message = format!("out of memory ({first}); lower hyperparameters.maxSequenceLength or give the job more memory");
+        let message =
+            format!("out of memory ({first}); lower hyperparameters.maxSequenceLength or give the job more memory");
         return fail(ExitCode::OutOfMemory, &message);
     }
-    let message = format!("a bug in finetune-trainer {}: {first}; please report it with the FineTuneJob", env!("CARGO_PKG_VERSION"));
+    let message = format!(
+        "a bug in finetune-trainer {}: {first}; please report it with the FineTuneJob",
+        env!("CARGO_PKG_VERSION")
+    );
     fail(ExitCode::InternalError, &message)
 }
 
@@ -141,7 +145,11 @@ type Outcome = Result<ExitCode, (ExitCode, String)>;
 fn load(file: &Path, profiles: Option<&Path>) -> Result<RunConfig, (ExitCode, String)> {
     let read = |path: &Path| {
         std::fs::read_to_string(path).map_err(|error| {
-            let exit = if error.kind() == std::io::ErrorKind::NotFound { ExitCode::InputNotFound } else { ExitCode::BadConfiguration };
+            let exit = if error.kind() == std::io::ErrorKind::NotFound {
+                ExitCode::InputNotFound
+            } else {
+                ExitCode::BadConfiguration
+            };
             (exit, format!("{}: cannot be read ({error})", path.display()))
         })
     };
@@ -150,7 +158,8 @@ fn load(file: &Path, profiles: Option<&Path>) -> Result<RunConfig, (ExitCode, St
         let lines: Vec<String> = problems.iter().map(|problem| format!("{}:{problem}", file.display())).collect();
         (ExitCode::BadConfiguration, lines.join("\nerror: "))
     };
-    let checked = check(&text, Scope::Local).map_err(|problems| refuse(problems.iter().map(ToString::to_string).collect()))?;
+    let checked =
+        check(&text, Scope::Local).map_err(|problems| refuse(problems.iter().map(ToString::to_string).collect()))?;
     let name = checked.job.spec.profile.as_deref().unwrap_or("default");
     let profile = match profiles {
         Some(path) => {
@@ -160,20 +169,25 @@ fn load(file: &Path, profiles: Option<&Path>) -> Result<RunConfig, (ExitCode, St
             let known: Vec<&String> = all.keys().collect();
             let known = format!("{known:?}");
             all.get(name).cloned().ok_or_else(|| {
-                let problem = checked.problem("spec.profile", format!("no profile {name} in {}; expected one of {known}", path.display()));
+                let problem = checked.problem(
+                    "spec.profile",
+                    format!("no profile {name} in {}; expected one of {known}", path.display()),
+                );
                 refuse(vec![problem.to_string()])
             })?
         }
         None if name == "default" => Profile::default(),
         None => {
-            let problem = checked.problem("spec.profile", format!("profile {name} is not built in; give --profiles FILE"));
+            let problem =
+                checked.problem("spec.profile", format!("profile {name} is not built in; give --profiles FILE"));
             return Err(refuse(vec![problem.to_string()]));
         }
     };
     let absolute = std::path::absolute(file).unwrap_or_else(|_| file.to_path_buf());
     let folder = absolute.parent().unwrap_or(Path::new("/"));
-    resolve(&checked.job, &profile, Target::Local { folder })
-        .map_err(|problems| refuse(problems.into_iter().map(|p| checked.problem(&p.field, p.message).to_string()).collect()))
+    resolve(&checked.job, &profile, Target::Local { folder }).map_err(|problems| {
+        refuse(problems.into_iter().map(|p| checked.problem(&p.field, p.message).to_string()).collect())
+    })
 }
 
 fn check_file(file: &Path) -> Outcome {
@@ -193,14 +207,16 @@ fn run_job(job: &JobArguments, listen: Option<SocketAddr>, environment: &Environ
         println!("{} is finished, nothing to do; its result:\n\n{}", config.job.name, summary(&report));
         return Ok(ExitCode::Done);
     }
-    let stop = Stop::on_signals().map_err(|error| (ExitCode::InternalError, format!("signals cannot be handled: {error}")))?;
+    let stop =
+        Stop::on_signals().map_err(|error| (ExitCode::InternalError, format!("signals cannot be handled: {error}")))?;
     let context = Context { run: &directory, hub: &environment.hub, cuda: &environment.cuda, stop: &stop };
     let mut display = Display::new(std::io::stderr().is_terminal());
     let mut telemetry = Telemetry::new(&config.job.name, &config.job.uid)
         .map_err(|error| (ExitCode::InternalError, format!("series cannot be registered: {error}")))?;
     if let Some(address) = listen {
-        let server = Server::start(address, Arc::clone(&telemetry))
-            .map_err(|error| (ExitCode::BadConfiguration, format!("--listen {address}: {error}; choose another address")))?;
+        let server = Server::start(address, Arc::clone(&telemetry)).map_err(|error| {
+            (ExitCode::BadConfiguration, format!("--listen {address}: {error}; choose another address"))
+        })?;
         eprintln!("serving http://{}/status, /metrics and /healthz", server.address);
     }
     let mut observers = Observers(vec![&mut display, &mut telemetry]);
@@ -210,7 +226,9 @@ fn run_job(job: &JobArguments, listen: Option<SocketAddr>, environment: &Environ
             Ok(ExitCode::Done)
         }
         Err(error @ crate::Error::ValidationFailed(_)) => {
-            if let Some(report) = std::fs::read(directory.join("report.json")).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok()) {
+            if let Some(report) =
+                std::fs::read(directory.join("report.json")).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok())
+            {
                 println!("{}", summary(&report));
             }
             Ok(fail(error.exit(), &error.to_string()))
@@ -222,7 +240,8 @@ fn run_job(job: &JobArguments, listen: Option<SocketAddr>, environment: &Environ
 fn plan_job(job: &JobArguments, environment: &Environment) -> Outcome {
     let config = load(&job.file, job.profiles.as_deref())?;
     let directory = run_directory(job, &config);
-    let stop = Stop::on_signals().map_err(|error| (ExitCode::InternalError, format!("signals cannot be handled: {error}")))?;
+    let stop =
+        Stop::on_signals().map_err(|error| (ExitCode::InternalError, format!("signals cannot be handled: {error}")))?;
     let context = Context { run: &directory, hub: &environment.hub, cuda: &environment.cuda, stop: &stop };
     let mut display = Display::new(std::io::stderr().is_terminal());
     let planned = plan_run(&config, &context, &mut display).map_err(|error| (error.exit(), error.to_string()))?;
@@ -253,8 +272,14 @@ fn answer(
     let text = crate::data::chat_prompt(&tokenizer, prompt).map_err(|error| failed(&error, error.exit()))?;
     let tokens = tokenizer.encode(&text).map_err(|error| failed(&error, error.exit()))?.ids;
     let max_positions = tokens.len() as i64 + max_new_tokens;
-    let source =
-        Source { folder: &model_folder, method: &method, kind: chosen.kind, device: chosen.device, seed: 0, max_positions };
+    let source = Source {
+        folder: &model_folder,
+        method: &method,
+        kind: chosen.kind,
+        device: chosen.device,
+        seed: 0,
+        max_positions,
+    };
     let mut built = build(&source).map_err(|error| failed(&error, error.exit()))?;
     if adapter.is_some() {
         crate::export::load_adapter(folder, &mut built.parameters).map_err(|message| (ExitCode::BadData, message))?;

@@ -58,7 +58,8 @@ impl Display {
         );
         if self.terminal {
             let bar = self.bar.get_or_insert_with(|| {
-                let style = ProgressStyle::with_template("step {pos}/{len} [{bar:30}] {msg}").expect("a valid template");
+                let style =
+                    ProgressStyle::with_template("step {pos}/{len} [{bar:30}] {msg}").expect("a valid template");
                 ProgressBar::new(record.total_steps.unsigned_abs()).with_style(style.progress_chars("=> "))
             });
             bar.set_position(record.step.unsigned_abs());
@@ -124,7 +125,8 @@ impl Observer for Display {
             Event::Step(record) => self.step(record),
             Event::Evaluation(record) => {
                 self.eval_loss = record.scores.eval_loss;
-                let value = |name: &str, value: Option<f64>| value.map_or(String::new(), |v| format!("  {name} {v:.4}"));
+                let value =
+                    |name: &str, value: Option<f64>| value.map_or(String::new(), |v| format!("  {name} {v:.4}"));
                 self.print(&format!(
                     "evaluation at step {}:{}{}{}{}",
                     record.step,

@@ -180,7 +180,8 @@ pub struct AdapterInfo {
 pub fn read_adapter(folder: &Path) -> Result<Option<AdapterInfo>, String> {
     let path = folder.join("adapter_config.json");
     let Ok(text) = fs::read_to_string(&path) else { return Ok(None) };
-    let refuse = |what: &str| format!("{}: {what}; expected a LoRA adapter_config.json as PEFT writes it", path.display());
+    let refuse =
+        |what: &str| format!("{}: {what}; expected a LoRA adapter_config.json as PEFT writes it", path.display());
     let config: serde_json::Value = serde_json::from_str(&text).map_err(|error| refuse(&error.to_string()))?;
     let targets = config["target_modules"].as_array().ok_or_else(|| refuse("target_modules is not a list"))?;
     Ok(Some(AdapterInfo {
@@ -203,7 +204,9 @@ pub fn load_adapter(folder: &Path, parameters: &mut crate::optim::Parameters) ->
     for slot in parameters.slots() {
         let tensor = file
             .tensor(&format!("base_model.model.{}", slot.name))
-            .filter(|tensor| tensor.dtype == Dtype::F32 && tensor.shape.iter().map(|&s| s as i64).eq(slot.shape.iter().copied()))
+            .filter(|tensor| {
+                tensor.dtype == Dtype::F32 && tensor.shape.iter().map(|&s| s as i64).eq(slot.shape.iter().copied())
+            })
             .ok_or_else(|| format!("{}: no fp32 tensor {} of shape {:?}", path.display(), slot.name, slot.shape))?;
         slot.view(&flat).copy_(&tch::Tensor::from_data_size(tensor.data, &slot.shape, tch::Kind::Float));
     }
@@ -254,7 +257,8 @@ mod tests {
         let config: serde_json::Value =
             serde_json::from_slice(&fs::read(output.join("adapter_config.json")).expect("there")).expect("JSON");
         let expected = json!(["owner/name", 2, 4, ["q_proj"], "abc"]);
-        let found = ["base_model_name_or_path", "r", "lora_alpha", "target_modules", "revision"].map(|key| config[key].clone());
+        let found =
+            ["base_model_name_or_path", "r", "lora_alpha", "target_modules", "revision"].map(|key| config[key].clone());
         assert_eq!(json!(found), expected);
         assert!(output.join("tokenizer.json").exists() && output.join("README.md").exists());
     }

@@ -146,7 +146,14 @@ mod tests {
     use super::*;
 
     fn step(step: i64, loss: f64) -> Event {
-        Event::Step(StepRecord { step, total_steps: 4, loss, seconds: 1.0, finite: loss.is_finite(), ..StepRecord::default() })
+        Event::Step(StepRecord {
+            step,
+            total_steps: 4,
+            loss,
+            seconds: 1.0,
+            finite: loss.is_finite(),
+            ..StepRecord::default()
+        })
     }
 
     #[test]

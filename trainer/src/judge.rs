@@ -121,10 +121,14 @@ fn compare(measured: &Measured) -> (Verdict, String) {
         (Some(tuned), Some(base)) if tuned < base => {
             (Verdict::Better, format!("Better than the base model: validation loss {tuned:.3} against {base:.3}."))
         }
-        (Some(tuned), Some(base)) => {
-            (Verdict::NotWorthIt, format!("Not worth it: validation loss {tuned:.3}, and the base model has {base:.3}."))
-        }
-        _ => (Verdict::NotValidated, "Not validated: set dataset.validation or dataset.splitPercent to have it judged.".into()),
+        (Some(tuned), Some(base)) => (
+            Verdict::NotWorthIt,
+            format!("Not worth it: validation loss {tuned:.3}, and the base model has {base:.3}."),
+        ),
+        _ => (
+            Verdict::NotValidated,
+            "Not validated: set dataset.validation or dataset.splitPercent to have it judged.".into(),
+        ),
     }
 }
 

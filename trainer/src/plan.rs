@@ -203,8 +203,7 @@ pub fn other_method(method: &Method) -> Method {
     match method {
         Method::LoRA { .. } | Method::QLoRA { .. } => Method::Full {},
         Method::Full {} => {
-            let lora =
-                Lora { rank: 16, alpha: 32.0, dropout: 0.0, target_modules: Vec::new(), rank_stabilized: false };
+            let lora = Lora { rank: 16, alpha: 32.0, dropout: 0.0, target_modules: Vec::new(), rank_stabilized: false };
             Method::LoRA { lora }
         }
     }
@@ -213,7 +212,8 @@ pub fn other_method(method: &Method) -> Method {
 /// The least change that makes the run fit: LoRA instead of full fine-tuning, then shorter sequences.
 fn cheapest_that_fits(inputs: &Inputs) -> Option<String> {
     let candidates = [
-        matches!(inputs.config.method, Method::Full {}).then(|| (other_method(&inputs.config.method), "method.type: LoRA")),
+        matches!(inputs.config.method, Method::Full {})
+            .then(|| (other_method(&inputs.config.method), "method.type: LoRA")),
         Some((inputs.config.method.clone(), "")),
     ];
     for (method, words) in candidates.into_iter().flatten() {

@@ -69,10 +69,13 @@ pub fn loss_svg(train: &[(f64, f64)], evaluation: &[(f64, f64)], title: &str) ->
     svg.push_str(&line(&smoothed(train), TRAIN, 2.0, 1.0));
     svg.push_str(&line(evaluation, EVALUATION, 2.0, 1.0));
     for (step, loss) in evaluation {
-        let _ = writeln!(svg, "<circle cx=\"{:.1}\" cy=\"{:.1}\" r=\"3.5\" fill=\"{EVALUATION}\"/>", x(*step), y(*loss));
+        let _ =
+            writeln!(svg, "<circle cx=\"{:.1}\" cy=\"{:.1}\" r=\"3.5\" fill=\"{EVALUATION}\"/>", x(*step), y(*loss));
     }
     let mut at = WIDTH - RIGHT - 250.0;
-    for (name, colour, shown) in [("training", TRAIN, !train.is_empty()), ("validation", EVALUATION, !evaluation.is_empty())] {
+    for (name, colour, shown) in
+        [("training", TRAIN, !train.is_empty()), ("validation", EVALUATION, !evaluation.is_empty())]
+    {
         if shown {
             let _ = writeln!(
                 svg,

@@ -154,7 +154,9 @@ fn fetch(config: &RunConfig, settings: &HubSettings) -> Result<Sources, Error> {
 
 fn key(config: &RunConfig, sources: &Sources) -> Result<String, Error> {
     let mut model_files = Vec::new();
-    for name in ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "config.json"] {
+    for name in
+        ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "config.json"]
+    {
         let path = sources.model.path.join(name);
         if path.exists() {
             model_files.push((name, digest_file(&path).map_err(|source| Error::Read { path, source })?));
@@ -255,7 +257,7 @@ fn open(folder: &Path, sources: Sources) -> Result<Prepared, Error> {
     let damaged = |source: serde_json::Error| Error::Read { path: folder.into(), source: source.into() };
     let mut report: DataReport = serde_json::from_slice(&read("data_report.json")?).map_err(damaged)?;
     let train = Examples::open(&folder.join("train.safetensors"))?;
-    report.dataset_digest = train.digest().to_owned();
+    train.digest().clone_into(&mut report.dataset_digest);
     Ok(Prepared {
         model: sources.model.path,
         model_revision: sources.model.revision,

@@ -135,10 +135,16 @@ fn training_digest(config: &RunConfig) -> String {
     digest_of(decides.to_string().as_bytes())
 }
 
-/// The report of an earlier run of the same configuration that came to its end.
+/// The report of an earlier run of the same configuration on the same rows that came to its end.
 pub fn finished(config: &RunConfig, run: &Path) -> Option<Report> {
     let report: Report = serde_json::from_slice(&std::fs::read(run.join("report.json")).ok()?).ok()?;
-    (report.stage == Stage::Succeeded && report.config_digest == config_digest(config)).then_some(report)
+    let same_rows = report
+        .data
+        .as_ref()?
+        .sources
+        .iter()
+        .all(|source| checkpoint::digest_file(Path::new(&source.uri)).is_ok_and(|digest| digest == source.digest));
+    (report.stage == Stage::Succeeded && report.config_digest == config_digest(config) && same_rows).then_some(report)
 }
 
 /// Device, prepared rows and plan: everything that is known before anything is trained.
@@ -174,8 +180,12 @@ pub fn plan_run(config: &RunConfig, context: &Context, observer: &mut dyn Observ
     let batch_size = hyperparameters.batch_size.unsigned_abs() as usize;
     let order = Order::new(hyperparameters.seed, prepared.train.digest(), prepared.train.len(), batch_size);
     let total_steps = order.total_steps(hyperparameters.duration);
-    let schedule =
-        Schedule::new(hyperparameters.scheduler, hyperparameters.learning_rate, hyperparameters.warmup_ratio, total_steps);
+    let schedule = Schedule::new(
+        hyperparameters.scheduler,
+        hyperparameters.learning_rate,
+        hyperparameters.warmup_ratio,
+        total_steps,
+    );
     let machine = device::memory_limit().unwrap_or(i64::MAX);
     let memory = config.resources.memory_bytes.map_or(machine, |limit| limit.min(machine));
     let longest = prepared.train.longest() as i64;
@@ -209,7 +219,9 @@ fn check_gates(config: &RunConfig, prepared: &Prepared) -> Result<(), Error> {
             }
         });
     if uses_exact_match && !answered {
-        return Err(Error::CannotValidate("exactMatch needs validation rows with answers (messages, or prompt and completion)".into()));
+        return Err(Error::CannotValidate(
+            "exactMatch needs validation rows with answers (messages, or prompt and completion)".into(),
+        ));
     }
     for gate in &validation.gates {
         if let Gate::ImprovesOn { metric, baseline, .. } = gate {
@@ -253,7 +265,9 @@ impl Planned {
         let estimate = &self.estimate;
         let derived = |name, value: String, reason: String| Event::Derived { name, value, reason };
         let method = match &config.method {
-            Method::LoRA { lora } | Method::QLoRA { lora, .. } => format!("LoRA, rank {}, alpha {}", lora.rank, lora.alpha),
+            Method::LoRA { lora } | Method::QLoRA { lora, .. } => {
+                format!("LoRA, rank {}, alpha {}", lora.rank, lora.alpha)
+            }
             Method::Full {} => "full fine-tuning".to_owned(),
         };
         let share = 100.0 * estimate.trainable_parameters as f64 / estimate.base_parameters as f64;
@@ -264,7 +278,10 @@ impl Planned {
             derived(
                 "method",
                 method,
-                format!("{} of {} parameters trained, {share:.2} %", estimate.trainable_parameters, estimate.base_parameters),
+                format!(
+                    "{} of {} parameters trained, {share:.2} %",
+                    estimate.trainable_parameters, estimate.base_parameters
+                ),
             ),
             derived(
                 "steps",
@@ -299,7 +316,10 @@ impl Planned {
     /// What `plan` prints: the configured method beside the other.
     pub fn describe(&self, config: &RunConfig) -> String {
         let cost = |seconds: f64| {
-            config.resources.price_per_hour.map_or(String::new(), |price| format!(", cost {:.4}", seconds / 3600.0 * price))
+            config
+                .resources
+                .price_per_hour
+                .map_or(String::new(), |price| format!(", cost {:.4}", seconds / 3600.0 * price))
         };
         let line = |name: &str, estimate: &Estimate| {
             format!(
@@ -398,7 +418,8 @@ fn stages(
     report.stage = Stage::Training;
     let history = History::open(context.run, state.step).map_err(write)?;
     let earlier_seconds = state.wall_seconds;
-    let mut surroundings = RunSurroundings { config, context, planned: &planned, observer, history, store, started, earlier_seconds };
+    let mut surroundings =
+        RunSurroundings { config, context, planned: &planned, observer, history, store, started, earlier_seconds };
     let loop_plan = surroundings::loop_plan(config, &planned);
     let outcome = train(&model, &mut parameters, &mut state, &loop_plan, context.stop, &mut surroundings);
     report.step = state.step;
@@ -408,7 +429,7 @@ fn stages(
         return Err(Error::Stopped { step: state.step });
     }
 
-    surroundings.emit_event(Event::Stage(Stage::Evaluating))?;
+    surroundings.emit_event(&Event::Stage(Stage::Evaluating))?;
     report.stage = Stage::Evaluating;
     let judged = judged_checkpoint(config, &surroundings.store, &state)?;
     if let Some(stored) = &judged {
@@ -420,7 +441,7 @@ fn stages(
     let Some(validation) = evaluation.validate(&model, &mut parameters, &source, judged_step)? else {
         return Err(Error::Stopped { step: state.step });
     };
-    surroundings.emit_event(Event::Validated(Box::new(validation.clone())))?;
+    surroundings.emit_event(&Event::Validated(Box::new(validation.clone())))?;
     let gate_failed = validation.verdict == crds::report::Verdict::GateFailed;
     report.validation = Some(validation.clone());
     report.usage = usage(config, &planned, &state, earlier_seconds + started.elapsed().as_secs_f64(), energy.as_ref());
@@ -430,7 +451,7 @@ fn stages(
     }
 
     if !gate_failed || config.output.publish_always {
-        surroundings.emit_event(Event::Stage(Stage::Publishing))?;
+        surroundings.emit_event(&Event::Stage(Stage::Publishing))?;
         report.stage = Stage::Publishing;
         report.artifact = Some(publish(config, context, &planned, &parameters, report)?);
     }
@@ -536,29 +557,26 @@ fn publish(
     let card = model_card(config, &described);
     let prepared = &planned.prepared;
     let plot = context.run.join("loss.svg");
-    artifact.digest = match (lora, kind) {
-        (Some(lora), OutputFormat::Adapter) => {
-            let targets = target_linears(lora)?;
-            let tensors = surroundings::host_masters(parameters);
-            write_output(
-                &output,
-                &prepared.model,
-                &Weights::Adapter {
-                    lora,
-                    targets: &targets,
-                    tensors: &surroundings::views(&tensors),
-                    base_model: &config.model.uri,
-                    revision: prepared.model_revision.as_deref(),
-                },
-                &card,
-                &plot,
-            )?
-        }
-        _ => {
-            let tensors = model::merged(&prepared.model, parameters, lora)?;
-            let views = surroundings::views(&tensors);
-            write_output(&output, &prepared.model, &Weights::Model { tensors: &views }, &card, &plot)?
-        }
+    artifact.digest = if let (Some(lora), OutputFormat::Adapter) = (lora, kind) {
+        let targets = target_linears(lora)?;
+        let tensors = surroundings::host_masters(parameters);
+        write_output(
+            &output,
+            &prepared.model,
+            &Weights::Adapter {
+                lora,
+                targets: &targets,
+                tensors: &surroundings::views(&tensors),
+                base_model: &config.model.uri,
+                revision: prepared.model_revision.as_deref(),
+            },
+            &card,
+            &plot,
+        )?
+    } else {
+        let tensors = model::merged(&prepared.model, parameters, lora)?;
+        let views = surroundings::views(&tensors);
+        write_output(&output, &prepared.model, &Weights::Model { tensors: &views }, &card, &plot)?
     };
     Ok(artifact)
 }

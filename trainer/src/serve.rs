@@ -204,7 +204,10 @@ impl Series {
             phase: gauges("phase", "1 for the stage that runs", "phase")?,
             parameters: gauges("parameters", "Parameters of the model", "kind")?,
             completion: gauge("estimated_completion_timestamp_seconds", "When the last step is expected")?,
-            checkpoint_time: gauge("checkpoint_last_success_timestamp_seconds", "When a checkpoint was last committed")?,
+            checkpoint_time: gauge(
+                "checkpoint_last_success_timestamp_seconds",
+                "When a checkpoint was last committed",
+            )?,
             checkpoint_size: gauge("checkpoint_size_bytes", "Size of the last checkpoint")?,
             tokens: counters("tokens_total", "Tokens that went through the model, and trained ones", "kind")?,
             samples: counter("samples_total", "Examples that were trained on")?,
@@ -273,7 +276,8 @@ mod tests {
     #[test]
     fn status_metrics_and_health_are_served_and_nothing_can_be_changed() {
         let mut telemetry = Telemetry::new("bot", "uid-1").expect("series register");
-        let server = Server::start("127.0.0.1:0".parse().expect("an address"), Arc::clone(&telemetry)).expect("listens");
+        let server =
+            Server::start("127.0.0.1:0".parse().expect("an address"), Arc::clone(&telemetry)).expect("listens");
         telemetry.observe(&Event::Stage(Stage::Training)).expect("noted");
         let record = StepRecord {
             step: 3,
@@ -296,7 +300,7 @@ mod tests {
             "finetune_step{finetunejob=\"bot\"} 3",
             "finetune_train_loss{finetunejob=\"bot\"} NaN",
             "finetune_nonfinite_steps_total{finetunejob=\"bot\"} 1",
-            "finetune_phase{finetunejob=\"bot\",phase=\"training\"} 1",
+            "finetune_phase{phase=\"training\",finetunejob=\"bot\"} 1",
         ] {
             assert!(text.contains(line), "{line}\n{text}");
         }

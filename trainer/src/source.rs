@@ -149,7 +149,12 @@ fn local_path(uri: &str) -> Option<PathBuf> {
     uri.strip_prefix("file://").map(PathBuf::from)
 }
 
-fn existing(field: &'static str, path: PathBuf, is_it: fn(&Path) -> bool, expected: &'static str) -> Result<Fetched, Error> {
+fn existing(
+    field: &'static str,
+    path: PathBuf,
+    is_it: fn(&Path) -> bool,
+    expected: &'static str,
+) -> Result<Fetched, Error> {
     if is_it(&path) { Ok(Fetched { path, revision: None }) } else { Err(Error::NotFound { field, path, expected }) }
 }
 
@@ -159,7 +164,11 @@ fn hub_repository<'a>(field: &'static str, uri: &'a str, prefix: &str) -> Result
     match parts.as_deref() {
         Some([owner, name]) if !owner.is_empty() && !name.is_empty() => Ok((owner, name, "")),
         Some([owner, name, rest]) if !owner.is_empty() && !name.is_empty() => Ok((owner, name, rest)),
-        _ => Err(Error::Uri { field, uri: uri.into(), expected: "hf://owner/name (datasets: hf://datasets/owner/name/file) or file://path" }),
+        _ => Err(Error::Uri {
+            field,
+            uri: uri.into(),
+            expected: "hf://owner/name (datasets: hf://datasets/owner/name/file) or file://path",
+        }),
     }
 }
 

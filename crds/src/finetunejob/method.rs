@@ -75,4 +75,3 @@ pub struct QuantizationSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub double_quantization: Option<bool>,
 }
-

@@ -225,6 +225,7 @@ fn with_reasoning(message: &Json) -> Json {
 
 /// `json.dumps` of Python: `", "` and `": "`, nothing escaped for HTML, non-ASCII kept; `indent`, `sort_keys` and
 /// `separators` honoured.
+#[expect(clippy::needless_pass_by_value, reason = "minijinja's filters take their arguments by value")]
 fn python_json(value: &Value, kwargs: Kwargs) -> Result<String, minijinja::Error> {
     let indent: Option<usize> = kwargs.get("indent").ok().flatten();
     let sort_keys: bool = kwargs.get::<Option<bool>>("sort_keys")?.unwrap_or(false);

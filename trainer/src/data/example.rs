@@ -80,7 +80,9 @@ impl Examples {
         for part in [tokens.data, trained.data] {
             hash.update(part);
         }
-        offsets.iter().for_each(|offset| hash.update((*offset as u64).to_le_bytes()));
+        for offset in &offsets {
+            hash.update((*offset as u64).to_le_bytes());
+        }
         let digest = format!("sha256:{}", hex(&hash.finalize()));
         Ok(Self { file, offsets, digest })
     }

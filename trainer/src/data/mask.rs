@@ -92,7 +92,7 @@ impl Tokeniser<'_> {
             let span = if tagged {
                 whole.generated[order].clone()
             } else {
-                self.incremental_span(template, messages, tools, index, &whole)?
+                incremental_span(template, messages, tools, index, &whole)?
             };
             spans.push(self.up_to_stop_token(&whole.text, span).map_err(contradiction)?);
         }
@@ -104,27 +104,6 @@ impl Tokeniser<'_> {
             return Err(Error::DoubleBos(self.tokenizer.special_tokens()["bos_token"].clone()));
         }
         Ok(example)
-    }
-
-    /// What the message adds to the rendering of everything before it.
-    fn incremental_span(
-        &self,
-        template: &ChatTemplate,
-        messages: &[Value],
-        tools: Option<&Value>,
-        index: usize,
-        whole: &Rendered,
-    ) -> Result<Range<usize>, Error> {
-        let contradiction = |reason: &str| Error::Contradiction { message: index, reason: reason.into() };
-        let before = template.render(&messages[..index], tools, true)?.text;
-        let with = template.render(&messages[..=index], tools, false)?.text;
-        if !with.starts_with(&before) {
-            return Err(contradiction("the generation prompt is not how the rendered answer begins"));
-        }
-        if !whole.text.starts_with(&with) {
-            return Err(contradiction("the answer is rendered differently once further messages follow it"));
-        }
-        Ok(before.len()..with.len())
     }
 
     /// Cuts a span after its last end-of-turn token: what the template writes behind it belongs to the next turn.
@@ -158,6 +137,26 @@ impl Tokeniser<'_> {
         let text = self.template()?.render(messages, tools, true)?.text;
         Ok(self.tokenizer.encode(&text)?.ids)
     }
+}
+
+/// What the message adds to the rendering of everything before it.
+fn incremental_span(
+    template: &ChatTemplate,
+    messages: &[Value],
+    tools: Option<&Value>,
+    index: usize,
+    whole: &Rendered,
+) -> Result<Range<usize>, Error> {
+    let contradiction = |reason: &str| Error::Contradiction { message: index, reason: reason.into() };
+    let before = template.render(&messages[..index], tools, true)?.text;
+    let with = template.render(&messages[..=index], tools, false)?.text;
+    if !with.starts_with(&before) {
+        return Err(contradiction("the generation prompt is not how the rendered answer begins"));
+    }
+    if !whole.text.starts_with(&with) {
+        return Err(contradiction("the answer is rendered differently once further messages follow it"));
+    }
+    Ok(before.len()..with.len())
 }
 
 /// The example's text with its trained tokens between guillemets.

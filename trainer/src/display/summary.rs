@@ -92,7 +92,8 @@ fn scores_table(validation: &ValidationReport) -> Vec<String> {
     for (name, value) in rows {
         let cells: Vec<Option<String>> = columns.iter().map(|(_, scores)| scores.and_then(value)).collect();
         if cells.iter().any(Option::is_some) {
-            let cells: String = cells.into_iter().map(|cell| format!("{:>10}", cell.unwrap_or_else(|| "–".into()))).collect();
+            let cells: String =
+                cells.into_iter().map(|cell| format!("{:>10}", cell.unwrap_or_else(|| "–".into()))).collect();
             lines.push(format!("{name:<15}{cells}"));
         }
     }

@@ -12,7 +12,8 @@ pub fn model_card(config: &RunConfig, report: &Report) -> String {
     if on_hub {
         card += &format!("base_model: {base}\nbase_model_relation: {}\n", if adapter { "adapter" } else { "finetune" });
     }
-    card += &format!("library_name: {}\npipeline_tag: text-generation\n", if adapter { "peft" } else { "transformers" });
+    card +=
+        &format!("library_name: {}\npipeline_tag: text-generation\n", if adapter { "peft" } else { "transformers" });
     if adapter {
         let tag = if on_hub { format!("- base_model:adapter:{base}\n") } else { String::new() };
         card += &format!("tags:\n{tag}- lora\n- transformers\n");
@@ -47,7 +48,9 @@ fn results(report: &Report) -> String {
     let columns: Vec<(String, Scores)> = [
         Some(("tuned".to_owned(), validation.tuned)),
         validation.zero_shot.map(|scores| ("base".to_owned(), scores)),
-        validation.few_shot.map(|scores| (format!("base, {} examples", validation.few_shot_examples.unwrap_or(0)), scores)),
+        validation
+            .few_shot
+            .map(|scores| (format!("base, {} examples", validation.few_shot_examples.unwrap_or(0)), scores)),
     ]
     .into_iter()
     .flatten()

@@ -8,6 +8,7 @@ use serde::Deserialize;
 use super::Error;
 
 /// A decoder of the Llama family.
+#[expect(clippy::struct_field_names, reason = "the names are those of config.json")]
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 pub struct Config {
     /// Width of the residual stream.

@@ -271,14 +271,13 @@ impl Assembler<'_> {
 
     fn linear(&self, layer: usize, index: usize) -> Linear {
         let module = format!("model.layers.{layer}.{}", LAYER_LINEARS[index]);
-        let adapter = self.lora.filter(|_| self.slot(&format!("{module}.lora_A.weight")).is_some()).map(|lora| {
-            Adapter {
+        let adapter =
+            self.lora.filter(|_| self.slot(&format!("{module}.lora_A.weight")).is_some()).map(|lora| Adapter {
                 a: self.weight(&format!("{module}.lora_A.weight")),
                 b: self.weight(&format!("{module}.lora_B.weight")),
                 scale: adapter_scale(lora),
                 site: (layer * LAYER_LINEARS.len() + index) as u64,
-            }
-        });
+            });
         Linear { weight: self.weight(&format!("{module}.weight")), adapter }
     }
 

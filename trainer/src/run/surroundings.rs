@@ -64,16 +64,16 @@ pub fn loop_plan<'a>(config: &RunConfig, planned: &'a Planned) -> train::Plan<'a
 
 impl RunSurroundings<'_> {
     /// Hands an event to the record and to the observer.
-    pub fn emit_event(&mut self, event: Event) -> Result<(), Error> {
+    pub fn emit_event(&mut self, event: &Event) -> Result<(), Error> {
         let failed = |source| Error::Write { path: self.context.run.into(), source };
-        self.history.observe(&event).map_err(failed)?;
-        self.observer.observe(&event).map_err(failed)
+        self.history.observe(event).map_err(failed)?;
+        self.observer.observe(event).map_err(failed)
     }
 }
 
 impl Surroundings for RunSurroundings<'_> {
     fn emit(&mut self, event: Event) -> Result<(), crate::Error> {
-        self.emit_event(event)
+        self.emit_event(&event)
     }
 
     fn evaluate(&mut self, model: &Llama) -> Result<Option<Scores>, crate::Error> {
@@ -86,7 +86,8 @@ impl Surroundings for RunSurroundings<'_> {
         if self.config.validation.metric == Metric::ExactMatch {
             let tokenizer = Tokenizer::open(&prepared.model)?;
             let rows = &prepared.generation;
-            let share = evaluate::exact_match(model, rows, Prompt::ZeroShot, Adapters::On, &tokenizer, stop, &mut |_| ());
+            let share =
+                evaluate::exact_match(model, rows, Prompt::ZeroShot, Adapters::On, &tokenizer, stop, &mut |_| ());
             let Some(share) = share else { return Ok(None) };
             scores.exact_match = Some(share);
         }
@@ -120,7 +121,7 @@ impl Surroundings for RunSurroundings<'_> {
             eval_loss: state.eval_loss.filter(|_| state.evaluated_step == state.step),
             best,
         };
-        self.emit_event(Event::Checkpoint(record))
+        self.emit_event(&Event::Checkpoint(record))
     }
 }
 
@@ -159,7 +160,8 @@ fn stored_tensor(file: &MappedFile, stored: &Stored, name: &str, shape: &[i64]) 
         })
     };
     let mapped = file.tensor(name).ok_or_else(malformed)?;
-    if mapped.dtype != safetensors::Dtype::F32 || mapped.shape.iter().map(|&size| size as i64).ne(shape.iter().copied()) {
+    if mapped.dtype != safetensors::Dtype::F32 || mapped.shape.iter().map(|&size| size as i64).ne(shape.iter().copied())
+    {
         return Err(malformed());
     }
     Ok(Tensor::from_data_size(mapped.data, shape, Kind::Float))
