@@ -8,7 +8,7 @@ export LIBTORCH ?= $(CACHE)/libtorch-2.11.0-cpu
 export CARGO_TARGET_DIR ?= $(CACHE)/target
 TRAINER = $(CARGO_TARGET_DIR)/release/finetune-trainer
 
-.PHONY: help libtorch base-model build demo test lint golden compat bench
+.PHONY: help libtorch base-model build demo test test-data lint golden compat bench
 help: ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -29,12 +29,17 @@ lint: libtorch ## formatting, clippy, rustdoc
 	cargo clippy --release --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --release --workspace --no-deps --quiet
 
-test: lint base-model ## every test
+test-data: ## fetch the chat templates that ours are compared on
+	@tools/fetch-test-data.sh
+
+test: lint base-model test-data ## every test
 	@cargo build --release --workspace
 	cargo test --release --workspace
 
-golden: base-model ## write the golden files with transformers, PEFT and torch
-	@$$(tools/peers-env.sh) tests/golden/make_golden.py models/SmolLM2-135M-Instruct tests/golden
+golden: base-model test-data ## write the golden files with transformers, PEFT and torch
+	@python=$$(tools/peers-env.sh)
+	$$python tests/golden/make_golden.py models/SmolLM2-135M-Instruct tests/golden
+	$$python tests/golden/chat_templates.py .test-data/chat_templates tests/golden/chat_templates.json
 
 compat: build base-model ## golden files from the Python peers, and our outputs loaded by them
 	@tests/golden/compat.sh $(TRAINER)

@@ -63,7 +63,7 @@ pub struct Rope {
     sin: Tensor,
 }
 
-/// Which way [`Rope::rotate`] turns.
+/// Which way [`RopeRows::rotate`] turns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rotation {
     /// As in the forward pass.

@@ -113,7 +113,9 @@ impl ChatTemplate {
         let syntax_error = |error: minijinja::Error| Error::Syntax(describe(&error));
         environment.add_template_owned("__gs", SPAN_START.to_string()).map_err(syntax_error)?;
         environment.add_template_owned("__ge", SPAN_END.to_string()).map_err(syntax_error)?;
-        let (source, marks_generation) = rewrite_generation(source);
+        // Jinja2 reads every line ending as a newline.
+        let source = source.replace("\r\n", "\n").replace('\r', "\n");
+        let (source, marks_generation) = rewrite_generation(&source);
         environment.add_template_owned("chat", source).map_err(syntax_error)?;
         Ok(Self { environment, special_tokens: special_tokens.to_vec(), marks_generation })
     }
