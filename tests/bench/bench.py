@@ -1,10 +1,16 @@
-"""Measures the trainer beside bare transformers + PEFT and beside TRL's SFTTrainer, on the same rows, in alternating order.
+"""Measures the trainer beside bare transformers + PEFT and beside TRL's SFTTrainer: same model, same rows, same precision,
+alternating order in one run.
 
-Usage: bench.py TRAINER [--rounds N] [--steps N] [--out FILE]
+Usage: bench.py TRAINER [--rounds N] [--steps N] [--workload NAME ...]
 
-Prints tokens per second (useful tokens: padding is never counted; median over the steps after the second), peak resident
-memory, and seconds from process start to the end of the first step less that step; each a median over rounds with its
-range. Run it on a quiet machine: OpenMP collapses beside a busy process.
+Per workload it prints, and writes to tests/bench/results/<workload>.json:
+  tokens/s   useful tokens (padding is never counted) over all steps after the second, medians over the rounds
+  peak       peak resident memory of the process
+  start      seconds from process start to the end of the first step, less that step's own time
+
+All train in bf16 with fp32 adapters, LoRA rank 8 on every linear layer. TRL runs with its defaults but for gradient
+checkpointing, which is off: it is on by default and would slow TRL by a third. Run it on a quiet machine: OpenMP collapses
+beside a busy process.
 """
 
 import argparse
@@ -22,11 +28,14 @@ import time
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 MODEL = REPOSITORY / "models/SmolLM2-135M-Instruct"
-RANK, BATCH, LENGTH = 8, 4, 256
+DEMO_ROWS = REPOSITORY / "crds/examples/demo/train.jsonl"
+RANK, ALPHA, LEARNING_RATE = 8, 16, 2e-4
+WARM_STEPS = 2
+PEERS = ("peft", "trl")
 
 
-def dense_rows(count):
-    """Text rows of exactly LENGTH tokens, the end token included."""
+def dense_rows(count, length):
+    """Text rows of exactly `length` tokens, the end token included."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
@@ -34,57 +43,81 @@ def dense_rows(count):
     words = [" river", " stone", " light", " garden", " paper", " winter", " engine", " market", " bridge", " morning"]
     rows = []
     while len(rows) < count:
-        text = "".join(rng.choice(words) for _ in range(LENGTH - 1))
-        if len(tokenizer(text, add_special_tokens=False)["input_ids"]) == LENGTH - 1:
+        text = "".join(rng.choice(words) for _ in range(length - 1))
+        if len(tokenizer(text, add_special_tokens=False)["input_ids"]) == length - 1:
             rows.append({"text": text})
     return rows
 
 
+def demo_rows(count):
+    """The first conversations of the demo's training rows."""
+    return [json.loads(line) for line in DEMO_ROWS.read_text().splitlines()[:count]]
+
+
+# name: (rows of `count`, examples a step, longest row)
+WORKLOADS = {
+    "dense-4x256": (lambda count: dense_rows(count, 256), 4, 256),
+    "demo-rows": (demo_rows, 16, 256),
+}
+
+
 def report(started, step_seconds, step_tokens, first_step_end):
-    later = [tokens / seconds for tokens, seconds in list(zip(step_tokens, step_seconds))[2:]]
     print(json.dumps({
-        "tokensPerSecond": statistics.median(later),
+        "tokensPerSecond": sum(step_tokens[WARM_STEPS:]) / sum(step_seconds[WARM_STEPS:]),
         "peakBytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "startSeconds": first_step_end - started - step_seconds[0],
     }))
 
 
-def peft_loop(rows_path, steps, started):
+def lora_config():
+    from peft import LoraConfig
+
+    return LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def peft_loop(rows, batch, steps, started):
+    """A plain loop: rows padded to the longest of their step, as everybody writes it."""
     import torch
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    rows = [json.loads(line)["text"] for line in open(rows_path)]
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-    model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16), lora_config())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
     model.train()
+
+    def encode(row):
+        if "text" in row:
+            return tokenizer(row["text"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
     seconds, tokens, first = [], [], None
     for step in range(steps):
         began = time.time()
-        texts = rows[step * BATCH:(step + 1) * BATCH]
-        ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for text in texts])
-        loss = model(input_ids=ids, labels=ids).loss
+        examples = [encode(row) for row in rows[step * batch:(step + 1) * batch]]
+        longest = max(map(len, examples))
+        ids = torch.tensor([example + [tokenizer.pad_token_id] * (longest - len(example)) for example in examples])
+        mask = torch.tensor([[1] * len(example) + [0] * (longest - len(example)) for example in examples])
+        padded = bool((mask == 0).any())
+        loss = model(input_ids=ids, attention_mask=mask if padded else None, labels=ids.masked_fill(mask == 0, -100)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
         optimizer.step()
         optimizer.zero_grad()
         loss.item()
         seconds.append(time.time() - began)
-        tokens.append(ids.numel())
+        tokens.append(int(mask.sum()))
         first = first or time.time()
     report(started, seconds, tokens, first)
 
 
-def trl_trainer(rows_path, steps, started):
+def trl_trainer(rows, batch, longest, steps, started):
     from datasets import Dataset
-    from peft import LoraConfig
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    rows = [json.loads(line) for line in open(rows_path)]
-    seconds, first, began = [], [], [None]
+    seconds, first, began, tokens = [], [], [None], []
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_, **__):
@@ -94,23 +127,29 @@ def trl_trainer(rows_path, steps, started):
             seconds.append(time.time() - began[0])
             first.append(time.time())
 
+    class Counting(SFTTrainer):
+        def training_step(self, model, inputs, *arguments, **keywords):
+            tokens.append(int(inputs["attention_mask"].sum()))
+            return super().training_step(model, inputs, *arguments, **keywords)
+
     with tempfile.TemporaryDirectory() as folder:
-        config = SFTConfig(output_dir=folder, max_steps=steps, per_device_train_batch_size=BATCH, max_length=LENGTH, use_cpu=True,
-                           bf16=False, report_to=[], save_strategy="no", logging_steps=1000, model_init_kwargs={"dtype": "float32"})
-        trainer = SFTTrainer(model=str(MODEL), args=config, train_dataset=Dataset.from_list(rows), callbacks=[Clock()],
-                             peft_config=LoraConfig(r=RANK, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+        config = SFTConfig(output_dir=folder, max_steps=steps, per_device_train_batch_size=batch, max_length=longest, use_cpu=True,
+                           bf16=False, gradient_checkpointing=False, report_to=[], save_strategy="no", logging_steps=1000,
+                           learning_rate=LEARNING_RATE, disable_tqdm=True, model_init_kwargs={"dtype": "bfloat16"})
+        trainer = Counting(model=str(MODEL), args=config, train_dataset=Dataset.from_list(rows), callbacks=[Clock()],
+                           peft_config=lora_config())
         trainer.train()
-    report(started, seconds, [BATCH * LENGTH] * len(seconds), first[0])
+    report(started, seconds, tokens, first[0])
 
 
-def ours(trainer, rows_path, steps):
+def ours(trainer, rows_path, batch, longest, steps):
     with tempfile.TemporaryDirectory() as folder:
         job = pathlib.Path(folder, "job.yaml")
         job.write_text(
             "apiVersion: finetune.dev/v1alpha1\nkind: FineTuneJob\nmetadata: {name: bench}\nspec:\n"
             f"  model: {{uri: file://{MODEL}}}\n  dataset: {{train: {{uri: file://{rows_path}}}}}\n"
-            f"  method: {{type: LoRA, lora: {{rank: {RANK}, alpha: 16}}}}\n"
-            f"  hyperparameters: {{maxSteps: {steps}, batchSize: {BATCH}, precision: FP32}}\n"
+            f"  method: {{type: LoRA, lora: {{rank: {RANK}, alpha: {ALPHA}}}}}\n"
+            f"  hyperparameters: {{maxSteps: {steps}, batchSize: {batch}, maxSequenceLength: {longest}, learningRate: \"{LEARNING_RATE}\", precision: BF16}}\n"
         )
         run = pathlib.Path(folder, "run")
         started = time.time()
@@ -119,53 +158,81 @@ def ours(trainer, rows_path, steps):
         while process.poll() is None:
             if first is None and metrics.exists() and metrics.stat().st_size > 0:
                 first = time.time()
-            time.sleep(0.02)
+            time.sleep(0.01)
         assert process.returncode == 0, f"the trainer ended with {process.returncode}"
-        records = [json.loads(line) for line in metrics.read_text().splitlines() if '"loss"' in line]
+        records = [json.loads(line) for line in metrics.read_text().splitlines()]
+        records = [record for record in records if "loss" in record]
         peak = json.loads((run / "report.json").read_text())["plan"]["measuredPeak"]
-    rates = [BATCH * LENGTH / record["seconds"] for record in records[2:]]
-    return {"tokensPerSecond": statistics.median(rates), "peakBytes": peak, "startSeconds": first - started - records[0]["seconds"]}
+    tokens = records[-1]["input_tokens"] - records[WARM_STEPS - 1]["input_tokens"]
+    rate = tokens / sum(record["seconds"] for record in records[WARM_STEPS:])
+    return {"tokensPerSecond": rate, "peakBytes": peak, "startSeconds": first - started - records[0]["seconds"]}
 
 
-def peer(name, rows_path, steps):
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, __file__, "--peer", name, "--rows", str(rows_path), "--steps", str(steps), "--started", str(time.time())]
-    output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
-    return json.loads(output.strip().splitlines()[-1])
+def peer(name, rows_path, workload, steps):
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, __file__, "--peer", name, "--rows", str(rows_path), "--workload", workload, "--steps", str(steps),
+               "--started", str(time.time())]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode != 0:
+        sys.exit(f"{name} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def processor():
+    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def measure(trainer, workload, rounds, steps):
+    make_rows, batch, longest = WORKLOADS[workload]
+    runs = {name: [] for name in ("ours", *PEERS)}
+    with tempfile.TemporaryDirectory() as folder:
+        rows_path = pathlib.Path(folder, "rows.jsonl")
+        rows_path.write_text("".join(json.dumps(row) + "\n" for row in make_rows(batch * steps)))
+        for turn in range(rounds):
+            for name in (list(runs) if turn % 2 == 0 else reversed(list(runs))):
+                values = ours(trainer, rows_path, batch, longest, steps) if name == "ours" else peer(name, rows_path, workload, steps)
+                runs[name].append(values)
+                print(f"  {workload} round {turn + 1} {name}: {values['tokensPerSecond']:.1f} tokens/s", file=sys.stderr, flush=True)
+    median = {name: {key: statistics.median(run[key] for run in values) for key in values[0]} for name, values in runs.items()}
+    ratios = {name: {key: median["ours"][key] / median[name][key] for key in median[name]} for name in PEERS}
+    results = REPOSITORY / "tests/bench/results" / f"{workload}.json"
+    results.parent.mkdir(exist_ok=True)
+    results.write_text(json.dumps({
+        "workload": f"{workload}: bf16, LoRA rank {RANK}, {batch} examples a step, {steps} steps", "rounds": rounds,
+        "cores": os.cpu_count(), "processor": processor(), "median": median, "oursAgainst": ratios, "runs": runs}, indent=1) + "\n")
+    print(f"\n{workload} ({batch} examples a step, {steps} steps, {rounds} rounds)")
+    print(f"{'':8}{'tokens/s':>10}{'range':>16}{'peak MiB':>10}{'start s':>9}")
+    for name, values in median.items():
+        rates = [run["tokensPerSecond"] for run in runs[name]]
+        spread = f"{min(rates):.0f} to {max(rates):.0f}"
+        print(f"{name:8}{values['tokensPerSecond']:10.1f}{spread:>16}{values['peakBytes'] / 2**20:10.0f}{values['startSeconds']:9.2f}")
+    for name in PEERS:
+        print(f"ours against {name}: {ratios[name]['tokensPerSecond']:.2f}x the speed, {ratios[name]['peakBytes']:.2f}x the memory")
 
 
 def main():
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trainer", nargs="?")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--out", default=str(REPOSITORY / "tests/bench/results/cpu-fp32-dense-4x256.json"))
-    parser.add_argument("--peer", choices=("peft", "trl"))
-    parser.add_argument("--rows")
-    parser.add_argument("--started", type=float)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--workload", choices=WORKLOADS, nargs="+", default=list(WORKLOADS))
+    parser.add_argument("--peer", choices=PEERS, help=argparse.SUPPRESS)
+    parser.add_argument("--rows", help=argparse.SUPPRESS)
+    parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.peer:
-        {"peft": peft_loop, "trl": trl_trainer}[arguments.peer](arguments.rows, arguments.steps, arguments.started)
+    if not arguments.peer:
+        for workload in arguments.workload:
+            measure(arguments.trainer, workload, arguments.rounds, arguments.steps)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        rows_path = pathlib.Path(folder, "rows.jsonl")
-        rows_path.write_text("".join(json.dumps(row) + "\n" for row in dense_rows(BATCH * arguments.steps)))
-        results = {"ours": [], "peft": [], "trl": []}
-        for _ in range(arguments.rounds):
-            results["ours"].append(ours(arguments.trainer, rows_path, arguments.steps))
-            for name in ("peft", "trl"):
-                results[name].append(peer(name, rows_path, arguments.steps))
-    summary = {name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in results.items()}
-    pathlib.Path(arguments.out).write_text(json.dumps({
-        "workload": f"fp32 LoRA rank {RANK}, {BATCH}x{LENGTH} dense tokens a step", "cores": os.cpu_count(),
-        "processor": platform.processor() or platform.machine(), "median": summary, "runs": results}, indent=1) + "\n")
-    print(f"{'':8}{'tokens/s':>10}{'peak MiB':>10}{'start s':>9}")
-    for name, values in summary.items():
-        print(f"{name:8}{values['tokensPerSecond']:10.1f}{values['peakBytes'] / 2**20:10.0f}{values['startSeconds']:9.2f}")
-    for name in ("peft", "trl"):
-        speed = summary["ours"]["tokensPerSecond"] / summary[name]["tokensPerSecond"]
-        memory = summary["ours"]["peakBytes"] / summary[name]["peakBytes"]
-        print(f"ours against {name}: {speed:.2f}x the speed, {memory:.2f}x the memory")
+    rows = [json.loads(line) for line in pathlib.Path(arguments.rows).read_text().splitlines()]
+    _, batch, longest = WORKLOADS[arguments.workload[0]]
+    if arguments.peer == "peft":
+        peft_loop(rows, batch, arguments.steps, arguments.started)
+    else:
+        trl_trainer(rows, batch, longest, arguments.steps, arguments.started)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 torch.set_num_threads(2)
 STEPS, EXAMPLES_PER_STEP, MAX_NORM, WEIGHT_DECAY = 10, 4, 1.0, 0.01
+PAD = 5  # begins every example of the tiny models: transformers does not train its embedding row from inputs
 PROMPTS = [
     "The capital of France is",
     "<|im_start|>user\nList the pods of namespace web-7.<|im_end|>\n<|im_start|>assistant\n",
@@ -49,7 +50,7 @@ def make_tiny(folder, **overrides):
     torch.manual_seed(len(folder.name))
     settings = dict(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
                     num_key_value_heads=2, max_position_embeddings=512, rms_norm_eps=1e-5, initializer_range=0.08,
-                    tie_word_embeddings=True, bos_token_id=1, eos_token_id=2)
+                    tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=PAD)
     settings.update(overrides)
     model = LlamaForCausalLM(LlamaConfig(**settings))
     with torch.no_grad():
@@ -73,7 +74,7 @@ def tiny_examples():
     generator = torch.Generator().manual_seed(3)
     examples = []
     for length in (5, 9, 9, 17, 3, 30, 12):
-        tokens = torch.randint(3, 256, (length,), generator=generator).tolist()
+        tokens = [PAD, *torch.randint(3, 256, (length - 1,), generator=generator).tolist()]
         examples.append({"tokens": tokens, "trained": [int(index >= length // 3) for index in range(length)]})
     return examples
 
@@ -139,7 +140,7 @@ def golden_steps(base, output):
     smollm, tiny = smollm_examples(tokenizer), tiny_examples()
     lora = {"type": "LoRA", "rank": 8, "alpha": 16}
     cases = [
-        ("smollm2-lora", str(base), smollm, lora, 1e-4, None),
+        ("smollm2-lora", str(base), smollm, lora, 2e-4, None),
         ("smollm2-full", str(base), smollm, {"type": "Full"}, 2e-5, None),
         ("tiny-llama-lora", "tiny-llama", tiny, lora, 1e-2, "gradients-tiny-llama-lora.safetensors"),
         ("tiny-llama-rslora", "tiny-llama", tiny,

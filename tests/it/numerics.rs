@@ -22,7 +22,7 @@ const LOGIT_TOLERANCE: f64 = 2e-4;
 
 fn built(folder: &std::path::Path, method: &Method, kind: Kind) -> Built {
     tch::set_num_threads(1);
-    let source = Source { folder, method, kind, device: Device::Cpu, seed: 1, max_positions: 512 };
+    let source = Source { folder, method: Some(method), kind, device: Device::Cpu, seed: 1, max_positions: 512 };
     build(&source).unwrap_or_else(|error| panic!("{error}"))
 }
 
@@ -81,7 +81,7 @@ fn base_logits_and_greedy_answer_equal_transformers() {
     let Built { model, .. } = built(&folder, &lora(), Kind::Float);
     for prompt in &golden.prompts {
         assert_eq!(tokenizer.encode(&prompt.text).expect("encodes").ids, prompt.tokens);
-        let logits = model.all_logits(&single(&prompt.tokens), Adapters::Off);
+        let logits = model.all_logits(&single(&prompt.tokens), Adapters::Off, &Stop::default()).expect("no stop");
         let ours = logits
             .index_select(0, &Tensor::from_slice(&prompt.positions))
             .index_select(1, &Tensor::from_slice(&prompt.columns));
@@ -91,7 +91,7 @@ fn base_logits_and_greedy_answer_equal_transformers() {
     }
     for kind in [Kind::Float, Kind::BFloat16] {
         let Built { model, .. } = built(&folder, &lora(), kind);
-        let limits = Limits { max_new_tokens: 24, end_tokens: tokenizer.end_tokens().to_vec(), rows: 2 };
+        let limits = Limits { max_new_tokens: 24, end_tokens: tokenizer.end_tokens().to_vec(), cache_tokens: 4096 };
         // Beside another prompt with the same beginning, so that prefix sharing and padding take part.
         let other: Vec<u32> = [&golden.greedy.tokens[..], &golden.greedy.tokens[..7]].concat();
         let prompts = [golden.greedy.tokens.as_slice(), &other];
@@ -114,7 +114,8 @@ fn ten_steps_equal_transformers_peft_and_torch() {
         for (index, step) in case.steps.iter().enumerate() {
             let batches = pack(&examples, &step.examples, 4096);
             let config = step_config(step.learning_rate, &case, Recompute::Pointwise);
-            let stats = train_step(&model, &mut parameters, &batches, &config).expect("no libtorch error");
+            let stats = train_step(&model, &mut parameters, &batches, &config, &Stop::default());
+            let stats = stats.expect("no libtorch error").expect("no stop");
             let (loss, norm) = (stats.loss.double_value(&[]), stats.gradient_norm.double_value(&[]));
             let within =
                 relative(loss, step.loss) <= STEP_TOLERANCE && relative(norm, step.gradient_norm) <= STEP_TOLERANCE;
@@ -139,7 +140,7 @@ fn every_gradient_equals_autograd() {
         // A huge norm: the gradients stay as they are.
         let config = StepConfig { max_grad_norm: 1e30, ..step_config(0.0, &case, Recompute::Pointwise) };
         let batches = pack(&examples, &case.steps[0].examples, 4096);
-        train_step(&model, &mut parameters, &batches, &config).expect("no libtorch error");
+        train_step(&model, &mut parameters, &batches, &config, &Stop::default()).expect("no libtorch error");
         assert_eq!(parameters.slots().len(), file.names().len(), "{}", case.name);
         for slot in parameters.slots() {
             let expected = file.tensor(&slot.name).unwrap_or_else(|| panic!("{}: no {}", case.name, slot.name));
@@ -160,7 +161,8 @@ fn one_step(case: &StepsCase, max_tokens: i64, recompute: Recompute) -> (StepSta
     start_adapters(&mut parameters);
     let batches = pack(&examples, &case.steps[0].examples, max_tokens);
     let config = step_config(1e-2, case, recompute);
-    let stats = train_step(&model, &mut parameters, &batches, &config).expect("no libtorch error");
+    let stats = train_step(&model, &mut parameters, &batches, &config, &Stop::default());
+    let stats = stats.expect("no libtorch error").expect("no stop");
     (stats, parameters.flat_master().copy())
 }
 

@@ -267,14 +267,22 @@ fn answer(
         (Some(adapter), None) => PathBuf::from(&adapter.base_model),
         (None, None) => folder.to_path_buf(),
     };
-    let method = adapter.as_ref().map_or(Method::Full {}, |adapter| Method::LoRA { lora: adapter.lora.clone() });
+    if !model_folder.is_dir() {
+        let message = format!(
+            "{}: the adapter's base model {} is no folder here; give it with --base FOLDER",
+            folder.display(),
+            model_folder.display()
+        );
+        return Err((ExitCode::InputNotFound, message));
+    }
+    let method = adapter.as_ref().map(|adapter| Method::LoRA { lora: adapter.lora.clone() });
     let tokenizer = Tokenizer::open(&model_folder).map_err(|error| failed(&error, error.exit()))?;
     let text = crate::data::chat_prompt(&tokenizer, prompt).map_err(|error| failed(&error, error.exit()))?;
     let tokens = tokenizer.encode(&text).map_err(|error| failed(&error, error.exit()))?.ids;
     let max_positions = tokens.len() as i64 + max_new_tokens;
     let source = Source {
         folder: &model_folder,
-        method: &method,
+        method: method.as_ref(),
         kind: chosen.kind,
         device: chosen.device,
         seed: 0,
@@ -284,7 +292,7 @@ fn answer(
     if adapter.is_some() {
         crate::export::load_adapter(folder, &mut built.parameters).map_err(|message| (ExitCode::BadData, message))?;
     }
-    let limits = Limits { max_new_tokens, end_tokens: tokenizer.end_tokens().to_vec(), rows: 1 };
+    let limits = Limits { max_new_tokens, end_tokens: tokenizer.end_tokens().to_vec(), cache_tokens: 0 };
     let answers = generate(&built.model, &[&tokens], Adapters::On, &limits, &Stop::default(), &mut |_| ());
     let answers = answers.expect("nothing asked for a stop");
     println!("{}", tokenizer.decode(&answers[0].tokens).map_err(|error| failed(&error, error.exit()))?.trim());

@@ -65,12 +65,35 @@ impl Display {
             bar.set_position(record.step.unsigned_abs());
             bar.set_message(text);
         } else {
-            let due = self.last_line.is_none_or(|last| last.elapsed() >= LINE_INTERVAL);
-            if due || record.step == record.total_steps {
+            if self.line_is_due() || record.step == record.total_steps {
                 self.print(&format!("step {}/{}  {text}", record.step, record.total_steps));
                 self.last_line = Some(Instant::now());
             }
         }
+    }
+
+    fn answered(&mut self, who: &str, answered: usize, rows: usize) {
+        if self.terminal {
+            if answered == 0 {
+                let style = ProgressStyle::with_template("{msg}: {pos}/{len} rows answered [{bar:30}]");
+                let style = style.expect("a valid template").progress_chars("=> ");
+                self.bar = Some(ProgressBar::new(rows as u64).with_style(style).with_message(who.to_owned()));
+            }
+            if let Some(bar) = &self.bar {
+                bar.set_position(answered as u64);
+                if answered == rows {
+                    bar.finish();
+                }
+            }
+        } else if answered == rows || self.line_is_due() {
+            self.print(&format!("{who}: {answered}/{rows} rows answered"));
+            self.last_line = Some(Instant::now());
+        }
+    }
+
+    /// Whether the last line of progress is old enough for another.
+    fn line_is_due(&self) -> bool {
+        self.last_line.is_none_or(|last| last.elapsed() >= LINE_INTERVAL)
     }
 
     fn data(&self, report: &DataReport) {
@@ -123,6 +146,7 @@ impl Observer for Display {
                 self.print(&format!("resumed at step {step}; {exact}"));
             }
             Event::Step(record) => self.step(record),
+            Event::Answered { who, answered, rows } => self.answered(who, *answered, *rows),
             Event::Evaluation(record) => {
                 self.eval_loss = record.scores.eval_loss;
                 let value =

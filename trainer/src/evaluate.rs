@@ -12,8 +12,8 @@ use crate::model::{DeviceBatch, Llama};
 use crate::signal::Stop;
 use crate::tokenizer::Tokenizer;
 
-/// Prompts answered at once.
-const GENERATION_ROWS: usize = 32;
+/// Tokens that the key-value caches of the prompts answered at once may hold.
+pub const GENERATION_CACHE_TOKENS: i64 = 8192;
 
 /// Which prompt of a row is answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,13 +35,10 @@ pub fn score(
     let ids: Vec<usize> = (0..examples.len()).collect();
     let (mut loss_sum, mut correct, mut tokens) = (0.0, 0.0, 0usize);
     for batch in pack(examples, &ids, micro_batch_tokens) {
-        if stop.requested() {
-            return None;
-        }
         if batch.labels.is_empty() {
             continue;
         }
-        let scored = model.score(&DeviceBatch::new(&batch, model.device()), adapters);
+        let scored = model.score(&DeviceBatch::new(&batch, model.device()), adapters, stop)?;
         loss_sum += scored.loss_sum.double_value(&[]);
         correct += scored.correct.to_kind(Kind::Double).double_value(&[]);
         tokens += batch.labels.len();
@@ -59,7 +56,7 @@ pub fn score(
 }
 
 /// Share of rows whose greedy answer equals the reference after trimming white space; `None` if a stop was asked for
-/// meanwhile. Answers may be half as long again as the longest reference.
+/// meanwhile. Answers may be half as long again as the longest reference. `progress` is told how many are answered.
 pub fn exact_match(
     model: &Llama,
     rows: &[GenerationRow],
@@ -67,7 +64,7 @@ pub fn exact_match(
     adapters: Adapters,
     tokenizer: &Tokenizer,
     stop: &Stop,
-    on_tokens: &mut dyn FnMut(usize),
+    progress: &mut dyn FnMut(usize),
 ) -> Option<f64> {
     let prompts: Vec<&[u32]> = rows
         .iter()
@@ -81,9 +78,9 @@ pub fn exact_match(
     let limits = Limits {
         max_new_tokens: longest + longest / 2 + 2,
         end_tokens: tokenizer.end_tokens().to_vec(),
-        rows: GENERATION_ROWS,
+        cache_tokens: GENERATION_CACHE_TOKENS,
     };
-    let answers = generate(model, &prompts, adapters, &limits, stop, on_tokens)?;
+    let answers = generate(model, &prompts, adapters, &limits, stop, progress)?;
     let hits = rows
         .iter()
         .zip(&answers)

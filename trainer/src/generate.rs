@@ -16,9 +16,13 @@ pub struct Limits {
     pub max_new_tokens: i64,
     /// Tokens that end an answer.
     pub end_tokens: Vec<u32>,
-    /// Prompts computed at once.
-    pub rows: usize,
+    /// Tokens that the caches of the prompts computed at once may hold, padding included; a longer prompt gets a cache of
+    /// its own.
+    pub cache_tokens: i64,
 }
+
+/// Most prompts computed at once: beyond it matrix products no longer gain.
+const MAX_ROWS: usize = 32;
 
 /// Why an answer ended.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -29,14 +33,15 @@ pub struct Answer {
     pub ended: bool,
 }
 
-/// The greedy continuation of each prompt; `None` if a stop was asked for meanwhile.
+/// The greedy continuation of each prompt; `None` if a stop was asked for meanwhile. `progress` is told how many are
+/// answered.
 pub fn generate(
     model: &Llama,
     prompts: &[&[u32]],
     adapters: Adapters,
     limits: &Limits,
     stop: &Stop,
-    on_tokens: &mut dyn FnMut(usize),
+    progress: &mut dyn FnMut(usize),
 ) -> Option<Vec<Answer>> {
     let shared = shared_prefix(prompts);
     // Prompts of similar length share a batch, so that little of it is padding.
@@ -44,17 +49,27 @@ pub fn generate(
     by_length.sort_by_key(|&index| (prompts[index].len(), index));
     let mut answers = vec![Answer::default(); prompts.len()];
     let prefix = prompts.first().map_or(&[][..], |prompt| &prompt[..shared]);
-    let prefix_cache = (shared > 0).then(|| {
+    let mut prefix_cache = None;
+    if shared > 0 {
         let mut cache = Cache::new(model, 1, shared as i64);
-        let _ = cache.extend(model, &[prefix], adapters);
-        cache
-    });
-    for rows in by_length.chunks(limits.rows.max(1)) {
-        let suffixes: Vec<&[u32]> = rows.iter().map(|&index| &prompts[index][shared..]).collect();
-        let batch_answers = generate_batch(model, prefix_cache.as_ref(), &suffixes, adapters, limits, stop, on_tokens)?;
-        for (&index, answer) in rows.iter().zip(batch_answers) {
+        let _ = cache.extend(model, &[prefix], adapters, stop)?;
+        prefix_cache = Some(cache);
+    }
+    let mut answered = 0;
+    while answered < by_length.len() {
+        let fits = |rows: usize| {
+            let longest = prompts[by_length[answered + rows - 1]].len() as i64;
+            rows as i64 * (longest + limits.max_new_tokens) <= limits.cache_tokens
+        };
+        let rows = (1..=MAX_ROWS.min(by_length.len() - answered)).take_while(|&rows| rows == 1 || fits(rows)).count();
+        let batch = &by_length[answered..answered + rows];
+        let suffixes: Vec<&[u32]> = batch.iter().map(|&index| &prompts[index][shared..]).collect();
+        let batch_answers = generate_batch(model, prefix_cache.as_ref(), &suffixes, adapters, limits, stop)?;
+        for (&index, answer) in batch.iter().zip(batch_answers) {
             answers[index] = answer;
         }
+        answered += rows;
+        progress(answered);
     }
     Some(answers)
 }
@@ -78,7 +93,6 @@ fn generate_batch(
     adapters: Adapters,
     limits: &Limits,
     stop: &Stop,
-    on_tokens: &mut dyn FnMut(usize),
 ) -> Option<Vec<Answer>> {
     let rows = suffixes.len();
     let longest = suffixes.iter().map(|suffix| suffix.len()).max().unwrap_or(0) as i64;
@@ -90,13 +104,9 @@ fn generate_batch(
         cache.copy_prefix(prefix);
     }
     let mut answers = vec![Answer::default(); rows];
-    let mut logits_bv = cache.extend(model, suffixes, adapters);
+    let mut logits_bv = cache.extend(model, suffixes, adapters, stop)?;
     for _ in 0..new_tokens {
-        if stop.requested() {
-            return None;
-        }
         let next: Vec<i64> = Vec::try_from(logits_bv.argmax(-1, false).to_device(Device::Cpu)).expect("int64 tokens");
-        let mut fresh = 0;
         let mut feed = Vec::with_capacity(rows);
         for (answer, &token) in answers.iter_mut().zip(&next) {
             let token = token as u32;
@@ -105,16 +115,14 @@ fn generate_batch(
             }
             if !answer.ended {
                 answer.tokens.push(token);
-                fresh += 1;
             }
             feed.push([token]);
         }
-        on_tokens(fresh);
-        if fresh == 0 {
+        if answers.iter().all(|answer| answer.ended) {
             break;
         }
         let feed: Vec<&[u32]> = feed.iter().map(|token| &token[..]).collect();
-        logits_bv = cache.extend(model, &feed, adapters);
+        logits_bv = cache.extend(model, &feed, adapters, stop)?;
     }
     Some(answers)
 }
@@ -155,8 +163,9 @@ impl Cache {
         self.lengths.fill(length);
     }
 
-    /// Appends tokens to each sequence and returns the logits `[b, v]` after the last one of each.
-    fn extend(&mut self, model: &Llama, new: &[&[u32]], adapters: Adapters) -> Tensor {
+    /// Appends tokens to each sequence and returns the logits `[b, v]` after the last one of each; `None` if a stop was
+    /// asked for meanwhile.
+    fn extend(&mut self, model: &Llama, new: &[&[u32]], adapters: Adapters, stop: &Stop) -> Option<Tensor> {
         let device = model.device();
         let rows = new.len() as i64;
         let width = new.iter().map(|tokens| tokens.len()).max().unwrap_or(0);
@@ -199,8 +208,8 @@ impl Cache {
                 .permute([0, 3, 1, 2, 4])
                 .reshape([rows * width, kv_heads * group, head_size])
         };
-        let hidden = model.infer(&upload(&tokens), &upload(&positions), adapters, &mut attend);
-        model.logits(&hidden.index_select(0, &upload(&last)))
+        let hidden = model.infer(&upload(&tokens), &upload(&positions), adapters, stop, &mut attend)?;
+        Some(model.logits(&hidden.index_select(0, &upload(&last))))
     }
 
     /// What each new token may see, `[b, 1, g * s, l]`: valid columns up to its own.

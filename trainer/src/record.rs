@@ -19,6 +19,15 @@ pub enum Event {
     },
     /// The data check is done.
     Data(Box<DataReport>),
+    /// Validation rows were answered, of so many.
+    Answered {
+        /// Whose answers: the tuned model, the base model, the base model with examples in the prompt.
+        who: &'static str,
+        /// Rows that are done.
+        answered: usize,
+        /// Rows that there are.
+        rows: usize,
+    },
     /// The plan is made.
     Plan(Box<PlanReport>),
     /// Training continues from a checkpoint.

@@ -437,7 +437,13 @@ fn stages(
         report.checkpoint_digest = Some(stored.digest.clone());
     }
     let judged_step = judged.as_ref().map_or(state.step, |stored| stored.manifest.step);
-    let evaluation = evaluation::Evaluation { config, planned: &planned, stop: context.stop };
+    let mut evaluation = evaluation::Evaluation {
+        config,
+        planned: &planned,
+        stop: context.stop,
+        observer: &mut *surroundings.observer,
+        run: context.run,
+    };
     let Some(validation) = evaluation.validate(&model, &mut parameters, &source, judged_step)? else {
         return Err(Error::Stopped { step: state.step });
     };
@@ -488,7 +494,7 @@ fn model_source<'a>(config: &'a RunConfig, planned: &'a Planned) -> model::Sourc
     let max_positions = prompts.chain(longest).max().unwrap_or(1) as i64;
     model::Source {
         folder: &prepared.model,
-        method: &config.method,
+        method: Some(&config.method),
         kind: planned.chosen.kind,
         device: planned.chosen.device,
         seed: config.hyperparameters.seed,

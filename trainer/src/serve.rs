@@ -164,7 +164,11 @@ impl Observer for Arc<Telemetry> {
                 self.series.steps_planned.set(plan.total_steps as f64);
                 self.progress().total_steps = plan.total_steps;
             }
-            Event::Derived { .. } | Event::Data(_) | Event::Warning(_) | Event::Validated(_) => {}
+            Event::Derived { .. }
+            | Event::Data(_)
+            | Event::Answered { .. }
+            | Event::Warning(_)
+            | Event::Validated(_) => {}
         }
         Ok(())
     }

@@ -112,22 +112,28 @@ pub struct StepStats {
 /// One optimizer step over the step's examples, however they are split into `micro_batches`.
 ///
 /// The loss is summed over the trained tokens of the *whole* step and divided by their number, so the split (packing,
-/// memory fallback, number of ranks) changes nothing but rounding. A non-finite step moves nothing.
+/// memory fallback, number of ranks) changes nothing but rounding. A non-finite step moves nothing, and neither does one
+/// during which a stop is asked for: that one is `None`, and the next attempt makes it whole.
 pub fn train_step(
     model: &Llama,
     parameters: &mut Parameters,
     micro_batches: &[PackedBatch],
     config: &StepConfig,
-) -> Result<StepStats, shim::Error> {
+    stop: &Stop,
+) -> Result<Option<StepStats>, shim::Error> {
     let num_tokens: usize = micro_batches.iter().map(|batch| batch.labels.len()).sum();
     let mut loss = Tensor::zeros([], (tch::Kind::Float, model.device()));
     parameters.zero_gradient();
     for batch in micro_batches {
         let batch = DeviceBatch::new(batch, model.device());
-        loss += model.forward_backward(&batch, config.noise, 1.0 / num_tokens as f64, config.recompute);
+        let scale = 1.0 / num_tokens as f64;
+        let Some(share) = model.forward_backward(&batch, config.noise, scale, config.recompute, stop) else {
+            return Ok(None);
+        };
+        loss += share;
     }
     let update = parameters.update(&loss, config.max_grad_norm, config.learning_rate, config.weight_decay)?;
-    Ok(StepStats { loss, gradient_norm: update.gradient_norm, finite: update.finite })
+    Ok(Some(StepStats { loss, gradient_norm: update.gradient_norm, finite: update.finite }))
 }
 
 /// Everything about a run that changes from step to step, beside parameters and moments. Saved with each checkpoint.
@@ -247,7 +253,7 @@ pub fn train(
         if stop.requested() {
             return Ok(Outcome::Yielded);
         }
-        step(model, parameters, state, plan, surroundings)?;
+        step(model, parameters, state, plan, stop, surroundings)?;
     }
     Ok(Outcome::Finished)
 }
@@ -329,11 +335,13 @@ fn commit(
     surroundings.commit(state, parameters).map_err(surroundings_failed)
 }
 
+/// Takes the next step; a stop during it leaves everything as it was before.
 fn step(
     model: &Llama,
     parameters: &mut Parameters,
     state: &mut TrainState,
     plan: &Plan,
+    stop: &Stop,
     surroundings: &mut dyn Surroundings,
 ) -> Result<(), Error> {
     let started = Instant::now();
@@ -347,8 +355,11 @@ fn step(
     };
     let stats = loop {
         let micro_batches = pack(plan.examples, &ids, state.micro_batch_tokens);
-        match guard_memory(|| train_step(model, parameters, &micro_batches, &config)) {
-            Ok(stats) => break stats?,
+        match guard_memory(|| train_step(model, parameters, &micro_batches, &config, stop)) {
+            Ok(stats) => match stats? {
+                Some(stats) => break stats,
+                None => return Ok(()),
+            },
             Err(message) => {
                 let longest = micro_batches.iter().map(|batch| batch.tokens.len() as i64).max().unwrap_or(0);
                 if micro_batches.len() >= ids.len() {

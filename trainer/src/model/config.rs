@@ -29,6 +29,8 @@ pub struct Config {
     pub max_position_embeddings: i64,
     /// Added to the mean square in RMSNorm.
     pub rms_norm_eps: f64,
+    /// Row of the embedding that inputs do not train, as in transformers (`padding_idx`), even where it ends answers too.
+    pub pad_token_id: Option<i64>,
     /// Whether head and embedding are one tensor.
     #[serde(default)]
     pub tie_word_embeddings: bool,

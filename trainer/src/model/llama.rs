@@ -12,6 +12,7 @@ use crate::linear::{Adapters, InputMask, Weight};
 use crate::loss::{self, Head, Scored};
 use crate::ops::{Rope, rms_norm, rms_norm_backward};
 use crate::random::seed64;
+use crate::signal::Stop;
 
 /// A Llama model on one device.
 #[derive(Debug)]
@@ -142,7 +143,15 @@ impl Llama {
 
     /// `scale * sum(NLL)` over the batch's trained tokens (a scalar on the device); adds the gradients of everything that
     /// is trained. With `scale = 1 / N`, N the trained tokens of the whole step, the sum over its batches is the mean.
-    pub fn forward_backward(&self, batch: &DeviceBatch, noise: Noise, scale: f64, recompute: Recompute) -> Tensor {
+    /// `None` if a stop was asked for meanwhile: the gradients are then worth nothing.
+    pub fn forward_backward(
+        &self,
+        batch: &DeviceBatch,
+        noise: Noise,
+        scale: f64,
+        recompute: Recompute,
+        stop: &Stop,
+    ) -> Option<Tensor> {
         let dropout = StepDropout { probability: self.lora_dropout, noise, examples: &batch.examples };
         let rope = self.rope.at(&batch.positions_t);
         let pass = Pass { rope: &rope, adapters: Adapters::On, dropout: &dropout };
@@ -152,6 +161,9 @@ impl Llama {
         self.add_neftune(&x_th, batch, noise);
         let mut saved: Vec<(Tensor, Option<LayerSaved>)> = Vec::with_capacity(self.layers.len());
         for layer in &self.layers {
+            if stop.requested() {
+                return None;
+            }
             let (output_th, kept) = match recompute {
                 Recompute::Pointwise => {
                     let (output_th, kept) = layer.forward(&x_th, segments, &pass);
@@ -173,43 +185,53 @@ impl Llama {
         drop((x_th, selected_nh, normed_nh, d_normed_nh, d_selected_nh));
 
         for (index, layer) in self.layers.iter().enumerate().rev() {
+            if stop.requested() {
+                return None;
+            }
             let (input_th, kept) = saved.pop().expect("one entry per layer");
             let kept = kept.unwrap_or_else(|| layer.forward(&input_th, segments, &pass).1);
             match layer.backward(gradient_th, &input_th, kept, segments, &pass, self.below(index)) {
                 Some(input_gradient_th) => gradient_th = input_gradient_th,
-                None => return loss,
+                None => return Some(loss),
             }
         }
         if let Some(gradient) = &self.embedding.gradient {
-            let source = gradient_th.to_kind(gradient.kind());
+            let mut source = gradient_th.to_kind(gradient.kind());
+            if let Some(pad) = self.config.pad_token_id {
+                let _ = source.masked_fill_(&batch.tokens_t.eq(pad).unsqueeze(1), 0.0);
+            }
             let _ = gradient.shallow_clone().index_add_(0, &batch.tokens_t, &source);
         }
-        loss
+        Some(loss)
     }
 
     /// Final hidden states `[t, h]` before the last norm, of `tokens_t` at `positions_t`, without gradients.
     /// `attend(layer, q, key_values)` gives the attention's output `[t, n, d]` from q `[t, n, d]`: over a packed batch, or
-    /// over a cache.
+    /// over a cache. `None` if a stop was asked for meanwhile.
     pub(crate) fn infer(
         &self,
         tokens_t: &Tensor,
         positions_t: &Tensor,
         adapters: Adapters,
+        stop: &Stop,
         attend: &mut dyn FnMut(usize, &Tensor, KeyValues) -> Tensor,
-    ) -> Tensor {
+    ) -> Option<Tensor> {
         let rope = self.rope.at(positions_t);
         let pass = Pass { rope: &rope, adapters, dropout: &NoDropout };
         let mut x_th = self.embedding.value.index_select(0, tokens_t);
         for (index, layer) in self.layers.iter().enumerate() {
+            if stop.requested() {
+                return None;
+            }
             let (q_tnd, key_values, _) = layer.project(&x_th, &pass);
             let attended_tnd = attend(index, &q_tnd, key_values);
             x_th = layer.finish(&x_th, &attended_tnd, &pass);
         }
-        x_th
+        Some(x_th)
     }
 
-    fn hidden(&self, batch: &DeviceBatch, adapters: Adapters) -> Tensor {
-        self.infer(&batch.tokens_t, &batch.positions_t, adapters, &mut |_, q_tnd, KeyValues { keys, values }| {
+    fn hidden(&self, batch: &DeviceBatch, adapters: Adapters, stop: &Stop) -> Option<Tensor> {
+        self.infer(&batch.tokens_t, &batch.positions_t, adapters, stop, &mut |_, q_tnd, KeyValues { keys, values }| {
             attention::attention(q_tnd, &keys, &values, &batch.segments, self.attention_scale()).out
         })
     }
@@ -219,11 +241,11 @@ impl Llama {
         1.0 / (self.config.head_size() as f64).sqrt()
     }
 
-    /// Loss and token accuracy over the batch's trained tokens.
-    pub fn score(&self, batch: &DeviceBatch, adapters: Adapters) -> Scored {
-        let selected_nh = self.hidden(batch, adapters).index_select(0, &batch.label_positions_n);
+    /// Loss and token accuracy over the batch's trained tokens; `None` if a stop was asked for meanwhile.
+    pub fn score(&self, batch: &DeviceBatch, adapters: Adapters, stop: &Stop) -> Option<Scored> {
+        let selected_nh = self.hidden(batch, adapters, stop)?.index_select(0, &batch.label_positions_n);
         let normed_nh = rms_norm(&selected_nh, &self.norm.value, self.config.rms_norm_eps);
-        loss::score(&normed_nh, &batch.labels_n, &self.head)
+        Some(loss::score(&normed_nh, &batch.labels_n, &self.head))
     }
 
     /// Logits `[rows, v]` of some rows of final hidden states, in the accumulation dtype.
@@ -232,9 +254,9 @@ impl Llama {
         normed_rh.matmul(&self.head.weight.tr()).to_kind(crate::ops::accumulate_kind(self.kind))
     }
 
-    /// Logits `[t, v]` of every position of a batch.
-    pub fn all_logits(&self, batch: &DeviceBatch, adapters: Adapters) -> Tensor {
-        self.logits(&self.hidden(batch, adapters))
+    /// Logits `[t, v]` of every position of a batch; `None` if a stop was asked for meanwhile.
+    pub fn all_logits(&self, batch: &DeviceBatch, adapters: Adapters, stop: &Stop) -> Option<Tensor> {
+        Some(self.logits(&self.hidden(batch, adapters, stop)?))
     }
 
     /// Positions that the rotary tables hold.

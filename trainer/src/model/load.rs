@@ -34,8 +34,8 @@ pub const LAYER_LINEARS: [&str; 7] = [
 pub struct Source<'a> {
     /// Folder with `config.json` and safetensors files.
     pub folder: &'a Path,
-    /// What is trained.
-    pub method: &'a Method,
+    /// What is trained; `None`: nothing, the model only answers.
+    pub method: Option<&'a Method>,
     /// Dtype of weights and activations.
     pub kind: Kind,
     /// Where it goes.
@@ -62,8 +62,9 @@ pub fn build(source: &Source) -> Result<Built, Error> {
     let loader = Loader { source, config: &config, files: &files };
     let base = loader.read_base()?;
     let (lora, trained) = match source.method {
-        Method::LoRA { lora } | Method::QLoRA { lora, .. } => (Some(lora), loader.adapter_inits(lora)?),
-        Method::Full {} => {
+        Some(Method::LoRA { lora } | Method::QLoRA { lora, .. }) => (Some(lora), loader.adapter_inits(lora)?),
+        None => (None, Vec::new()),
+        Some(Method::Full {}) => {
             let copies =
                 base.iter().map(|(name, value)| ParameterInit { name: name.clone(), value: value.shallow_clone() });
             (None, copies.collect())

@@ -1,5 +1,7 @@
 //! The final validation: the judged weights, the base model without and with examples in the prompt, general text.
 
+use std::path::Path;
+
 use crds::report::{Scores, ValidationReport};
 use crds::run::{Method, RunConfig};
 
@@ -9,6 +11,7 @@ use crate::judge::{Measured, judge};
 use crate::linear::Adapters;
 use crate::model::{self, Llama, read_base_master};
 use crate::optim::Parameters;
+use crate::record::{Event, Observer};
 use crate::signal::Stop;
 use crate::tokenizer::Tokenizer;
 
@@ -17,12 +20,27 @@ pub struct Evaluation<'a> {
     pub config: &'a RunConfig,
     pub planned: &'a Planned,
     pub stop: &'a Stop,
+    pub observer: &'a mut dyn Observer,
+    pub run: &'a Path,
 }
+
+/// Whose answers are measured: the weights, the prompt, and the words for it.
+#[derive(Clone, Copy)]
+struct Subject {
+    adapters: Adapters,
+    prompt: Prompt,
+    name: &'static str,
+}
+
+const TUNED: Subject = Subject { adapters: Adapters::On, prompt: Prompt::ZeroShot, name: "tuned model" };
+const BASE: Subject = Subject { adapters: Adapters::Off, prompt: Prompt::ZeroShot, name: "base model" };
+const FEW_SHOT: Subject =
+    Subject { adapters: Adapters::Off, prompt: Prompt::FewShot, name: "base model with examples in the prompt" };
 
 impl Evaluation<'_> {
     /// Measures and judges; `None` if a stop was asked for meanwhile. The parameters are the judged ones, before and after.
     pub fn validate(
-        &self,
+        &mut self,
         model: &Llama,
         parameters: &mut Parameters,
         source: &model::Source,
@@ -37,7 +55,7 @@ impl Evaluation<'_> {
             step,
             ..Measured::default()
         };
-        let Some(tuned) = self.scores(model, Adapters::On, Prompt::ZeroShot, &tokenizer) else { return Ok(None) };
+        let Some(tuned) = self.scores(model, TUNED, &tokenizer)? else { return Ok(None) };
         measured.tuned = tuned;
         let tuned_general = self.general_loss(model, Adapters::On);
 
@@ -50,7 +68,7 @@ impl Evaluation<'_> {
             }
             Method::LoRA { .. } | Method::QLoRA { .. } => None,
         };
-        let base = self.baselines(model, &tokenizer, &mut measured);
+        let base = self.baselines(model, &tokenizer, &mut measured)?;
         let base_general = self.general_loss(model, Adapters::Off);
         if let Some(tuned) = tuned_master {
             parameters.set_master(&tuned);
@@ -62,31 +80,49 @@ impl Evaluation<'_> {
         Ok(Some(judge(config, &measured)))
     }
 
-    fn baselines(&self, model: &Llama, tokenizer: &Tokenizer, measured: &mut Measured) -> Option<()> {
+    fn baselines(
+        &mut self,
+        model: &Llama,
+        tokenizer: &Tokenizer,
+        measured: &mut Measured,
+    ) -> Result<Option<()>, Error> {
         let config = &self.config.validation;
         if config.zero_shot {
-            measured.zero_shot = Some(self.scores(model, Adapters::Off, Prompt::ZeroShot, tokenizer)?);
+            let Some(scores) = self.scores(model, BASE, tokenizer)? else { return Ok(None) };
+            measured.zero_shot = Some(scores);
         }
         if config.few_shot_examples > 0 && !self.planned.prepared.generation.is_empty() {
-            let exact_match = self.exact_match(model, Adapters::Off, Prompt::FewShot, tokenizer)?;
+            let Some(exact_match) = self.exact_match(model, FEW_SHOT, tokenizer)? else { return Ok(None) };
             measured.few_shot = Some(Scores { exact_match: Some(exact_match), ..Scores::default() });
         }
-        Some(())
+        Ok(Some(()))
     }
 
-    fn scores(&self, model: &Llama, adapters: Adapters, prompt: Prompt, tokenizer: &Tokenizer) -> Option<Scores> {
+    fn scores(&mut self, model: &Llama, subject: Subject, tokenizer: &Tokenizer) -> Result<Option<Scores>, Error> {
         let prepared = &self.planned.prepared;
         let tokens = self.planned.estimate.micro_batch_tokens;
-        let mut scores = evaluate::score(model, &prepared.validation, adapters, tokens, self.stop)?;
+        let scores = evaluate::score(model, &prepared.validation, subject.adapters, tokens, self.stop);
+        let Some(mut scores) = scores else { return Ok(None) };
         if !prepared.generation.is_empty() {
-            scores.exact_match = Some(self.exact_match(model, adapters, prompt, tokenizer)?);
+            let Some(exact_match) = self.exact_match(model, subject, tokenizer)? else { return Ok(None) };
+            scores.exact_match = Some(exact_match);
         }
-        Some(scores)
+        Ok(Some(scores))
     }
 
-    fn exact_match(&self, model: &Llama, adapters: Adapters, prompt: Prompt, tokenizer: &Tokenizer) -> Option<f64> {
+    fn exact_match(&mut self, model: &Llama, subject: Subject, tokenizer: &Tokenizer) -> Result<Option<f64>, Error> {
         let rows = &self.planned.prepared.generation;
-        evaluate::exact_match(model, rows, prompt, adapters, tokenizer, self.stop, &mut |_| ())
+        let mut told = Ok(());
+        let mut progress = |answered| {
+            if told.is_ok() {
+                told = self.observer.observe(&Event::Answered { who: subject.name, answered, rows: rows.len() });
+            }
+        };
+        progress(0);
+        let share =
+            evaluate::exact_match(model, rows, subject.prompt, subject.adapters, tokenizer, self.stop, &mut progress);
+        told.map_err(|source| Error::Write { path: self.run.into(), source })?;
+        Ok(share)
     }
 
     /// Mean loss on general text, if there is some.
