@@ -1,6 +1,6 @@
 //! The commands. Results go to standard output, everything else to standard error.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -9,13 +9,15 @@ use clap::{Parser, Subcommand};
 use crds::check::{Scope, check};
 use crds::exit::ExitCode;
 use crds::profile::{Profile, parse as parse_profiles};
+use crds::report::Verdict;
 use crds::resolve::{Target, resolve};
 use crds::run::{Method, Precision, RunConfig};
 
 use crate::display::{Display, summary};
+use crate::export::AdapterInfo;
 use crate::generate::{Limits, generate};
 use crate::linear::Adapters;
-use crate::model::{Source, build};
+use crate::model::{Config, Source, build};
 use crate::record::Observers;
 use crate::run::{Context, finished, plan_run, run};
 use crate::serve::{Server, Telemetry};
@@ -59,7 +61,7 @@ enum Command {
         #[arg(long)]
         base: Option<PathBuf>,
         /// New tokens at most
-        #[arg(long, default_value_t = 256)]
+        #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(i64).range(1..))]
         max_new_tokens: i64,
         /// Number format of weights and activations
         #[arg(long, value_enum, default_value_t = PrecisionArgument::Auto)]
@@ -105,8 +107,18 @@ pub struct Environment {
     pub cuda: Result<(), String>,
 }
 
+/// Prints a result. A reader that has gone away (`| head`) ends nothing.
+fn tell(text: &str) {
+    let _ = writeln!(std::io::stdout(), "{text}");
+}
+
+/// Prints an error.
+fn complain(text: &str) {
+    let _ = writeln!(std::io::stderr(), "error: {text}");
+}
+
 fn fail(exit: ExitCode, message: &str) -> ExitCode {
-    eprintln!("error: {message}");
+    complain(message);
     exit
 }
 
@@ -133,7 +145,7 @@ pub fn execute(arguments: &Arguments, environment: &Environment) -> ExitCode {
         Command::Check { file } => check_file(file),
         Command::Generate { folder, prompt, base, max_new_tokens, precision } => {
             let chosen = crate::device::choose(precision.precision(), &environment.cuda);
-            answer(folder, prompt, base.as_deref(), *max_new_tokens, &chosen)
+            answer(folder, prompt, base.as_deref(), *max_new_tokens, &chosen, &environment.hub)
         }
     };
     result.unwrap_or_else(|(exit, message)| fail(exit, &message))
@@ -192,7 +204,7 @@ fn load(file: &Path, profiles: Option<&Path>) -> Result<RunConfig, (ExitCode, St
 
 fn check_file(file: &Path) -> Outcome {
     let config = load(file, None)?;
-    println!("{}: {} is valid", file.display(), config.job.name);
+    tell(&format!("{}: {} is valid", file.display(), config.job.name));
     Ok(ExitCode::Done)
 }
 
@@ -204,37 +216,29 @@ fn run_job(job: &JobArguments, listen: Option<SocketAddr>, environment: &Environ
     let config = load(&job.file, job.profiles.as_deref())?;
     let directory = run_directory(job, &config);
     if let Some(report) = finished(&config, &directory) {
-        println!("{} is finished, nothing to do; its result:\n\n{}", config.job.name, summary(&report));
+        tell(&format!("{} is finished, nothing to do; its result:\n\n{}", config.job.name, summary(&report)));
         return Ok(ExitCode::Done);
     }
     let stop =
         Stop::on_signals().map_err(|error| (ExitCode::InternalError, format!("signals cannot be handled: {error}")))?;
     let context = Context { run: &directory, hub: &environment.hub, cuda: &environment.cuda, stop: &stop };
     let mut display = Display::new(std::io::stderr().is_terminal());
-    let mut telemetry = Telemetry::new(&config.job.name, &config.job.uid)
+    let mut telemetry = Telemetry::new(&config)
         .map_err(|error| (ExitCode::InternalError, format!("series cannot be registered: {error}")))?;
     if let Some(address) = listen {
         let server = Server::start(address, Arc::clone(&telemetry)).map_err(|error| {
             (ExitCode::BadConfiguration, format!("--listen {address}: {error}; choose another address"))
         })?;
-        eprintln!("serving http://{}/status, /metrics and /healthz", server.address);
+        let _ = writeln!(std::io::stderr(), "serving http://{}/status, /metrics and /healthz", server.address);
     }
     let mut observers = Observers(vec![&mut display, &mut telemetry]);
-    match run(&config, &context, &mut observers) {
-        Ok(report) => {
-            println!("{}", summary(&report));
-            Ok(ExitCode::Done)
-        }
-        Err(error @ crate::Error::ValidationFailed(_)) => {
-            if let Some(report) =
-                std::fs::read(directory.join("report.json")).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok())
-            {
-                println!("{}", summary(&report));
-            }
-            Ok(fail(error.exit(), &error.to_string()))
-        }
-        Err(error) => Err((error.exit(), error.to_string())),
+    let report = run(&config, &context, &mut observers).map_err(|error| (error.exit(), error.to_string()))?;
+    tell(&summary(&report));
+    let gate_failed = report.validation.is_some_and(|validation| validation.verdict == Verdict::GateFailed);
+    if gate_failed && config.validation.fail_on_gate {
+        complain("validation failed: the job counts as failed (validation.onFailure: Complete lets it pass)");
     }
+    Ok(ExitCode::Done)
 }
 
 fn plan_job(job: &JobArguments, environment: &Environment) -> Outcome {
@@ -248,8 +252,40 @@ fn plan_job(job: &JobArguments, environment: &Environment) -> Outcome {
     for event in planned.derived(&config) {
         let _ = crate::record::Observer::observe(&mut display, &event);
     }
-    println!("{}", planned.describe(&config));
+    tell(&planned.describe(&config));
     Ok(ExitCode::Done)
+}
+
+/// A model that answers: its folder, and the adapter on it.
+struct Answering {
+    folder: PathBuf,
+    adapter: Option<(PathBuf, AdapterInfo)>,
+}
+
+/// Finds what answers: a model folder, an adapter folder, or the folder of a run with either in `output`.
+fn answering(folder: &Path, base: Option<&Path>, hub: &HubSettings) -> Result<Answering, (ExitCode, String)> {
+    let output = folder.join("output");
+    let folder = if output.is_dir() && !folder.join("config.json").exists() { output } else { folder.to_path_buf() };
+    let Some(adapter) = crate::export::read_adapter(&folder).map_err(|message| (ExitCode::BadData, message))? else {
+        return Ok(Answering { folder, adapter: None });
+    };
+    let model = match base {
+        Some(base) => base.to_path_buf(),
+        None if Path::new(&adapter.base_model).is_dir() => PathBuf::from(&adapter.base_model),
+        None => {
+            let uri = format!("hf://{}", adapter.base_model);
+            let fetched = crate::source::fetch_model(&uri, adapter.revision.as_deref(), hub).map_err(|error| {
+                let message = format!(
+                    "{}: the base model {} is no folder here and cannot be fetched ({error}); give its folder with --base",
+                    folder.display(),
+                    adapter.base_model
+                );
+                (error.exit(), message)
+            })?;
+            fetched.path
+        }
+    };
+    Ok(Answering { folder: model, adapter: Some((folder, adapter)) })
 }
 
 /// Answers one prompt through the model's chat template, if it has one.
@@ -259,42 +295,38 @@ fn answer(
     base: Option<&Path>,
     max_new_tokens: i64,
     chosen: &crate::device::Chosen,
+    hub: &HubSettings,
 ) -> Outcome {
     let failed = |error: &dyn std::fmt::Display, exit: ExitCode| (exit, error.to_string());
-    let adapter = crate::export::read_adapter(folder).map_err(|message| (ExitCode::BadData, message))?;
-    let model_folder = match (&adapter, base) {
-        (_, Some(base)) => base.to_path_buf(),
-        (Some(adapter), None) => PathBuf::from(&adapter.base_model),
-        (None, None) => folder.to_path_buf(),
-    };
-    if !model_folder.is_dir() {
-        let message = format!(
-            "{}: the adapter's base model {} is no folder here; give it with --base FOLDER",
-            folder.display(),
-            model_folder.display()
-        );
-        return Err((ExitCode::InputNotFound, message));
-    }
-    let method = adapter.as_ref().map(|adapter| Method::LoRA { lora: adapter.lora.clone() });
-    let tokenizer = Tokenizer::open(&model_folder).map_err(|error| failed(&error, error.exit()))?;
+    let Answering { folder, adapter } = answering(folder, base, hub)?;
+    let method = adapter.as_ref().map(|(_, adapter)| Method::LoRA { lora: adapter.lora.clone() });
+    let config = Config::read(&folder).map_err(|error| failed(&error, error.exit()))?;
+    let tokenizer = Tokenizer::open(&folder).map_err(|error| failed(&error, error.exit()))?;
     let text = crate::data::chat_prompt(&tokenizer, prompt).map_err(|error| failed(&error, error.exit()))?;
     let tokens = tokenizer.encode(&text).map_err(|error| failed(&error, error.exit()))?.ids;
-    let max_positions = tokens.len() as i64 + max_new_tokens;
+    let length = tokens.len() as i64;
+    if length == 0 || length >= config.max_position_embeddings {
+        let message = format!(
+            "the prompt has {length} tokens; expected 1 to {}, the model's context less one",
+            config.max_position_embeddings - 1
+        );
+        return Err((ExitCode::BadConfiguration, message));
+    }
     let source = Source {
-        folder: &model_folder,
+        folder: &folder,
         method: method.as_ref(),
         kind: chosen.kind,
         device: chosen.device,
         seed: 0,
-        max_positions,
+        max_positions: length + max_new_tokens,
     };
     let mut built = build(&source).map_err(|error| failed(&error, error.exit()))?;
-    if adapter.is_some() {
+    if let Some((folder, _)) = &adapter {
         crate::export::load_adapter(folder, &mut built.parameters).map_err(|message| (ExitCode::BadData, message))?;
     }
     let limits = Limits { max_new_tokens, end_tokens: tokenizer.end_tokens().to_vec(), cache_tokens: 0 };
     let answers = generate(&built.model, &[&tokens], Adapters::On, &limits, &Stop::default(), &mut |_| ());
     let answers = answers.expect("nothing asked for a stop");
-    println!("{}", tokenizer.decode(&answers[0].tokens).map_err(|error| failed(&error, error.exit()))?.trim());
+    tell(tokenizer.decode(&answers[0].tokens).map_err(|error| failed(&error, error.exit()))?.trim());
     Ok(ExitCode::Done)
 }
