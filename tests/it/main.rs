@@ -1,6 +1,9 @@
 //! The integration tests of the whole product, in one binary.
 
+mod architecture;
 mod bad_input;
 mod chat_templates;
+mod hub;
 mod numerics;
 mod resume;
+mod run;

@@ -16,6 +16,8 @@ pub use summary::{describe_gate, display_duration, summary};
 
 /// Between two lines where there is no terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(5);
+/// As much of the sample is shown; the file has all of it.
+const SAMPLE_CHARACTERS: usize = 400;
 
 /// Prints events to standard error.
 #[derive(Debug)]
@@ -124,6 +126,12 @@ impl Observer for Display {
             }
             Event::Derived { name, value, reason } => self.print(&format!("{name}: {value} ({reason})")),
             Event::Data(report) => self.data(report),
+            Event::Sample { text, path } => {
+                let short: String = text.chars().take(SAMPLE_CHARACTERS).collect();
+                let more = if short.len() < text.len() { " …" } else { "" };
+                let lines: Vec<String> = short.lines().map(|line| format!("      {line}")).collect();
+                self.print(&format!("sample, trained tokens in «» ({}):\n{}{more}", path.display(), lines.join("\n")));
+            }
             Event::Plan(plan) => self.print(&format!(
                 "memory: {} predicted of {} (weights {}, trained {}, optimizer {}, activations {}, workspace {})",
                 display_bytes(plan.memory.total),

@@ -21,6 +21,13 @@ pub enum Event {
     },
     /// The data check is done.
     Data(Box<DataReport>),
+    /// A training example as the model sees it.
+    Sample {
+        /// Its text, trained tokens between guillemets.
+        text: String,
+        /// The file that holds it.
+        path: std::path::PathBuf,
+    },
     /// Validation rows were answered, of so many.
     Answered {
         /// Whose answers: the tuned model, the base model, the base model with examples in the prompt.

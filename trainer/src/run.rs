@@ -190,6 +190,8 @@ pub fn plan_run(config: &RunConfig, context: &Context, observer: &mut dyn Observ
     observer.observe(&Event::Stage(Stage::Preparing)).map_err(write)?;
     let prepared = prepare(config, context.run, context.hub, context.stop)?;
     observer.observe(&Event::Data(Box::new(prepared.report.clone()))).map_err(write)?;
+    let sample = Event::Sample { text: prepared.sample.clone(), path: prepared.sample_path.clone() };
+    observer.observe(&sample).map_err(write)?;
     check_gates(config, &prepared)?;
     let chosen = device::choose(config.hyperparameters.precision, context.cuda);
     let model = Config::read(&prepared.model)?;

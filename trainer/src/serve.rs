@@ -174,6 +174,7 @@ impl Observer for Arc<Telemetry> {
             }
             Event::Derived { .. }
             | Event::Data(_)
+            | Event::Sample { .. }
             | Event::Answered { .. }
             | Event::Warning(_)
             | Event::Validated(_) => {}
