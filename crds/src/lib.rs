@@ -2,12 +2,14 @@
 //!
 //! User and operator meet in the [`FineTuneJob`] resource; operator and trainer meet in [`run::RunConfig`] (in),
 //! [`report::Progress`] (live), [`report::Report`] and [`exit::ExitCode`] (last word). [`check`] turns YAML into a
-//! resource by the rules of the CRD itself, [`resolve`] turns a resource into a run.
+//! resource by the rules of the CRD itself, [`resolve`] turns a resource into a run, [`condition`] has the words of its
+//! status.
 //! This crate knows no HTTP client, no async runtime and no tensor.
 
 #![forbid(unsafe_code)]
 
 pub mod check;
+pub mod condition;
 pub mod exit;
 pub mod finetunejob;
 pub mod profile;
