@@ -268,7 +268,7 @@ fn hyperparameters(method_type: MethodType, spec: Option<&HyperparametersSpec>) 
         micro_batch_tokens: spec.micro_batch_tokens,
         max_sequence_length: spec.max_sequence_length,
         scheduler: spec.scheduler.unwrap_or(Scheduler::CosineWithMinLr),
-        warmup_ratio: spec.warmup_ratio.as_ref().map_or(0.03, crate::finetunejob::Decimal::value),
+        warmup_ratio: spec.warmup_ratio.as_ref().map_or(0.03, crate::finetunejob::Share::value),
         weight_decay: spec.weight_decay.as_ref().map_or(0.0, crate::finetunejob::Decimal::value),
         max_grad_norm: spec.max_grad_norm.as_ref().map_or(1.0, crate::finetunejob::PositiveDecimal::value),
         seed: spec.seed.unwrap_or(42),
