@@ -2,5 +2,6 @@
 
 mod bad_input;
 mod chat_templates;
+mod command_line;
 mod numerics;
 mod resume;
