@@ -8,7 +8,7 @@ use std::sync::Arc;
 use clap::{Parser, Subcommand};
 use crds::check::{Scope, check};
 use crds::exit::ExitCode;
-use crds::profile::{Profile, parse as parse_profiles};
+use crds::profile;
 use crds::report::Verdict;
 use crds::resolve::{Target, resolve};
 use crds::run::{Method, Precision, RunConfig};
@@ -50,6 +50,9 @@ enum Command {
     Check {
         /// A FineTuneJob
         file: PathBuf,
+        /// File of profiles (prices, allowed sources)
+        #[arg(long)]
+        profiles: Option<PathBuf>,
     },
     /// Answer a prompt with a model, or with the result of a run
     Generate {
@@ -117,6 +120,16 @@ fn complain(text: &str) {
     let _ = writeln!(std::io::stderr(), "error: {text}");
 }
 
+/// The arguments of the process. Otherwise help, version or usage has been printed, and this is the exit code: clap's own
+/// for a wrong command line is none of the table's.
+pub fn parse_arguments(arguments: impl IntoIterator<Item = std::ffi::OsString>) -> Result<Arguments, ExitCode> {
+    Arguments::try_parse_from(arguments).map_err(|error| {
+        // Nobody is left to tell that standard output or standard error is closed.
+        let _ = error.print();
+        if error.use_stderr() { ExitCode::BadConfiguration } else { ExitCode::Done }
+    })
+}
+
 fn fail(exit: ExitCode, message: &str) -> ExitCode {
     complain(message);
     exit
@@ -142,9 +155,9 @@ pub fn execute(arguments: &Arguments, environment: &Environment) -> ExitCode {
     let result = match &arguments.command {
         Command::Run { job, listen } => run_job(job, *listen, environment),
         Command::Plan(job) => plan_job(job, environment),
-        Command::Check { file } => check_file(file),
+        Command::Check { file, profiles } => check_file(file, profiles.as_deref()),
         Command::Generate { folder, prompt, base, max_new_tokens, precision } => {
-            let chosen = crate::device::choose(precision.precision(), &environment.cuda);
+            let chosen = crate::device::choose(precision.precision(), None, &environment.cuda);
             answer(folder, prompt, base.as_deref(), *max_new_tokens, &chosen, &environment.hub)
         }
     };
@@ -153,7 +166,7 @@ pub fn execute(arguments: &Arguments, environment: &Environment) -> ExitCode {
 
 type Outcome = Result<ExitCode, (ExitCode, String)>;
 
-/// Checks and resolves a file; the message lists every problem with its place.
+/// Checks and resolves a file. The message lists every problem with its place; warnings are told at once.
 fn load(file: &Path, profiles: Option<&Path>) -> Result<RunConfig, (ExitCode, String)> {
     let read = |path: &Path| {
         std::fs::read_to_string(path).map_err(|error| {
@@ -172,38 +185,26 @@ fn load(file: &Path, profiles: Option<&Path>) -> Result<RunConfig, (ExitCode, St
     };
     let checked =
         check(&text, Scope::Local).map_err(|problems| refuse(problems.iter().map(ToString::to_string).collect()))?;
-    let name = checked.job.spec.profile.as_deref().unwrap_or("default");
-    let profile = match profiles {
-        Some(path) => {
-            let all = parse_profiles(&read(path)?).map_err(|error| {
-                (ExitCode::BadConfiguration, format!("{}: not a file of profiles: {error}", path.display()))
-            })?;
-            let known: Vec<&String> = all.keys().collect();
-            let known = format!("{known:?}");
-            all.get(name).cloned().ok_or_else(|| {
-                let problem = checked.problem(
-                    "spec.profile",
-                    format!("no profile {name} in {}; expected one of {known}", path.display()),
-                );
-                refuse(vec![problem.to_string()])
-            })?
-        }
-        None if name == "default" => Profile::default(),
-        None => {
-            let problem =
-                checked.problem("spec.profile", format!("profile {name} is not built in; give --profiles FILE"));
-            return Err(refuse(vec![problem.to_string()]));
-        }
+    let profiles = match profiles {
+        Some(path) => profile::parse(&read(path)?).map_err(|error| {
+            (ExitCode::BadConfiguration, format!("{}: not a file of profiles: {error}", path.display()))
+        })?,
+        None => profile::built_in(),
     };
     let absolute = std::path::absolute(file).unwrap_or_else(|_| file.to_path_buf());
     let folder = absolute.parent().unwrap_or(Path::new("/"));
-    resolve(&checked.job, &profile, Target::Local { folder }).map_err(|problems| {
+    let resolved = resolve(&checked.job, &profiles, Target::Local { folder }).map_err(|problems| {
         refuse(problems.into_iter().map(|p| checked.problem(&p.field, p.message).to_string()).collect())
-    })
+    })?;
+    for warning in resolved.warnings {
+        let problem = checked.problem(&warning.field, warning.message);
+        let _ = writeln!(std::io::stderr(), "warning: {}:{problem}", file.display());
+    }
+    Ok(resolved.config)
 }
 
-fn check_file(file: &Path) -> Outcome {
-    let config = load(file, None)?;
+fn check_file(file: &Path, profiles: Option<&Path>) -> Outcome {
+    let config = load(file, profiles)?;
     tell(&format!("{}: {} is valid", file.display(), config.job.name));
     Ok(ExitCode::Done)
 }
@@ -329,4 +330,67 @@ fn answer(
     let answers = answers.expect("nothing asked for a stop");
     tell(tokenizer.decode(&answers[0].tokens).map_err(|error| failed(&error, error.exit()))?.trim());
     Ok(ExitCode::Done)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const EXAMPLES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../crds/examples");
+
+    fn parsed(line: &str) -> Result<Arguments, ExitCode> {
+        parse_arguments(line.split_whitespace().map(Into::into))
+    }
+
+    #[test]
+    fn a_wrong_command_line_has_an_exit_code_of_the_table() {
+        for line in [
+            "finetune-trainer",
+            "finetune-trainer run",
+            "finetune-trainer fly",
+            "finetune-trainer run --listen nowhere job.yaml",
+            "finetune-trainer run --speed 9 job.yaml",
+        ] {
+            assert_eq!(parsed(line).expect_err(line), ExitCode::BadConfiguration, "{line}");
+        }
+        for line in ["finetune-trainer --help", "finetune-trainer help run", "finetune-trainer --version"] {
+            assert_eq!(parsed(line).expect_err(line), ExitCode::Done, "{line}");
+        }
+        assert!(parsed("finetune-trainer run job.yaml").is_ok());
+    }
+
+    #[test]
+    fn check_knows_the_profiles_of_a_file() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let job = folder.path().join("job.yaml");
+        let profiles = folder.path().join("profiles.yaml");
+        std::fs::write(
+            &job,
+            "apiVersion: finetune.dev/v1alpha1\nkind: FineTuneJob\nmetadata: {name: bot}\nspec:\n  profile: a100\n  \
+             model: {uri: hf://a/b}\n  dataset: {train: {uri: file://train.jsonl}}\n  method: {type: LoRA}\n",
+        )
+        .expect("writable");
+        std::fs::write(&profiles, "a100: {pricePerHour: 2.5}\n").expect("writable");
+        let check = |more: &str| {
+            let Arguments { command } =
+                parsed(&format!("finetune-trainer check {} {more}", job.display())).expect("valid");
+            let Command::Check { file, profiles } = command else { panic!("{command:?}") };
+            check_file(&file, profiles.as_deref())
+        };
+        let (exit, message) = check("").expect_err("no such profile is built in");
+        assert_eq!(exit, ExitCode::BadConfiguration);
+        let expected =
+            "job.yaml:5:12: spec.profile: no profile a100, expected one of default; --profiles FILE gives other ones";
+        assert!(message.ends_with(expected), "{message}");
+        assert_eq!(check(&format!("--profiles {}", profiles.display())), Ok(ExitCode::Done));
+    }
+
+    #[test]
+    fn the_demo_has_a_price() {
+        let folder = Path::new(EXAMPLES);
+        let config = load(&folder.join("demo.yaml"), Some(&folder.join("profiles.yaml"))).expect("valid");
+        assert!(config.resources.price_per_hour.is_some_and(|price| price > 0.0));
+        let makefile = std::fs::read_to_string(folder.join("../../Makefile")).expect("readable");
+        assert!(makefile.contains("run --profiles crds/examples/profiles.yaml crds/examples/demo.yaml"));
+    }
 }

@@ -38,9 +38,9 @@ pub fn load_cuda(folder: Option<&Path>) -> Result<(), String> {
     library.map(std::mem::forget).map_err(|error| error.to_string())
 }
 
-/// Chooses device, dtype and threads.
-pub fn choose(precision: Precision, cuda: &Result<(), String>) -> Chosen {
-    let (threads, threads_reason) = cpu_threads();
+/// Chooses device, dtype and threads; `cpus` is what the job may use of them.
+pub fn choose(precision: Precision, cpus: Option<f64>, cuda: &Result<(), String>) -> Chosen {
+    let (threads, threads_reason) = cpu_threads(cpus);
     tch::set_num_threads(threads as i32);
     let (device, device_name, device_reason) = if cuda.is_ok() && Cuda::is_available() {
         let deterministic = match crate::shim::set_deterministic() {
@@ -102,11 +102,14 @@ fn cpu_has_bf16() -> bool {
     cpu_instruction_sets().iter().any(|set| set.ends_with("bf16"))
 }
 
-/// As many threads as the process may use: the affinity mask, or the cgroup's CPU limit where that is lower.
-fn cpu_threads() -> (i64, String) {
+/// As many threads as the process may use: the affinity mask, the cgroup's CPU limit or the job's, whichever is lowest.
+fn cpu_threads(cpus: Option<f64>) -> (i64, String) {
+    // It honours the cgroup's quota by rounding down; a container must not read it as the machine's size.
     let visible = std::thread::available_parallelism().map_or(1, std::num::NonZero::get) as i64;
-    // available_parallelism honours the cgroup quota by rounding down; a container must not read it as the machine's size.
-    (visible, format!("{visible} CPUs are available to this process (affinity and cgroup limit)"))
+    match cpus.map(|cpus| (cpus as i64).max(1)).filter(|&limit| limit < visible) {
+        Some(limit) => (limit, format!("spec.resources.limits.cpu, of {visible} CPUs")),
+        None => (visible, format!("{visible} CPUs are available to this process (affinity and cgroup limit)")),
+    }
 }
 
 /// Bytes of memory that the run may use: the accelerator's, or on the CPU the cgroup's limit or the machine's memory.

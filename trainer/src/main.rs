@@ -2,8 +2,7 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
-use trainer::cli::{Arguments, Environment, execute};
+use trainer::cli::{Environment, execute, parse_arguments};
 
 fn main() -> ExitCode {
     // Before any other libtorch call: the answer to "is there CUDA" is cached by the first question.
@@ -13,7 +12,11 @@ fn main() -> ExitCode {
     let environment = Environment { hub: trainer::source::HubSettings::read(variable), cuda };
     // The message of a panic is told once, below, with what to do about it.
     std::panic::set_hook(Box::new(|_| ()));
-    let code = std::panic::catch_unwind(|| execute(&Arguments::parse(), &environment)).unwrap_or_else(|payload| {
+    let code = std::panic::catch_unwind(|| match parse_arguments(std::env::args_os()) {
+        Ok(arguments) => execute(&arguments, &environment),
+        Err(code) => code,
+    });
+    let code = code.unwrap_or_else(|payload| {
         let text = payload.downcast_ref::<String>().map(String::as_str).or(payload.downcast_ref::<&str>().copied());
         trainer::cli::report_panic(text.unwrap_or("no message"))
     });

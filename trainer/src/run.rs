@@ -124,10 +124,11 @@ pub struct Context<'a> {
     pub stop: &'a Stop,
 }
 
-/// The digest of what a configuration says, whichever attempt it is.
+/// The digest of what a configuration says, whichever attempt it is and whatever it costs.
 pub fn config_digest(config: &RunConfig) -> String {
     let mut config = config.clone();
     config.job.attempt = None;
+    config.resources.price_per_hour = None;
     digest_of(serde_json::to_string(&config).expect("a configuration is JSON").as_bytes())
 }
 
@@ -193,7 +194,7 @@ pub fn plan_run(config: &RunConfig, context: &Context, observer: &mut dyn Observ
     let sample = Event::Sample { text: prepared.sample.clone(), path: prepared.sample_path.clone() };
     observer.observe(&sample).map_err(write)?;
     check_gates(config, &prepared)?;
-    let chosen = device::choose(config.hyperparameters.precision, context.cuda);
+    let chosen = device::choose(config.hyperparameters.precision, config.resources.cpus, context.cuda);
     let model = Config::read(&prepared.model)?;
     let hyperparameters = &config.hyperparameters;
     let batch_size = hyperparameters.batch_size.unsigned_abs() as usize;

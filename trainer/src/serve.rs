@@ -305,7 +305,7 @@ mod tests {
                     model: {uri: hf://owner/name}\n  dataset: {train: {uri: hf://datasets/a/b/c}}\n  method: {type: LoRA}\n";
         let checked = crds::check::check(text, crds::check::Scope::Local).expect("valid");
         let target = crds::resolve::Target::Local { folder: std::path::Path::new("/") };
-        crds::resolve::resolve(&checked.job, &crds::profile::Profile::default(), target).expect("supported")
+        crds::resolve::resolve(&checked.job, &crds::profile::built_in(), target).expect("supported").config
     }
 
     fn request(address: SocketAddr, line: &str) -> String {
