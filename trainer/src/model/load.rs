@@ -222,8 +222,10 @@ impl Loader<'_> {
         let kind = kind_of(mapped.dtype);
         // SAFETY: the model keeps the map alive (`_maps`), and nothing writes to a frozen weight.
         let stored = unsafe { shim::borrow_bytes(mapped.data, &shape, kind) };
-        // A sum is finite only if every element is: no real weight comes near the range of fp32.
-        if !stored.sum(Kind::Float).double_value(&[]).is_finite() {
+        // A sum is finite only if every element is: no real weight comes near the range of fp32 and bf16. Asking for fp32
+        // would copy the tensor first, which fp16 with its smaller range needs.
+        let sum_kind = if kind == Kind::Half { Kind::Float } else { kind };
+        if !stored.sum(sum_kind).double_value(&[]).is_finite() {
             return Err(Error::NonFiniteWeight { folder: folder(), name: name.into() });
         }
         Ok(stored.to_device(self.source.device).to_kind(self.source.kind))
