@@ -277,8 +277,7 @@ fn answer(
     }
     let method = adapter.as_ref().map(|adapter| Method::LoRA { lora: adapter.lora.clone() });
     let tokenizer = Tokenizer::open(&model_folder).map_err(|error| failed(&error, error.exit()))?;
-    let text = crate::data::chat_prompt(&tokenizer, prompt).map_err(|error| failed(&error, error.exit()))?;
-    let tokens = tokenizer.encode(&text).map_err(|error| failed(&error, error.exit()))?.ids;
+    let tokens = crate::data::prompt_tokens(&tokenizer, prompt).map_err(|error| failed(&error, error.exit()))?;
     let max_positions = tokens.len() as i64 + max_new_tokens;
     let source = Source {
         folder: &model_folder,

@@ -154,9 +154,15 @@ fn fetch(config: &RunConfig, settings: &HubSettings) -> Result<Sources, Error> {
 
 fn key(config: &RunConfig, sources: &Sources) -> Result<String, Error> {
     let mut model_files = Vec::new();
-    for name in
-        ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "config.json"]
-    {
+    for name in [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+        "additional_chat_templates/tool_use.jinja",
+        "generation_config.json",
+        "config.json",
+    ] {
         let path = sources.model.path.join(name);
         if path.exists() {
             model_files.push((name, digest_file(&path).map_err(|source| Error::Read { path, source })?));

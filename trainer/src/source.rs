@@ -89,7 +89,7 @@ pub struct Fetched {
 }
 
 /// What is taken from a model's repository.
-const MODEL_FILES: [&str; 8] = [
+const MODEL_FILES: [&str; 9] = [
     "*.safetensors",
     "model.safetensors.index.json",
     "config.json",
@@ -98,6 +98,7 @@ const MODEL_FILES: [&str; 8] = [
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    "additional_chat_templates/tool_use.jinja",
 ];
 
 /// The folder of a base model.
