@@ -224,6 +224,17 @@ pub struct DataReport {
     pub truncated: i64,
     /// Rows left out because none of their tokens is trained.
     pub untrained: i64,
+    /// Validation and general rows that lost answer tokens to the sequence length.
+    pub held_out_truncated: i64,
+    /// Validation and general rows left out because none of their tokens is trained.
+    pub held_out_untrained: i64,
+    /// Conversations whose text holds a special token of the model, in all files.
+    pub special_texts: i64,
+    /// Validation rows that are not answered: prompt and answer exceed the model's context.
+    pub unanswerable: i64,
+    /// Examples in the few-shot prompt, where that is not what was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub few_shot_examples: Option<i64>,
     /// Number of examples by length in tokens: (upper bound, examples).
     pub length_histogram: Vec<(i64, i64)>,
     /// Longest training row in tokens.
@@ -386,6 +397,9 @@ pub struct Report {
     /// SHA-256 of the tokenised dataset.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dataset_digest: Option<String>,
+    /// Commit of the base model's repository.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub model_revision: Option<String>,
     /// What the data check found.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub data: Option<DataReport>,

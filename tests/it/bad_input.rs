@@ -112,6 +112,50 @@ fn the_rows() {
         "train.jsonl:1: the chat template refuses this conversation: no system role here",
     );
     check(
+        "odd tool calls",
+        train(r#"{"messages":[{"role":"user","content":"q"},{"role":"assistant","content":"a","tool_calls":["x"]}]}"#),
+        65,
+        "train.jsonl:1:1: messages[1]: tool_calls[0]: found a string, expected an object with function",
+    );
+    check(
+        "an unclosed template",
+        |job| job.write("model/chat_template.jinja", "{%}"),
+        65,
+        "the chat template is not valid: ",
+    );
+    check(
+        "a template without the answer",
+        |job| {
+            let text = fs::read_to_string(job.path("model/chat_template.jinja")).expect("readable");
+            job.write("model/chat_template.jinja", text.replace("{{ m.content }}", ""));
+        },
+        65,
+        "train.jsonl:1: messages[1]: \"0\" of the answer is not in what the chat template makes of it",
+    );
+    check(
+        "a template that tags no answer",
+        |job| {
+            let text = fs::read_to_string(job.path("model/chat_template.jinja")).expect("readable");
+            job.write(
+                "model/chat_template.jinja",
+                text + "{% if false %}{% generation %}{% endgeneration %}{% endif %}",
+            );
+        },
+        65,
+        "train.jsonl:1: the chat template marks 0 part(s) with {% generation %} where the row has 1 assistant message(s)",
+    );
+    check(
+        "the tokenizer of another model",
+        |job| {
+            let text = fs::read_to_string(job.path("model/config.json")).expect("readable");
+            let mut config: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+            config["vocab_size"] = 200.into();
+            job.write("model/config.json", config.to_string());
+        },
+        65,
+        "the tokenizer gives token id 255 (\"<|im_end|>\"), config.json says vocab_size 200: tokenizer and model do not belong",
+    );
+    check(
         "a template that loops",
         |job| {
             job.write(
@@ -189,6 +233,17 @@ fn the_weights() {
         |job| job.write("model/model.safetensors", [0xff; 64]),
         65,
         "model/model.safetensors: the header says 18446744073709551615 bytes",
+    );
+    check(
+        "no heads",
+        |job| {
+            let text = fs::read_to_string(job.path("model/config.json")).expect("readable");
+            let mut config: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+            config["num_attention_heads"] = 0.into();
+            job.write("model/config.json", config.to_string());
+        },
+        64,
+        "model/config.json: num_attention_heads is 0; expected a number between 1 and 65536",
     );
     check(
         "another architecture",

@@ -303,8 +303,7 @@ fn answer(
     let method = adapter.as_ref().map(|(_, adapter)| Method::LoRA { lora: adapter.lora.clone() });
     let config = Config::read(&folder).map_err(|error| failed(&error, error.exit()))?;
     let tokenizer = Tokenizer::open(&folder).map_err(|error| failed(&error, error.exit()))?;
-    let text = crate::data::chat_prompt(&tokenizer, prompt).map_err(|error| failed(&error, error.exit()))?;
-    let tokens = tokenizer.encode(&text).map_err(|error| failed(&error, error.exit()))?.ids;
+    let tokens = crate::data::prompt_tokens(&tokenizer, prompt).map_err(|error| failed(&error, error.exit()))?;
     let length = tokens.len() as i64;
     if length == 0 || length >= config.max_position_embeddings {
         let message = format!(

@@ -9,6 +9,8 @@ pub mod generation;
 pub mod mask;
 pub mod order;
 pub mod pack;
+#[cfg(test)]
+mod tests;
 
 use std::path::{Path, PathBuf};
 
@@ -17,7 +19,7 @@ use crds::run::{DataFormat, ProblemAction, RunConfig, ValidationRows};
 use rayon::prelude::*;
 
 use self::chat_template::ChatTemplate;
-use self::check::RowHash;
+use self::check::{RowHash, SpecialTexts};
 use self::example::Example;
 use self::format::{Content, Row, read_rows};
 use self::generation::GenerationRow;
@@ -150,6 +152,20 @@ impl<'a> File<'a> {
         }
     }
 
+    /// Cuts examples to `limit` tokens and drops those that have nothing left to train. Gives the rows that lost trained
+    /// tokens and those that were dropped.
+    fn fit(examples: &mut Vec<Example>, limit: usize) -> Fitted {
+        let is_cut = |example: &Example| example.trained.get(limit..).is_some_and(|cut| cut.contains(&true));
+        let cut = (0..examples.len()).filter(|&index| is_cut(&examples[index])).collect();
+        for example in examples.iter_mut() {
+            example.tokens.truncate(limit);
+            example.trained.truncate(limit);
+        }
+        let dropped = (0..examples.len()).filter(|&index| examples[index].num_trained() == 0).collect();
+        examples.retain(|example| example.num_trained() > 0);
+        Fitted { cut, dropped }
+    }
+
     fn examples(&self, tokeniser: &Tokeniser) -> Result<Vec<Example>, Error> {
         let tokenise = |row: &Row| {
             let failed = |source| Error::Row { path: self.path.into(), line: row.line, source };
@@ -178,6 +194,14 @@ impl<'a> File<'a> {
     }
 }
 
+/// Indices of rows that the sequence length concerns.
+struct Fitted {
+    /// They lost trained tokens.
+    cut: Vec<usize>,
+    /// Nothing of them is trained.
+    dropped: Vec<usize>,
+}
+
 /// Reads, checks and tokenises all rows. The same inputs give the same result.
 pub fn tokenize(inputs: &Inputs) -> Result<Tokenized, Error> {
     let config = inputs.config;
@@ -199,31 +223,38 @@ pub fn tokenize(inputs: &Inputs) -> Result<Tokenized, Error> {
         return Err(Error::Stopped);
     }
     let files = [Some(&train), validation.as_ref(), forgetting.as_ref()];
-    let conversations =
-        files.iter().flatten().any(|file| matches!(file.rows[..], [Row { content: Content::Messages { .. }, .. }, ..]));
+    let mut rows = files.iter().flatten().flat_map(|file| &file.rows);
+    let conversations = rows.any(|row| matches!(row.content, Content::Messages { .. }));
     let template = conversations.then(|| load_template(&tokenizer, inputs.date)).transpose()?;
     let tokeniser = Tokeniser { tokenizer: &tokenizer, template: template.as_ref() };
 
     let mut report = DataReport::default();
     check_rows(config, &train, validation.as_ref(), forgetting.as_ref(), &mut report)?;
+    let special_texts = SpecialTexts::new(tokenizer.special_texts());
+    for file in files.into_iter().flatten() {
+        check_special_texts(file, &special_texts, &mut report)?;
+    }
     let mut examples = train.examples(&tokeniser)?;
     truncate(inputs, &train, &mut examples, &mut report)?;
     if inputs.stop.requested() {
         return Err(Error::Stopped);
     }
-    let others = |file: Option<&File>| -> Result<Vec<Example>, Error> {
-        let mut examples = file.map_or(Ok(Vec::new()), |file| file.examples(&tokeniser))?;
-        for example in &mut examples {
-            example.tokens.truncate(report.max_sequence_length as usize);
-            example.trained.truncate(report.max_sequence_length as usize);
-        }
-        examples.retain(|example| example.num_trained() > 0);
-        Ok(examples)
-    };
-    let validation_examples = others(validation.as_ref())?;
-    let forgetting_examples = others(forgetting.as_ref())?;
+    if let Some(bos) = tokenizer.added_bos().filter(|_| conversations)
+        && examples.iter().any(|example| example.tokens[0] != bos)
+    {
+        report.warnings.push(format!(
+            "the chat template does not begin with {}, which the tokenizer puts before other texts; conversations are \
+             trained and asked without it, as transformers and vLLM do",
+            tokenizer.special_tokens()["bos_token"]
+        ));
+    }
+    let validation_examples = held_out(validation.as_ref(), "validation", &tokeniser, &mut report)?;
+    let forgetting_examples = held_out(forgetting.as_ref(), "general", &tokeniser, &mut report)?;
     let generation = match &validation {
-        Some(file) => generation::rows(&tokeniser, &train.rows, file.path, &file.rows, config)?,
+        Some(file) => {
+            let context = inputs.max_context;
+            generation::rows(&tokeniser, &train.rows, file.path, &file.rows, config, context, &mut report)?
+        }
         None => Vec::new(),
     };
     let sample = mask::marked_sample(&tokenizer, &examples[0])?;
@@ -238,23 +269,68 @@ pub fn tokenize(inputs: &Inputs) -> Result<Tokenized, Error> {
     })
 }
 
-/// The text that asks a model for an answer to `prompt`: through its chat template, or as it is where it has none.
-pub fn chat_prompt(tokenizer: &Tokenizer, prompt: &str) -> Result<String, Error> {
+/// The tokens that ask a model for an answer to `prompt`: through its chat template, or as it is where it has none.
+pub fn prompt_tokens(tokenizer: &Tokenizer, prompt: &str) -> Result<Vec<u32>, Error> {
     match load_template(tokenizer, jiff::Zoned::now().datetime()) {
         Ok(template) => {
             let message = serde_json::json!({"role": "user", "content": prompt});
-            Ok(template.render(&[message], None, true)?.text)
+            Ok(tokenizer.encode(&template.render(&[message], None, true)?.text)?.ids)
         }
-        Err(Error::Template(chat_template::Error::Missing { .. })) => Ok(prompt.to_owned()),
+        Err(Error::Template(chat_template::Error::Missing { .. })) => Ok(tokenizer.encode_plain(prompt)?.ids),
         Err(error) => Err(error),
     }
 }
 
 fn load_template(tokenizer: &Tokenizer, date: jiff::civil::DateTime) -> Result<ChatTemplate, Error> {
-    let source = chat_template::read_source(tokenizer.folder())?;
+    let sources = chat_template::read_sources(tokenizer.folder())?;
     let special: Vec<(String, String)> =
         tokenizer.special_tokens().iter().map(|(name, text)| (name.clone(), text.clone())).collect();
-    Ok(ChatTemplate::new(&source, &special, date)?)
+    let template = ChatTemplate::new(&sources.default, &special, date)?;
+    Ok(match sources.tool_use {
+        Some(source) => template.with_tool_use(&source)?,
+        None => template,
+    })
+}
+
+/// Special tokens that users' texts spell out.
+fn check_special_texts(file: &File, special_texts: &SpecialTexts, report: &mut DataReport) -> Result<(), Error> {
+    let found: Vec<Option<&str>> = file.rows.par_iter().map(|row| special_texts.find(&row.content)).collect();
+    let rows: Vec<usize> = (0..found.len()).filter(|&index| found[index].is_some()).collect();
+    report.special_texts += rows.len() as i64;
+    file.judge(&rows, ProblemAction::Warn, &mut report.warnings, |count| {
+        let text = rows.first().and_then(|&first| found[first]).unwrap_or_default();
+        format!(
+            "{count} row(s) spell out a special token in a message, this is the first ({text}): the model reads it as the token, \
+             which may end the turn there; remove it or write it differently"
+        )
+    })
+}
+
+/// Tokens of rows that are measured, not trained.
+fn held_out(
+    file: Option<&File>,
+    name: &str,
+    tokeniser: &Tokeniser,
+    report: &mut DataReport,
+) -> Result<Vec<Example>, Error> {
+    let Some(file) = file else { return Ok(Vec::new()) };
+    let limit = report.max_sequence_length;
+    let mut examples = file.examples(tokeniser)?;
+    let Fitted { cut, dropped } = File::fit(&mut examples, limit as usize);
+    report.held_out_truncated += cut.len() as i64;
+    report.held_out_untrained += dropped.len() as i64;
+    file.judge(&cut, ProblemAction::Warn, &mut report.warnings, |count| {
+        format!(
+            "{count} {name} row(s) lose answer tokens to the sequence length of {limit}, this is the first: they are measured on \
+             what is left; raise hyperparameters.maxSequenceLength or shorten the rows"
+        )
+    })?;
+    file.judge(&dropped, ProblemAction::Warn, &mut report.warnings, |count| {
+        format!(
+            "{count} {name} row(s) left out, this is the first: none of their tokens is trained within {limit} tokens"
+        )
+    })?;
+    Ok(examples)
 }
 
 /// Duplicates and leakage.
@@ -303,11 +379,16 @@ fn truncate(inputs: &Inputs, train: &File, examples: &mut Vec<Example>, report: 
     let longest = examples.iter().map(|example| example.tokens.len()).max().unwrap_or(0);
     let wanted = inputs.config.hyperparameters.max_sequence_length.unwrap_or(longest as i64);
     let limit = wanted.min(inputs.max_context) as usize;
-    let lost: Vec<usize> = (0..examples.len())
-        .filter(|&index| examples[index].trained.get(limit..).is_some_and(|cut| cut.contains(&true)))
-        .collect();
-    report.truncated = lost.len() as i64;
-    let all_lost = lost.len() == examples.len();
+    if inputs.config.hyperparameters.max_sequence_length.is_some() && wanted > inputs.max_context {
+        report.warnings.push(format!(
+            "hyperparameters.maxSequenceLength: {wanted} asked for, {limit} used: that is the model's context \
+             (max_position_embeddings in config.json)"
+        ));
+    }
+    let before = examples.len();
+    let Fitted { cut, dropped } = File::fit(examples, limit);
+    report.truncated = cut.len() as i64;
+    let all_lost = cut.len() == before;
     let message = |count: usize| {
         let rows = if all_lost { "all training rows".to_owned() } else { format!("{count} training row(s)") };
         format!(
@@ -315,22 +396,18 @@ fn truncate(inputs: &Inputs, train: &File, examples: &mut Vec<Example>, report: 
              tokens); raise hyperparameters.maxSequenceLength, shorten the rows, or set dataset.onProblem.truncatedAnswers: Warn"
         )
     };
-    train.judge(&lost, inputs.config.dataset.on_problem.truncated_answers, &mut report.warnings, message)?;
-    for example in examples.iter_mut() {
-        example.tokens.truncate(limit);
-        example.trained.truncate(limit);
-    }
-    let before = examples.len();
-    examples.retain(|example| example.num_trained() > 0);
-    report.untrained = (before - examples.len()) as i64;
+    train.judge(&cut, inputs.config.dataset.on_problem.truncated_answers, &mut report.warnings, message)?;
+    report.untrained = dropped.len() as i64;
     if examples.is_empty() {
         let message =
             format!("none of {before} rows has a token to train within {limit} tokens; check weights and lengths");
         return Err(Error::NothingToTrain { path: train.path.into(), message });
     }
-    if report.untrained > 0 {
-        report.warnings.push(format!("{} row(s) left out: none of their tokens is trained", report.untrained));
-    }
+    train.judge(&dropped, ProblemAction::Warn, &mut report.warnings, |count| {
+        format!(
+            "{count} training row(s) left out, this is the first: none of their tokens is trained within {limit} tokens"
+        )
+    })?;
     let lengths: Vec<usize> = examples.iter().map(|example| example.tokens.len()).collect();
     report.rows = examples.len() as i64;
     report.tokens = lengths.iter().sum::<usize>() as i64;

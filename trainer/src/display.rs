@@ -101,8 +101,17 @@ impl Display {
             report.rows, report.validation_rows, report.tokens, report.longest, report.max_sequence_length
         ));
         self.print(&format!(
-            "      {} exact and {} near duplicates, {} leaked, {} truncated, {} without trained tokens",
-            report.duplicates, report.near_duplicates, report.leaked, report.truncated, report.untrained
+            "      {} exact and {} near duplicates, {} leaked, {} truncated, {} without trained tokens; held out: {} truncated, \
+             {} without trained tokens, {} too long to answer; {} with special tokens in their text",
+            report.duplicates,
+            report.near_duplicates,
+            report.leaked,
+            report.truncated,
+            report.untrained,
+            report.held_out_truncated,
+            report.held_out_untrained,
+            report.unanswerable,
+            report.special_texts
         ));
         let histogram: Vec<String> =
             report.length_histogram.iter().map(|(upper, count)| format!("≤{upper}: {count}")).collect();

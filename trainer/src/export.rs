@@ -19,8 +19,13 @@ pub use card::model_card;
 /// Bytes of one weights file; larger models are split.
 const MAX_SHARD_BYTES: usize = 5 << 30;
 /// Files that go along with the weights, as they are.
-const TOKENIZER_FILES: [&str; 4] =
-    ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"];
+const TOKENIZER_FILES: [&str; 5] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "additional_chat_templates/tool_use.jinja",
+];
 const CONFIG_FILES: [&str; 2] = ["config.json", "generation_config.json"];
 
 /// The output could not be written.
@@ -114,7 +119,10 @@ fn write_files(folder: &Path, base: &Path, weights: &Weights, card: &str, plot: 
 fn copy_existing(from: &Path, to: &Path, names: &[&str]) -> io::Result<()> {
     for name in names {
         if from.join(name).exists() {
-            fs::write(to.join(name), fs::read(from.join(name))?)?;
+            let to = to.join(name);
+            to.parent().map_or(Ok(()), fs::create_dir_all)?;
+            fs::write(&to, fs::read(from.join(name))?)?;
+            File::open(to)?.sync_all()?;
         }
     }
     Ok(())

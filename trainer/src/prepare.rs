@@ -24,8 +24,15 @@ use crate::weights;
 const MANIFEST: &str = "manifest.json";
 const SOURCES: &str = "sources.json";
 /// What decides how a model's weights are used and a text is tokenised.
-const MODEL_TEXTS: [&str; 5] =
-    ["config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"];
+const MODEL_TEXTS: [&str; 7] = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "additional_chat_templates/tool_use.jinja",
+];
 
 /// Preparation failed.
 #[derive(Debug, thiserror::Error)]
@@ -250,9 +257,20 @@ fn fetch(config: &RunConfig, settings: &HubSettings, record: &mut SourceRecord) 
     let forgetting =
         forgetting.map(|forgetting| rows("spec.validation.forgetting.dataset.uri", &forgetting.dataset)).transpose()?;
     let mut digests = Vec::new();
-    for file in [Some(&train), validation.as_ref(), forgetting.as_ref()].into_iter().flatten() {
+    let source_of = |source: &DataSource| source.uri.split('?').next().unwrap_or_default().to_owned();
+    let validation_source = match &config.dataset.validation {
+        ValidationRows::Source(source) => Some(source),
+        ValidationRows::None | ValidationRows::SplitPercent(_) => None,
+    };
+    let forgetting_source = config.validation.forgetting.as_ref().map(|forgetting| &forgetting.dataset);
+    for (source, file) in [
+        (Some(&config.dataset.train), Some(&train)),
+        (validation_source, validation.as_ref()),
+        (forgetting_source, forgetting.as_ref()),
+    ] {
+        let (Some(source), Some(file)) = (source, file) else { continue };
         let bytes = fs::metadata(&file.path).map_or(0, |metadata| metadata.len() as i64);
-        let uri = file.path.display().to_string();
+        let uri = source_of(source);
         digests.push(SourceDigest { uri, revision: file.revision.clone(), digest: record.digest(&file.path)?, bytes });
     }
     let mut model_texts = Vec::new();

@@ -156,7 +156,10 @@ pub fn finished(config: &RunConfig, run: &Path) -> Option<Report> {
     }
     let is_there =
         |path: &str, digest: &str| checkpoint::digest_file(Path::new(path)).is_ok_and(|found| found == digest);
-    let same_rows = report.data.as_ref()?.sources.iter().all(|source| is_there(&source.uri, &source.digest));
+    // A commit of the hub does not change.
+    let files =
+        report.data.as_ref()?.sources.iter().filter_map(|source| Some((source.uri.strip_prefix("file://")?, source)));
+    let same_rows = files.into_iter().all(|(path, source)| is_there(path, &source.digest));
     let output_is_there = report.artifact.as_ref().is_none_or(|artifact| {
         let folder = artifact.uri.trim_start_matches("file://");
         let weights = export::weights_file(Path::new(folder));
@@ -378,6 +381,7 @@ pub fn run(config: &RunConfig, context: &Context, observer: &mut dyn Observer) -
         checkpoint_digest: None,
         config_digest: config_digest(config),
         dataset_digest: None,
+        model_revision: None,
         data: None,
         plan: None,
         metrics: Vec::new(),
@@ -423,6 +427,7 @@ fn stages(
         observer.observe(&event).map_err(write)?;
     }
     report.data = Some(planned.prepared.report.clone());
+    report.model_revision.clone_from(&planned.prepared.model_revision);
     report.dataset_digest = Some(planned.prepared.train.digest().to_owned());
     report.plan = Some(planned.report());
     report.total_steps = planned.schedule.total_steps;

@@ -19,8 +19,13 @@ use crate::tokenizer::{self, read_json};
 const FUEL: u64 = 20_000_000;
 /// Bytes that one rendering may produce.
 const MAX_OUTPUT_BYTES: usize = 16 << 20;
+/// Columns that `tojson` may indent by.
+const MAX_INDENT: usize = 64;
 /// Nested calls that one rendering may make.
 const MAX_RECURSION: usize = 100;
+/// Names of the templates, as transformers has them.
+const DEFAULT: &str = "default";
+const TOOL_USE: &str = "tool_use";
 /// Private code points that stand for the beginning and the end of a generated span while rendering.
 const SPAN_START: char = '\u{E000}';
 const SPAN_END: char = '\u{E001}';
@@ -52,13 +57,13 @@ pub enum Error {
 pub struct ChatTemplate {
     environment: Environment<'static>,
     special_tokens: Vec<(String, String)>,
-    /// Whether the template marks what the assistant says.
-    pub marks_generation: bool,
+    /// Names of the templates that mark what the assistant says.
+    marking: Vec<&'static str>,
 }
 
 impl std::fmt::Debug for ChatTemplate {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.debug_struct("ChatTemplate").field("marks_generation", &self.marks_generation).finish_non_exhaustive()
+        formatter.debug_struct("ChatTemplate").field("marking", &self.marking).finish_non_exhaustive()
     }
 }
 
@@ -71,22 +76,35 @@ pub struct Rendered {
     pub generated: Vec<Range<usize>>,
 }
 
-/// Reads the template of a model folder: `chat_template.jinja`, else `tokenizer_config.json`, where a list of named
-/// templates has `default`.
-pub fn read_source(folder: &Path) -> Result<String, Error> {
-    if let Ok(text) = std::fs::read_to_string(folder.join("chat_template.jinja")) {
-        return Ok(text);
-    }
+/// The templates of a model folder.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sources {
+    /// For every conversation, or for those without tools.
+    pub default: String,
+    /// For conversations with tools.
+    pub tool_use: Option<String>,
+}
+
+/// Reads the templates of a model folder: `chat_template.jinja` and `additional_chat_templates/tool_use.jinja`, else
+/// `chat_template` of `tokenizer_config.json`, which is one template or a list of named ones.
+pub fn read_sources(folder: &Path) -> Result<Sources, Error> {
+    let read = |name: &str| match std::fs::read_to_string(folder.join(name)) {
+        Ok(text) => Ok(Some(text)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(tokenizer::Error::Read { path: folder.join(name), source }),
+    };
     let config = read_json(&folder.join("tokenizer_config.json"))?.unwrap_or_default();
     let named = |name: &str| {
         let entry = config["chat_template"].as_array()?.iter().find(|entry| entry["name"] == name)?;
-        entry["template"].as_str()
+        entry["template"].as_str().map(str::to_owned)
     };
-    config["chat_template"]
-        .as_str()
-        .or_else(|| named("default"))
-        .map(str::to_owned)
-        .ok_or_else(|| Error::Missing { folder: folder.into() })
+    let tool_use = read("additional_chat_templates/tool_use.jinja")?;
+    if let Some(default) = read("chat_template.jinja")? {
+        return Ok(Sources { default, tool_use });
+    }
+    let single = config["chat_template"].as_str().map(str::to_owned);
+    let default = single.or_else(|| named(DEFAULT)).ok_or_else(|| Error::Missing { folder: folder.into() })?;
+    Ok(Sources { default, tool_use: tool_use.or_else(|| named(TOOL_USE)) })
 }
 
 impl ChatTemplate {
@@ -113,11 +131,36 @@ impl ChatTemplate {
         let syntax_error = |error: minijinja::Error| Error::Syntax(describe(&error));
         environment.add_template_owned("__gs", SPAN_START.to_string()).map_err(syntax_error)?;
         environment.add_template_owned("__ge", SPAN_END.to_string()).map_err(syntax_error)?;
+        let mut template = Self { environment, special_tokens: special_tokens.to_vec(), marking: Vec::new() };
+        template.add(DEFAULT, source)?;
+        Ok(template)
+    }
+
+    /// With a template of its own for conversations with tools.
+    pub fn with_tool_use(mut self, source: &str) -> Result<Self, Error> {
+        self.add(TOOL_USE, source)?;
+        Ok(self)
+    }
+
+    fn add(&mut self, name: &'static str, source: &str) -> Result<(), Error> {
         // Jinja2 reads every line ending as a newline.
         let source = source.replace("\r\n", "\n").replace('\r', "\n");
         let (source, marks_generation) = rewrite_generation(&source);
-        environment.add_template_owned("chat", source).map_err(syntax_error)?;
-        Ok(Self { environment, special_tokens: special_tokens.to_vec(), marks_generation })
+        self.environment.add_template_owned(name, source).map_err(|error| Error::Syntax(describe(&error)))?;
+        if marks_generation {
+            self.marking.push(name);
+        }
+        Ok(())
+    }
+
+    /// The template for a conversation; it is chosen as transformers does.
+    fn choose(&self, tools: Option<&Json>) -> &'static str {
+        if tools.is_some() && self.environment.get_template(TOOL_USE).is_ok() { TOOL_USE } else { DEFAULT }
+    }
+
+    /// Whether the template for a conversation marks what the assistant says.
+    pub fn marks_generation(&self, tools: Option<&Json>) -> bool {
+        self.marking.contains(&self.choose(tools))
     }
 
     /// Renders a conversation. Messages that carry `reasoning` or `thinking` get the names that templates look for.
@@ -138,15 +181,33 @@ impl ChatTemplate {
         context.insert("add_generation_prompt".into(), Json::Bool(add_generation_prompt));
         let context = Json::Object(context);
         refuse_private_code_points(&context)?;
-        let template = self.environment.get_template("chat").map_err(|error| Error::Syntax(describe(&error)))?;
-        let text = template.render(Serde(&context)).map_err(|error| Error::Render(describe(&error)))?;
-        if text.len() > MAX_OUTPUT_BYTES {
-            return Err(Error::Render(format!(
-                "{} bytes of output, at most {MAX_OUTPUT_BYTES} are accepted",
-                text.len()
-            )));
+        let template =
+            self.environment.get_template(self.choose(tools)).map_err(|error| Error::Syntax(describe(&error)))?;
+        let mut output = Bounded(Vec::new());
+        match template.render_captured_to(Serde(&context), &mut output) {
+            Ok(_) => Ok(take_spans(&String::from_utf8_lossy(&output.0))),
+            Err(error) if error.kind() == ErrorKind::WriteFailure => {
+                Err(Error::Render(format!("its output is longer than {MAX_OUTPUT_BYTES} bytes")))
+            }
+            Err(error) => Err(Error::Render(describe(&error))),
         }
-        Ok(take_spans(&text))
+    }
+}
+
+/// Takes as much as a rendering may produce.
+struct Bounded(Vec<u8>);
+
+impl std::io::Write for Bounded {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        if self.0.len() + bytes.len() > MAX_OUTPUT_BYTES {
+            return Err(std::io::ErrorKind::FileTooLarge.into());
+        }
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
     }
 }
 
@@ -161,8 +222,9 @@ fn rewrite_generation(source: &str) -> (String, bool) {
     let mut rest = source;
     let mut found = false;
     while let Some(start) = rest.find("{%") {
-        let Some(length) = rest[start..].find("%}") else { break };
-        let end = start + length + 2;
+        // The opening's own percent sign does not close it: `{%}` is an unclosed tag.
+        let Some(length) = rest[start + 2..].find("%}") else { break };
+        let end = start + 2 + length + 2;
         let inside = &rest[start + 2..end - 2];
         let left = inside.chars().next().filter(|c| matches!(c, '-' | '+')).map(String::from).unwrap_or_default();
         let right = inside.chars().last().filter(|c| matches!(c, '-' | '+')).map(String::from).unwrap_or_default();
@@ -230,6 +292,10 @@ fn with_reasoning(message: &Json) -> Json {
 #[expect(clippy::needless_pass_by_value, reason = "minijinja's filters take their arguments by value")]
 fn python_json(value: &Value, kwargs: Kwargs) -> Result<String, minijinja::Error> {
     let indent: Option<usize> = kwargs.get("indent").ok().flatten();
+    if let Some(indent) = indent.filter(|indent| *indent > MAX_INDENT) {
+        let message = format!("tojson(indent={indent}), at most {MAX_INDENT} is accepted");
+        return Err(minijinja::Error::new(ErrorKind::InvalidOperation, message));
+    }
     let sort_keys: bool = kwargs.get::<Option<bool>>("sort_keys")?.unwrap_or(false);
     let separators: Option<Vec<String>> = kwargs.get("separators")?;
     let _: Option<bool> = kwargs.get("ensure_ascii")?;
@@ -325,5 +391,64 @@ impl Formatter for PythonFormatter {
     fn end_object_value<W: ?Sized + std::io::Write>(&mut self, _: &mut W) -> std::io::Result<()> {
         self.has_value = true;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn template(source: &str) -> Result<ChatTemplate, Error> {
+        ChatTemplate::new(source, &[], jiff::civil::date(2026, 1, 2).at(3, 4, 5, 0))
+    }
+
+    fn render(source: &str) -> Result<String, String> {
+        let message = json!({"role": "user", "content": "hi"});
+        let rendered = template(source).and_then(|template| template.render(&[message], None, false));
+        rendered.map(|rendered| rendered.text).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn hostile_templates_end_in_an_error() {
+        for source in
+            ["{%}", "{% }", "{%-%}", "{%", "x{%}%}", "{%+}{% generation %}", "{{", "{#", "{% endgeneration %}"]
+        {
+            assert!(render(source).is_err(), "{source}");
+        }
+        let error = render("{{ messages | tojson(indent=999999999999) }}").expect_err("too wide");
+        assert!(error.contains("at most 64"), "{error}");
+        let long = "{% set x = 'x' * 1000000 %}{% for i in range(1000) %}{{ x }}{% endfor %}";
+        let error = render(long).expect_err("too long");
+        assert!(error.contains("longer than 16777216 bytes"), "{error}");
+    }
+
+    #[test]
+    fn conversations_with_tools_get_the_template_for_tools() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).expect("writable");
+        let named = json!({"chat_template": [
+            {"name": "tool_use", "template": "{% generation %}tools{% endgeneration %}"},
+            {"name": "default", "template": "plain"}
+        ]});
+        write("tokenizer_config.json", &named.to_string());
+        let load = || {
+            let sources = read_sources(folder.path()).expect("templates");
+            template(&sources.default)
+                .and_then(|template| template.with_tool_use(&sources.tool_use.expect("named")))
+                .expect("valid")
+        };
+        let text =
+            |template: &ChatTemplate, tools: Option<&Json>| template.render(&[], tools, false).expect("renders").text;
+        let tools = json!([{"type": "function"}]);
+        let loaded = load();
+        assert_eq!((text(&loaded, None), text(&loaded, Some(&tools))), ("plain".into(), "tools".into()));
+        assert_eq!((loaded.marks_generation(None), loaded.marks_generation(Some(&tools))), (false, true));
+        write("chat_template.jinja", "from a file");
+        std::fs::create_dir(folder.path().join("additional_chat_templates")).expect("writable");
+        write("additional_chat_templates/tool_use.jinja", "tools from a file");
+        let loaded = load();
+        assert_eq!(text(&loaded, None), "from a file");
+        assert_eq!(text(&loaded, Some(&tools)), "tools from a file");
     }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 
+use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use super::format::Content;
@@ -96,6 +97,41 @@ fn signature(text: &str) -> [u64; SIGNATURE] {
         }
     }
     signature
+}
+
+/// Texts that the tokenizer takes for one token wherever they stand, such as `<|im_end|>`.
+#[derive(Debug)]
+pub struct SpecialTexts {
+    texts: Vec<String>,
+    /// What they begin with: a model may have hundreds, and rows are long.
+    first: HashSet<char>,
+}
+
+impl SpecialTexts {
+    /// From all of a tokenizer's.
+    pub fn new(texts: Vec<String>) -> Self {
+        let first = texts.iter().filter_map(|text| text.chars().next()).collect();
+        Self { texts, first }
+    }
+
+    /// The first one in what the messages of a conversation say. Other rows are written as the model reads them.
+    pub fn find(&self, content: &Content) -> Option<&str> {
+        let Content::Messages { messages, .. } = content else { return None };
+        messages.iter().find_map(|message| self.find_in(message))
+    }
+
+    fn find_in(&self, value: &Value) -> Option<&str> {
+        match value {
+            Value::String(text) => text
+                .char_indices()
+                .filter(|(_, character)| self.first.contains(character))
+                .find_map(|(at, _)| self.texts.iter().find(|special| text[at..].starts_with(special.as_str())))
+                .map(String::as_str),
+            Value::Array(items) => items.iter().find_map(|item| self.find_in(item)),
+            Value::Object(entries) => entries.values().find_map(|entry| self.find_in(entry)),
+            _ => None,
+        }
+    }
 }
 
 /// Number of examples by length: upper bounds are powers of two from 16 on.

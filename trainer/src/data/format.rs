@@ -80,7 +80,8 @@ pub struct Row {
     pub content: Content,
 }
 
-/// Reads a file of JSON lines in `format`; every row must have the same shape.
+/// Reads a file of JSON lines. `format` says what the rows are, whatever other keys they have; with `Auto` their keys
+/// decide, and every row must say the same.
 pub fn read_rows(path: &Path, format: DataFormat) -> Result<Vec<Row>, Error> {
     let bytes = std::fs::read(path).map_err(|source| Error::Read { path: path.into(), source })?;
     let refuse = |line, column, message| Error::Row { path: path.into(), line, column, message };
@@ -89,7 +90,7 @@ pub fn read_rows(path: &Path, format: DataFormat) -> Result<Vec<Row>, Error> {
         return Err(refuse(1, 1, message));
     }
     let mut rows = Vec::new();
-    let mut shape = (format != DataFormat::Auto).then_some((format, 0));
+    let mut shape = None;
     for (index, bytes) in bytes.split(|&byte| byte == b'\n').enumerate() {
         let line = index + 1;
         let text = std::str::from_utf8(bytes).map_err(|error| {
@@ -108,17 +109,13 @@ pub fn read_rows(path: &Path, format: DataFormat) -> Result<Vec<Row>, Error> {
         let Value::Object(object) = value else {
             return Err(refuse(format!("found {}, expected a JSON object", kind_of(&value))));
         };
-        let found = detect(&object).map_err(refuse)?;
-        match shape {
-            None => shape = Some((found, line)),
-            Some((expected, first)) if expected != found => {
-                let expected = match first {
-                    0 => format!("dataset format {expected:?} was asked for"),
-                    first => format!("line {first} has format {expected:?}"),
-                };
-                return Err(refuse(format!("the row has format {found:?}, {expected}; one file holds one format")));
-            }
-            Some(_) => {}
+        let found = if format == DataFormat::Auto { detect(&object) } else { asked_for(&object, format) };
+        let found = found.map_err(refuse)?;
+        let &mut (expected, first) = shape.get_or_insert((found, line));
+        if expected != found {
+            return Err(refuse(format!(
+                "the row has format {found:?}, line {first} has format {expected:?}; one file holds one format"
+            )));
         }
         let content = content(object, found).map_err(refuse)?;
         rows.push(Row { line, content });
@@ -137,6 +134,28 @@ fn kind_of(value: &Value) -> &'static str {
     }
 }
 
+/// `format`, if the row has its keys.
+fn asked_for(row: &Map<String, Value>, format: DataFormat) -> Result<DataFormat, String> {
+    let keys: &[&str] = match format {
+        DataFormat::Messages => &["messages"],
+        DataFormat::PromptCompletion => &["prompt", "completion"],
+        DataFormat::Auto | DataFormat::Text => &["text"],
+        DataFormat::ShareGPT | DataFormat::Alpaca => return Err(unsupported(format)),
+    };
+    let has = row.keys().map(|key| format!("`{key}`")).collect::<Vec<_>>().join(", ");
+    match keys.iter().find(|key| !row.contains_key(**key)) {
+        Some(missing) => Err(format!(
+            "the row has no `{missing}` (its keys: {has}); expected one, as dataset format {format:?} was asked for: mend the \
+             row or the format"
+        )),
+        None => Ok(format),
+    }
+}
+
+fn unsupported(format: DataFormat) -> String {
+    format!("not supported yet: dataset format {format:?}; convert the rows to messages")
+}
+
 /// The format that the row's keys say; a row that fits two or none is refused.
 fn detect(row: &Map<String, Value>) -> Result<DataFormat, String> {
     let has = |key: &str| row.contains_key(key);
@@ -149,25 +168,26 @@ fn detect(row: &Map<String, Value>) -> Result<DataFormat, String> {
     ];
     let fitting: Vec<DataFormat> = candidates.iter().filter(|(_, fits)| *fits).map(|(format, _)| *format).collect();
     match fitting[..] {
-        [format @ (DataFormat::ShareGPT | DataFormat::Alpaca)] => {
-            Err(format!("not supported yet: dataset format {format:?}; convert the rows to messages"))
-        }
+        [format @ (DataFormat::ShareGPT | DataFormat::Alpaca)] => Err(unsupported(format)),
         [format] => Ok(format),
         [] => Err(format!(
             "the keys {} fit no format; expected `messages`, `prompt` and `completion`, or `text`",
             row.keys().map(|key| format!("`{key}`")).collect::<Vec<_>>().join(", ")
         )),
-        _ => Err(format!("the row fits two formats at once ({fitting:?}); keep the keys of one")),
+        _ => Err(format!(
+            "the row fits two formats at once ({fitting:?}); keep the keys of one, or say which in dataset format"
+        )),
     }
 }
 
 fn content(mut row: Map<String, Value>, format: DataFormat) -> Result<Content, String> {
+    let tools = row.remove("tools").filter(|tools| !tools.is_null());
+    let is_answered = |messages: &[Value]| messages.iter().any(|message| message["role"] == "assistant");
     match format {
         DataFormat::Messages => {
-            let tools = row.remove("tools").filter(|tools| !tools.is_null());
             let messages = row.remove("messages").unwrap_or_default();
-            let (messages, trained) = conversation(messages)?;
-            if !messages.iter().any(|message| message["role"] == "assistant") {
+            let (messages, trained) = conversation("messages", messages)?;
+            if !is_answered(&messages) {
                 return Err("no message has role assistant; expected at least one answer to learn".into());
             }
             Ok(Content::Messages { messages, tools, trained })
@@ -183,12 +203,17 @@ fn content(mut row: Map<String, Value>, format: DataFormat) -> Result<Content, S
                     Ok(Content::PromptCompletion { prompt, completion })
                 }
                 (Value::Array(prompt), Value::Array(completion)) => {
-                    let (mut messages, _) = conversation(Value::Array(prompt))?;
+                    let (mut messages, _) = conversation("prompt", Value::Array(prompt))?;
                     let mut trained = vec![false; messages.len()];
-                    let (answers, weights) = conversation(Value::Array(completion))?;
+                    let (answers, weights) = conversation("completion", Value::Array(completion))?;
+                    if !is_answered(&answers) {
+                        let message =
+                            "no message of `completion` has role assistant; expected at least one answer to learn";
+                        return Err(message.into());
+                    }
                     messages.extend(answers);
                     trained.extend(weights);
-                    Ok(Content::Messages { messages, tools: None, trained })
+                    Ok(Content::Messages { messages, tools, trained })
                 }
                 (prompt, completion) => Err(format!(
                     "`prompt` is {} and `completion` is {}; expected two strings or two lists of messages",
@@ -205,18 +230,18 @@ fn content(mut row: Map<String, Value>, format: DataFormat) -> Result<Content, S
     }
 }
 
-/// Messages in the shape that templates take, and which of them are trained.
-fn conversation(messages: Value) -> Result<(Vec<Value>, Vec<bool>), String> {
+/// Messages under `key` in the shape that templates take, and which of them are trained.
+fn conversation(key: &str, messages: Value) -> Result<(Vec<Value>, Vec<bool>), String> {
     let Value::Array(messages) = messages else {
-        return Err(format!("`messages` is {}; expected a list", kind_of(&messages)));
+        return Err(format!("`{key}` is {}; expected a list", kind_of(&messages)));
     };
     if messages.is_empty() {
-        return Err("`messages` is empty; expected at least a user's and an assistant's message".into());
+        return Err(format!("`{key}` is empty; expected at least one message"));
     }
     let mut trained = Vec::with_capacity(messages.len());
     let mut shaped = Vec::with_capacity(messages.len());
     for (index, message) in messages.into_iter().enumerate() {
-        let (message, is_trained) = shape_message(message).map_err(|text| format!("messages[{index}]: {text}"))?;
+        let (message, is_trained) = shape_message(message).map_err(|text| format!("{key}[{index}]: {text}"))?;
         shaped.push(message);
         trained.push(is_trained);
     }
@@ -232,7 +257,9 @@ fn shape_message(message: Value) -> Result<(Value, bool), String> {
         let found = message.get("role").map_or_else(|| "no role".to_owned(), |role| format!("role {role}"));
         return Err(format!("{found}; expected system, developer, user, assistant or tool"));
     }
-    let is_trained = match (role.as_str(), message.remove("weight")) {
+    // Files that went through a table have every key, with null for what the row does not say.
+    let weight = message.shift_remove("weight").filter(|weight| !weight.is_null());
+    let is_trained = match (role.as_str(), weight) {
         ("assistant", None) => true,
         ("assistant", Some(weight)) if weight == 1 => true,
         ("assistant", Some(weight)) if weight == 0 => false,
@@ -240,7 +267,20 @@ fn shape_message(message: Value) -> Result<(Value, bool), String> {
         (_, None) => false,
         (_, Some(_)) => return Err(format!("weight on a {role} message; only assistant messages have one")),
     };
-    let calls_tools = message.get("tool_calls").is_some_and(|calls| !calls.is_null());
+    let calls_tools = match message.get_mut("tool_calls") {
+        Some(Value::Array(calls)) if !calls.is_empty() => {
+            for (index, call) in calls.iter_mut().enumerate() {
+                parse_arguments(call).map_err(|text| format!("tool_calls[{index}]: {text}"))?;
+            }
+            true
+        }
+        None => false,
+        Some(Value::Null | Value::Array(_)) => {
+            message.shift_remove("tool_calls");
+            false
+        }
+        Some(other) => return Err(format!("tool_calls is {}; expected a list", kind_of(other))),
+    };
     match message.remove("content") {
         Some(Value::Array(parts)) => {
             message.insert("content".into(), Value::String(join_parts(parts)?));
@@ -257,9 +297,6 @@ fn shape_message(message: Value) -> Result<(Value, bool), String> {
     if role == "assistant" && is_trained && empty && !calls_tools {
         return Err("the answer is empty; expected text to learn, or weight: 0".into());
     }
-    if let Some(Value::Array(calls)) = message.get_mut("tool_calls") {
-        calls.iter_mut().try_for_each(parse_arguments)?;
-    }
     Ok((Value::Object(message), is_trained))
 }
 
@@ -274,14 +311,32 @@ fn join_parts(parts: Vec<Value>) -> Result<String, String> {
         .collect()
 }
 
-/// OpenAI writes a call's arguments as a JSON string, templates want an object.
+/// OpenAI writes a call's arguments as a JSON string, templates want an object. A call without `function` has name and
+/// arguments itself.
 fn parse_arguments(call: &mut Value) -> Result<(), String> {
-    let arguments = &mut call["function"]["arguments"];
+    let kind = kind_of(call);
+    let Value::Object(call) = call else {
+        return Err(format!("found {kind}, expected an object with function"));
+    };
+    let function = match call.get_mut("function") {
+        None => call,
+        Some(Value::Object(function)) => function,
+        Some(other) => {
+            return Err(format!("function is {}; expected an object with name and arguments", kind_of(other)));
+        }
+    };
+    if !function.get("name").is_some_and(Value::is_string) {
+        return Err("the call has no name; expected the function's name as a string".into());
+    }
+    let Some(arguments) = function.get_mut("arguments") else { return Ok(()) };
     if let Value::String(text) = arguments {
         *arguments = serde_json::from_str(text)
-            .map_err(|error| format!("tool_calls arguments are not valid JSON ({error}): {text:?}"))?;
+            .map_err(|error| format!("arguments are not valid JSON ({error}): {text:?}; expected a JSON object"))?;
     }
-    Ok(())
+    match arguments {
+        Value::Object(_) | Value::Null => Ok(()),
+        other => Err(format!("arguments are {}; expected a JSON object", kind_of(other))),
+    }
 }
 
 #[cfg(test)]
@@ -289,10 +344,14 @@ mod tests {
     use super::*;
 
     fn read(text: impl AsRef<[u8]>) -> Result<Vec<Row>, String> {
+        read_as(text, DataFormat::Auto)
+    }
+
+    fn read_as(text: impl AsRef<[u8]>, format: DataFormat) -> Result<Vec<Row>, String> {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let path = folder.path().join("rows.jsonl");
         std::fs::write(&path, text).expect("writable");
-        read_rows(&path, DataFormat::Auto)
+        read_rows(&path, format)
             .map_err(|error| error.to_string().replace(&format!("{}/", folder.path().display()), ""))
     }
 
@@ -305,6 +364,72 @@ mod tests {
         assert_eq!(messages[0]["content"], "hi");
         assert_eq!(messages[1]["tool_calls"][0]["function"]["arguments"].to_string(), r#"{"b":1,"a":2}"#);
         assert!(messages[3].get("weight").is_none() && tools.is_some());
+    }
+
+    const ANSWERED: &str = r#"{"role":"user","content":"q"},{"role":"assistant","content":"a"}"#;
+
+    #[test]
+    fn the_format_that_is_asked_for_chooses() {
+        let row = format!(r#"{{"text":"whole","messages":[{ANSWERED}]}}"#);
+        assert!(read(&row).expect_err("two formats").contains("fits two formats at once ([Messages, Text])"));
+        let chosen = read_as(&row, DataFormat::Messages).expect("messages");
+        assert!(matches!(chosen[0].content, Content::Messages { .. }));
+        let chosen = read_as(&row, DataFormat::Text).expect("text");
+        assert_eq!(chosen[0].content, Content::Text("whole".into()));
+        assert_eq!(
+            read_as(&row, DataFormat::PromptCompletion).expect_err("no prompt"),
+            "rows.jsonl:1:1: the row has no `prompt` (its keys: `text`, `messages`); expected one, as dataset format \
+             PromptCompletion was asked for: mend the row or the format"
+        );
+        assert!(read_as(&row, DataFormat::Alpaca).expect_err("later").contains("not supported yet"));
+    }
+
+    #[test]
+    fn tools_of_prompt_and_completion_lists_are_kept() {
+        let row = r#"{"prompt":[{"role":"user","content":"q"}],"completion":[{"role":"assistant","content":"a"}],"tools":[{"type":"function"}]}"#;
+        let rows = read(row).expect("valid");
+        let Content::Messages { tools, trained, .. } = &rows[0].content else { panic!("messages") };
+        assert_eq!((tools.is_some(), trained.as_slice()), (true, &[false, true][..]));
+    }
+
+    #[test]
+    fn null_and_empty_are_as_absent() {
+        let message = |more: &str| {
+            format!(r#"{{"messages":[{{"role":"user","content":"q","weight":null}},{{"role":"assistant",{more}}}]}}"#)
+        };
+        let rows = read(message(r#""content":"a","weight":null,"tool_calls":[]"#)).expect("valid");
+        let Content::Messages { messages, trained, .. } = &rows[0].content else { panic!("messages") };
+        assert_eq!(trained, &[false, true]);
+        assert_eq!(messages[1].to_string(), r#"{"role":"assistant","content":"a"}"#);
+        for calls in ["[]", "null"] {
+            let empty = message(&format!(r#""content":"","tool_calls":{calls}"#));
+            assert!(read(&empty).expect_err("nothing to learn").contains("messages[1]: the answer is empty"));
+        }
+    }
+
+    #[test]
+    fn odd_tool_calls_are_refused_and_never_panic() {
+        for (calls, expected) in [
+            (r#"["x"]"#, "tool_calls[0]: found a string, expected an object with function"),
+            (
+                r#"[{"function":"f"}]"#,
+                "tool_calls[0]: function is a string; expected an object with name and arguments",
+            ),
+            (r#"[{"function":{"arguments":{}}}]"#, "tool_calls[0]: the call has no name; expected the function's name"),
+            (r#"[{"name":"f","arguments":"[1]"}]"#, "tool_calls[0]: arguments are a list; expected a JSON object"),
+            (r#"[{"function":{"name":"f","arguments":"{"}}]"#, "tool_calls[0]: arguments are not valid JSON (EOF"),
+            (r#""x""#, "tool_calls is a string; expected a list"),
+        ] {
+            let row = format!(
+                r#"{{"messages":[{{"role":"user","content":"q"}},{{"role":"assistant","content":"a","tool_calls":{calls}}}]}}"#
+            );
+            let error = read(&row).expect_err(calls);
+            assert!(error.starts_with(&format!("rows.jsonl:1:1: messages[1]: {expected}")), "{error}");
+        }
+        let row = r#"{"messages":[{"role":"user","content":"q"},{"role":"assistant","tool_calls":[{"name":"f","arguments":"{\"a\":1}"}]}]}"#;
+        let rows = read(row).expect("a call without function");
+        let Content::Messages { messages, .. } = &rows[0].content else { panic!("messages") };
+        assert_eq!(messages[1]["tool_calls"][0].to_string(), r#"{"name":"f","arguments":{"a":1}}"#);
     }
 
     #[test]
@@ -333,7 +458,7 @@ mod tests {
             ),
             (
                 r#"{"text":"a","prompt":"b","completion":"c"}"#.to_owned(),
-                "rows.jsonl:1:1: the row fits two formats at once ([PromptCompletion, Text]); keep the keys of one",
+                "rows.jsonl:1:1: the row fits two formats at once ([PromptCompletion, Text]); keep the keys of one, or say which in dataset format",
             ),
             (
                 r#"{"question":"a"}"#.to_owned(),

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use crds::report::DataReport;
 use crds::run::RunConfig;
 use rand::seq::SliceRandom;
 use serde::{Deserialize, Serialize};
@@ -29,22 +30,59 @@ pub struct GenerationRow {
 }
 
 /// The validation rows' last answers as questions. The examples of the few-shot prompt are training rows chosen by seed,
-/// the same for every row.
+/// the same for every row: as many as fit the model's context of `max_context` tokens with the longest row. A row that does
+/// not fit by itself is left out.
 pub fn rows(
     tokeniser: &Tokeniser,
     train: &[Row],
     path: &Path,
     validation: &[Row],
     config: &RunConfig,
+    max_context: i64,
+    report: &mut DataReport,
 ) -> Result<Vec<GenerationRow>, Error> {
     let mut order: Vec<usize> = (0..train.len()).collect();
     order.shuffle(&mut generator(config.hyperparameters.seed, "few-shot", &[]));
     let wanted = config.validation.few_shot_examples.max(0) as usize;
-    let shots: Vec<&Content> = order.iter().take(wanted).map(|&index| &train[index].content).collect();
-    let mut rows = Vec::new();
-    for row in validation.iter().take(MAX_ROWS) {
-        let failed = |source| Error::Row { path: path.into(), line: row.line, source };
-        rows.extend(generation_row(tokeniser, &shots, &row.content).map_err(failed)?);
+    let mut shots: Vec<&Content> = order.iter().take(wanted).map(|&index| &train[index].content).collect();
+    let available = shots.len();
+    let (rows, too_long) = loop {
+        let (mut rows, mut too_long, mut shots_fit) = (Vec::new(), Vec::new(), true);
+        for row in validation.iter().take(MAX_ROWS) {
+            let failed = |source| Error::Row { path: path.into(), line: row.line, source };
+            let Some(answered) = generation_row(tokeniser, &shots, &row.content).map_err(failed)? else { continue };
+            // The answer and the token that ends it.
+            let answer = tokeniser.tokenizer.encode(&answered.reference)?.ids.len() + 1;
+            let fits = |prompt: &Vec<u32>| (prompt.len() + answer) as i64 <= max_context;
+            if fits(&answered.prompt) {
+                shots_fit &= answered.few_shot_prompt.as_ref().is_none_or(fits);
+                rows.push(answered);
+            } else {
+                too_long.push(row.line);
+            }
+        }
+        if shots_fit {
+            break (rows, too_long);
+        }
+        shots.pop();
+    };
+    report.unanswerable = too_long.len() as i64;
+    if let Some(line) = too_long.first() {
+        report.warnings.push(format!(
+            "{}:{line}: {} validation row(s) are not answered, this is the first: prompt and answer exceed the model's context \
+             of {max_context} tokens; shorten them",
+            path.display(),
+            too_long.len()
+        ));
+    }
+    report.few_shot_examples = (shots.len() != wanted).then_some(shots.len() as i64);
+    if shots.len() < available {
+        report.warnings.push(format!(
+            "validation.baselines.fewShot.examples: {wanted} asked for, {} used: more do not fit the model's context of \
+             {max_context} tokens beside the longest row{}; ask for fewer or shorten the rows",
+            shots.len(),
+            if shots.is_empty() { ", so there is no few-shot baseline" } else { "" }
+        ));
     }
     Ok(rows)
 }
@@ -78,7 +116,7 @@ fn generation_row(
                     _ => None,
                 })
                 .collect();
-            let encode = |text: &str| tokeniser.tokenizer.encode(text).map(|encoded| encoded.ids);
+            let encode = |text: &str| tokeniser.plain_prompt(text);
             Ok(Some(GenerationRow {
                 prompt: encode(prompt)?,
                 few_shot_prompt: if shots.is_empty() { None } else { Some(encode(&format!("{examples}{prompt}"))?) },

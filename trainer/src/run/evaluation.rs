@@ -77,7 +77,10 @@ impl Evaluation<'_> {
             return Ok(None);
         }
         measured.general_loss = base_general.zip(tuned_general);
-        Ok(Some(judge(config, &measured)))
+        let mut report = judge(config, &measured);
+        report.few_shot_examples =
+            report.few_shot_examples.map(|asked| prepared.report.few_shot_examples.unwrap_or(asked));
+        Ok(Some(report))
     }
 
     fn baselines(
@@ -91,7 +94,7 @@ impl Evaluation<'_> {
             let Some(scores) = self.scores(model, BASE, tokenizer)? else { return Ok(None) };
             measured.zero_shot = Some(scores);
         }
-        if config.few_shot_examples > 0 && !self.planned.prepared.generation.is_empty() {
+        if self.planned.prepared.generation.iter().any(|row| row.few_shot_prompt.is_some()) {
             let Some(exact_match) = self.exact_match(model, FEW_SHOT, tokenizer)? else { return Ok(None) };
             measured.few_shot = Some(Scores { exact_match: Some(exact_match), ..Scores::default() });
         }

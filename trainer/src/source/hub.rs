@@ -18,7 +18,7 @@ use super::Fetched;
 use crate::checkpoint::{digest_file, write_atomically};
 
 /// Single files of a model that are read; its weights besides, see [`is_read`].
-const MODEL_FILES: [&str; 7] = [
+const MODEL_FILES: [&str; 8] = [
     "model.safetensors.index.json",
     "config.json",
     "generation_config.json",
@@ -26,6 +26,7 @@ const MODEL_FILES: [&str; 7] = [
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    "additional_chat_templates/tool_use.jinja",
 ];
 
 /// How the hub is reached. The token is not printed.
@@ -219,6 +220,8 @@ struct Request {
     page: String,
     revision: String,
     with_token: bool,
+    /// A model's files may lie in folders of it; a dataset may have more folders than anybody wants listed.
+    is_model: bool,
 }
 
 impl Request {
@@ -229,6 +232,7 @@ impl Request {
             page: format!("{}/{prefix}{owner}/{name}", settings.endpoint),
             revision: revision.to_owned(),
             with_token: settings.token.is_some(),
+            is_model: kind == "models",
         }
     }
 
@@ -256,7 +260,8 @@ impl Request {
         commit: &str,
         folder: Option<String>,
     ) -> Result<Vec<Listed>, Refusal> {
-        let entries = repository.list_tree().revision(commit).maybe_path_in_repo(folder).send();
+        let entries =
+            repository.list_tree().revision(commit).maybe_path_in_repo(folder).recursive(self.is_model).send();
         let file = |entry| match entry {
             RepoTreeEntry::File { path, size, .. } => Some(Listed { path, size }),
             RepoTreeEntry::Directory { .. } => None,
