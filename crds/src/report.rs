@@ -276,7 +276,7 @@ pub struct MemoryEstimate {
     pub optimizer: i64,
     /// Activations of the largest micro-batch.
     pub activations: i64,
-    /// Logits of one chunk, workspaces, runtime.
+    /// What allocators hold beyond that, and the runtime.
     pub workspace: i64,
     /// The sum.
     pub total: i64,

@@ -24,14 +24,28 @@ pub struct Chosen {
     pub threads_reason: String,
 }
 
+/// Settings that libtorch's libraries read from the environment when they are loaded. Must run before [`load_cuda`], in a
+/// process of one thread.
+pub fn set_library_defaults() {
+    for (name, value) in [
+        // cuBLAS is deterministic with workspaces of its own only.
+        ("CUBLAS_WORKSPACE_CONFIG", ":4096:8"),
+        // oneDNN keeps a primitive for each shape, nearly a megabyte each, and packed rows have a new length every step:
+        // room for the shapes of one step is enough. The default of 1024 costs SmolLM2 a third of its peak memory.
+        ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64"),
+    ] {
+        if std::env::var_os(name).is_none() {
+            // SAFETY: no other thread reads the environment yet.
+            unsafe { std::env::set_var(name, value) };
+        }
+    }
+}
+
 /// Loads libtorch's CUDA half, if it is there, so that one binary serves both. Must run before any other libtorch call:
 /// the answer to "is there CUDA" is cached by the first question. Returns why there is no CUDA otherwise.
 pub fn load_cuda(folder: Option<&Path>) -> Result<(), String> {
     use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_LAZY};
     let path = folder.map_or_else(|| PathBuf::from("libtorch_cuda.so"), |folder| folder.join("libtorch_cuda.so"));
-    // cuBLAS is deterministic with workspaces of its own only, and reads this when it is loaded.
-    // SAFETY: the process has one thread yet.
-    unsafe { std::env::set_var("CUBLAS_WORKSPACE_CONFIG", ":4096:8") };
     // SAFETY: libtorch's own library of the same version; its initialisers only register kernels.
     let library = unsafe { Library::open(Some(&path), RTLD_LAZY | RTLD_GLOBAL) };
     // It stays loaded until the process ends: kernels are called through it.

@@ -62,11 +62,9 @@ impl Display {
             });
             bar.set_position(record.step.unsigned_abs());
             bar.set_message(text);
-        } else {
-            if self.line_is_due() || record.step == record.total_steps {
-                self.print(&format!("step {}/{}  {text}", record.step, record.total_steps));
-                self.last_line = Some(Instant::now());
-            }
+        } else if self.line_is_due() || record.step == record.total_steps {
+            self.print(&format!("step {}/{}  {text}", record.step, record.total_steps));
+            self.last_line = Some(Instant::now());
         }
     }
 

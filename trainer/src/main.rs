@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use trainer::cli::{Environment, execute, parse_arguments};
 
 fn main() -> ExitCode {
+    trainer::device::set_library_defaults();
     // Before any other libtorch call: the answer to "is there CUDA" is cached by the first question.
     let cuda = trainer::device::load_cuda(std::env::var_os("TRAINER_TORCH_LIB").as_deref().map(std::path::Path::new));
     trainer::shim::keep_large_allocations();

@@ -4,14 +4,18 @@
 //! Exact parts are counted; activations follow from what `model::layer` saves; time from one measured matrix product.
 
 use crds::report::MemoryEstimate;
-use crds::run::{Lora, Method, RunConfig};
+use crds::run::{Lora, Method, OutputFormat, RunConfig};
 use tch::{Kind, Tensor};
 
 use crate::loss::chunk_rows;
 use crate::model::{Config, Recompute, base_elements, lora_parameters};
 
-/// Resident bytes of the process before a model is there: libtorch, its threads and the binary, as measured on x86-64.
-const RUNTIME_BYTES: i64 = 260 << 20;
+/// Resident bytes of the process before a model is there: libtorch, its threads, the binary and the prepared rows, as
+/// measured on x86-64.
+const RUNTIME_BYTES: i64 = 220 << 20;
+/// What allocators hold beyond what is asked for, as a share of what is allocated and freed again in every step: rows of
+/// ever new lengths leave holes.
+const ALLOCATOR_SLACK: f64 = 0.6;
 /// Share of the measured matrix-product rate that a whole step reaches; the rest goes to pointwise work and attention.
 const STEP_EFFICIENCY: f64 = 0.75;
 /// Tokens computed at once where memory allows more: beyond it matrix products no longer gain.
@@ -33,6 +37,8 @@ pub struct Inputs<'a> {
     pub longest: i64,
     /// Tokens of the longest possible step: no micro-batch is larger.
     pub step_tokens: i64,
+    /// Tokens that the key-value caches hold at once when validation rows are answered; 0: none are.
+    pub cache_tokens: i64,
     /// Tokens of one pass over the training rows.
     pub epoch_tokens: i64,
     /// Optimizer steps.
@@ -154,13 +160,19 @@ fn estimate_at(inputs: &Inputs, method: &Method, tokens: i64, recompute: Recompu
             Recompute::Layer => layers * hidden * element + kept * element + live,
         };
     let logits = chunk_rows(model.vocab_size).min(tokens) * model.vocab_size * (4 + 4 + element);
+    // After training its activations are gone, and one of these takes their place at a time: the caches of answers, and
+    // the base's weights beside full fine-tuning's own or the merged model that is written.
+    let caches = inputs.cache_tokens * layers * 2 * keys * element;
+    let whole_model = if full || inputs.config.output.format == OutputFormat::Merged { base * 4 } else { 0 };
+    let transient = (activations + logits).max(caches).max(whole_model);
+    let slack = if inputs.accelerator { 0.05 } else { ALLOCATOR_SLACK };
     let mut memory = MemoryEstimate {
         // In full fine-tuning the mapped files are read once into the masters and need not stay resident.
         weights: if full { 0 } else { base * element },
         parameters: trainable * copies,
         optimizer: trainable * 12,
-        activations,
-        workspace: logits + if full { 2 * model.vocab_size * hidden * 4 } else { 0 } + RUNTIME_BYTES,
+        activations: transient,
+        workspace: (transient as f64 * slack) as i64 + RUNTIME_BYTES,
         total: 0,
     };
     memory.total = memory.weights + memory.parameters + memory.optimizer + memory.activations + memory.workspace;

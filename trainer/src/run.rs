@@ -16,6 +16,7 @@ use serde_json::json;
 use crate::checkpoint::{self, EquivalenceClass, Identity, Store, Stored, digest_of, write_atomically};
 use crate::data::order::Order;
 use crate::device::{self, Chosen, EnergyMeter};
+use crate::evaluate::GENERATION_CACHE_TOKENS;
 use crate::export::{self, Weights, model_card, write_output};
 use crate::history::History;
 use crate::model::{self, Built, Config, build, target_linears};
@@ -222,6 +223,7 @@ pub fn plan_run(config: &RunConfig, context: &Context, observer: &mut dyn Observ
         accelerator: chosen.device.is_cuda(),
         longest,
         step_tokens: (longest * hyperparameters.batch_size).min(prepared.train.total_tokens() as i64),
+        cache_tokens: if prepared.generation.is_empty() { 0 } else { GENERATION_CACHE_TOKENS },
         epoch_tokens: prepared.train.total_tokens() as i64,
         total_steps,
         steps_per_epoch: order.steps_per_epoch(),
