@@ -4,3 +4,4 @@ mod bad_input;
 mod chat_templates;
 mod numerics;
 mod resume;
+mod validation;

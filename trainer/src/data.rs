@@ -120,6 +120,8 @@ pub struct Tokenized {
     pub forgetting: Vec<Example>,
     /// Validation rows to be answered.
     pub generation: Vec<GenerationRow>,
+    /// The first validation examples after the few-shot prompt's examples; empty where one does not fit.
+    pub few_shot: Vec<Example>,
     /// What was found.
     pub report: DataReport,
     /// One training example with its trained tokens marked.
@@ -211,19 +213,30 @@ pub fn tokenize(inputs: &Inputs) -> Result<Tokenized, Error> {
     if inputs.stop.requested() {
         return Err(Error::Stopped);
     }
-    let others = |file: Option<&File>| -> Result<Vec<Example>, Error> {
+    // With the index of the row that each example is made from.
+    let others = |file: Option<&File>| -> Result<(Vec<Example>, Vec<usize>), Error> {
         let mut examples = file.map_or(Ok(Vec::new()), |file| file.examples(&tokeniser))?;
         for example in &mut examples {
             example.tokens.truncate(report.max_sequence_length as usize);
             example.trained.truncate(report.max_sequence_length as usize);
         }
+        let rows = (0..examples.len()).filter(|&row| examples[row].num_trained() > 0).collect();
         examples.retain(|example| example.num_trained() > 0);
-        Ok(examples)
+        Ok((examples, rows))
     };
-    let validation_examples = others(validation.as_ref())?;
-    let forgetting_examples = others(forgetting.as_ref())?;
+    let (validation_examples, validation_rows) = others(validation.as_ref())?;
+    let (forgetting_examples, _) = others(forgetting.as_ref())?;
     let generation = match &validation {
         Some(file) => generation::rows(&tokeniser, &train.rows, file.path, &file.rows, config)?,
+        None => Vec::new(),
+    };
+    let few_shot = match &validation {
+        Some(file) => {
+            let rows: Vec<(&Row, &Example)> =
+                validation_rows.iter().map(|&row| &file.rows[row]).zip(&validation_examples).collect();
+            let max_context = inputs.max_context as usize;
+            generation::few_shot_examples(&tokeniser, &train.rows, file.path, &rows, max_context, config)?
+        }
         None => Vec::new(),
     };
     let sample = mask::marked_sample(&tokenizer, &examples[0])?;
@@ -233,6 +246,7 @@ pub fn tokenize(inputs: &Inputs) -> Result<Tokenized, Error> {
         validation: validation_examples,
         forgetting: forgetting_examples,
         generation,
+        few_shot,
         report,
         sample,
     })

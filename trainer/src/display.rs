@@ -12,7 +12,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use crate::plan::display_bytes;
 use crate::record::{Event, Observer, StepRecord};
 
-pub use summary::{describe_gate, display_duration, summary};
+pub use summary::{describe_gate, display_duration, fewer_rows, summary};
 
 /// Between two lines where there is no terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(5);
@@ -64,11 +64,9 @@ impl Display {
             });
             bar.set_position(record.step.unsigned_abs());
             bar.set_message(text);
-        } else {
-            if self.line_is_due() || record.step == record.total_steps {
-                self.print(&format!("step {}/{}  {text}", record.step, record.total_steps));
-                self.last_line = Some(Instant::now());
-            }
+        } else if self.line_is_due() || record.step == record.total_steps {
+            self.print(&format!("step {}/{}  {text}", record.step, record.total_steps));
+            self.last_line = Some(Instant::now());
         }
     }
 
