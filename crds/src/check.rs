@@ -6,7 +6,7 @@ use kube::CustomResourceExt;
 use serde_json::{Map, Value};
 
 use crate::FineTuneJob;
-use crate::finetunejob::{CLUSTER_URI_PATTERN, LOCAL_URI_PATTERN};
+use crate::finetunejob::{CLUSTER_URI_PATTERN, LOCAL_URI_PATTERN, QUANTITY_PATTERN};
 use crate::yaml::Document;
 
 /// Whose rules apply.
@@ -52,7 +52,7 @@ pub struct Checked {
 impl Checked {
     /// A problem with a field, at the place where the field stands.
     pub fn problem(&self, field: &str, message: impl Into<String>) -> Problem {
-        problem(&self.document, &format!("/{}", field.replace('.', "/")), message)
+        problem(&self.document, &pointer_of(field), message)
     }
 }
 
@@ -81,16 +81,45 @@ pub fn check(text: &str, scope: Scope) -> Result<Checked, Vec<Problem>> {
         return Err(errors
             .as_slice()
             .iter()
-            .map(|error| problem(&document, &format!("/{}", error.field_path.replace('.', "/")), &error.message))
+            .map(|error| problem(&document, &pointer_of(&error.field_path), &error.message))
             .collect());
     }
     Ok(Checked { job, document })
 }
 
 fn problem(document: &Document, pointer: &str, message: impl Into<String>) -> Problem {
-    let pointer = pointer.replace('[', "/").replace(']', "");
-    let (line, column) = document.position(&pointer);
-    Problem { field: pointer.trim_start_matches('/').replace('/', "."), line, column, message: message.into() }
+    let (line, column) = document.position(pointer);
+    Problem { field: field_of(pointer), line, column, message: message.into() }
+}
+
+/// The JSON pointer of a field as the API server writes it: `spec.validation.gates[0].by`,
+/// `spec.resources.limits[nvidia.com/gpu]`.
+fn pointer_of(field: &str) -> String {
+    let mut pointer = String::new();
+    let mut rest = field;
+    while !rest.is_empty() {
+        let (segment, after) = match rest.strip_prefix('[').and_then(|inner| inner.split_once(']')) {
+            Some((segment, after)) => (segment.trim_matches('"'), after),
+            None => rest.split_at(rest.find(['.', '[']).unwrap_or(rest.len())),
+        };
+        pointer += &format!("/{}", segment.replace('~', "~0").replace('/', "~1"));
+        rest = after.strip_prefix('.').unwrap_or(after);
+    }
+    pointer
+}
+
+fn field_of(pointer: &str) -> String {
+    let mut field = String::new();
+    for segment in pointer.split('/').skip(1) {
+        let segment = segment.replace("~1", "/").replace("~0", "~");
+        if segment.contains(['.', '/']) || segment.chars().all(|c| c.is_ascii_digit()) {
+            field += &format!("[{segment}]");
+        } else {
+            field += if field.is_empty() { "" } else { "." };
+            field += &segment;
+        }
+    }
+    field
 }
 
 /// The API server asks for these before any schema.
@@ -120,7 +149,7 @@ fn schema(scope: Scope) -> Value {
     schema
 }
 
-/// OpenAPI's `nullable` becomes a type; in a local run the pattern of sources admits files.
+/// OpenAPI's `nullable` and Kubernetes' `int-or-string` become types; in a local run the pattern of sources admits files.
 fn translate(schema: &mut Value, scope: Scope) {
     match schema {
         Value::Object(map) => {
@@ -128,6 +157,9 @@ fn translate(schema: &mut Value, scope: Scope) {
                 && let Some(kind) = map.get("type").cloned()
             {
                 map.insert("type".into(), serde_json::json!([kind, "null"]));
+            }
+            if map.get("x-kubernetes-int-or-string") == Some(&Value::Bool(true)) {
+                map.insert("type".into(), serde_json::json!(["integer", "string"]));
             }
             for value in map.values_mut() {
                 translate(value, scope);
@@ -148,7 +180,7 @@ fn unknown_fields(document: &Document, schema: &Value, value: &Value, pointer: &
         Value::Object(entries) => {
             let Some(properties) = schema.get("properties").and_then(Value::as_object) else { return problems };
             for (key, value) in entries {
-                let below = format!("{pointer}/{key}");
+                let below = format!("{pointer}/{}", key.replace('~', "~0").replace('/', "~1"));
                 match properties.get(key) {
                     Some(schema) => problems.extend(unknown_fields(document, schema, value, &below)),
                     // The CRD leaves these to the API server.
@@ -212,7 +244,7 @@ fn schema_message(document: &Document, error: &jsonschema::ValidationError, poin
         Kind::Required { property } => format!("{} is missing", property.as_str().unwrap_or_default()),
         Kind::Type { .. } if found.is_number() && expects_string(error) => {
             let written = written_at(text, document.position(pointer));
-            let name = pointer.rsplit('/').next().unwrap_or_default();
+            let name = pointer.rsplit('/').next().unwrap_or_default().replace("~1", "/").replace("~0", "~");
             format!("found the number {written}, expected a quoted decimal: write {name}: \"{written}\"")
         }
         Kind::Enum { options } => {
@@ -226,7 +258,12 @@ fn schema_message(document: &Document, error: &jsonschema::ValidationError, poin
                 "found a source with {scheme}, expected hf://owner/name, s3://, gs://, az://, https:// or pvc://{local}"
             )
         }
-        Kind::Pattern { .. } => format!("found {found}, expected a decimal such as \"0.05\" or \"2e-4\""),
+        Kind::Pattern { pattern } if pattern == QUANTITY_PATTERN => {
+            format!("found {found}, expected a quantity such as \"16Gi\" or \"500m\"")
+        }
+        Kind::Pattern { .. } => format!(
+            "found {found}, expected a decimal such as \"0.05\" or \"2e-4\", with an exponent of at most two digits"
+        ),
         _ => error.to_string(),
     }
 }
@@ -277,6 +314,11 @@ spec:
                 continue;
             }
             let text = std::fs::read_to_string(&path).expect("readable");
+            if path.file_name().is_some_and(|name| name == "profiles.yaml") {
+                let profiles = crate::profile::parse(&text).unwrap_or_else(|error| panic!("{error}"));
+                assert!(profiles.contains_key(crate::profile::DEFAULT));
+                continue;
+            }
             let scope = if text.contains("file://") { Scope::Local } else { Scope::Cluster };
             assert_eq!(problems(&text, scope), Vec::<String>::new(), "{}", path.display());
             seen += 1;
@@ -326,6 +368,45 @@ spec:
                 "AtMost and AtLeast take value",
             ),
             ("{type: LoRA}", "{type: LoRA}\n  earlyStopping: {patience: 3}", "earlyStopping needs dataset.validation"),
+            (
+                "{type: LoRA}",
+                "{type: LoRA}\n  validation: {everySteps: 5}",
+                "validation.everySteps, metric, evaluate and baselines need dataset.validation",
+            ),
+            ("{type: LoRA}", "{type: LoRA}\n  validation: {metric: exactMatch}", "metric, evaluate and baselines need"),
+            ("{type: LoRA}", "{type: LoRA}\n  validation: {evaluate: Last}", "metric, evaluate and baselines need"),
+            ("{type: LoRA}", "{type: LoRA}\n  validation: {baselines: {}}", "metric, evaluate and baselines need"),
+            (
+                "{type: LoRA}",
+                "{type: LoRA}\n  hyperparameters: {warmupRatio: \"5\"}",
+                "spec.hyperparameters.warmupRatio: must be at most 1",
+            ),
+            (
+                "{type: LoRA}",
+                "{type: LoRA}\n  hyperparameters: {epochs: \"10001\"}",
+                "spec.hyperparameters.epochs: must be at most 10000",
+            ),
+            ("{type: LoRA}", "{type: LoRA}\n  hyperparameters: {epochs: \"0\"}", "must be greater than 0"),
+            (
+                "{type: LoRA}",
+                "{type: LoRA}\n  hyperparameters: {weightDecay: \"1e999\"}",
+                "found \"1e999\", expected a decimal such as \"0.05\" or \"2e-4\", with an exponent of at most two digits",
+            ),
+            (
+                "{type: LoRA}",
+                "{type: LoRA}\n  resources: {limits: {memory: lots}}",
+                "spec.resources.limits.memory: found \"lots\", expected a quantity such as",
+            ),
+            (
+                "{type: LoRA}",
+                "{type: LoRA}\n  resources: {requests: {nvidia.com/gpu: 0.5}}",
+                "spec.resources.requests[nvidia.com/gpu]: found the number 0.5, expected a quoted decimal: write nvidia.com/gpu: \"0.5\"",
+            ),
+            (
+                "{type: LoRA}",
+                "{type: LoRA}\n  checkpoint: {storage: {size: big}}",
+                "found \"big\", expected a quantity such as",
+            ),
             (
                 "{type: LoRA}",
                 "{type: LoRA}\n  nodes: 2\n  resources: {limits: {nvidia.com/mig-1g.10gb: \"1\"}}",
@@ -422,6 +503,37 @@ spec:
         ] {
             let found = problems(&format!("{MINIMAL}{added}"), Scope::Cluster);
             assert!(found.len() == 1 && found[0].contains(expected), "{added}: {found:#?}");
+        }
+    }
+
+    #[test]
+    fn a_field_and_its_pointer_say_the_same() {
+        for (field, pointer) in [
+            ("spec.nodes", "/spec/nodes"),
+            ("spec.validation.gates[0].by", "/spec/validation/gates/0/by"),
+            ("spec.resources.limits[nvidia.com/gpu]", "/spec/resources/limits/nvidia.com~1gpu"),
+            ("", ""),
+        ] {
+            assert_eq!(pointer_of(field), pointer);
+            assert_eq!(field_of(pointer), field);
+        }
+        let added = "  resources: {limits: {memory: 1Gi,\n    nvidia.com/gpu: \"2\"}}\n";
+        let checked =
+            check(&format!("{MINIMAL}{added}"), Scope::Cluster).unwrap_or_else(|problems| panic!("{problems:?}"));
+        let problem = checked.problem("spec.resources.limits[nvidia.com/gpu]", "too many");
+        assert_eq!(problem.to_string(), "9:21: spec.resources.limits[nvidia.com/gpu]: too many");
+    }
+
+    /// A decimal that is infinite would pass `double(self) > 0.0` and never train.
+    #[test]
+    fn every_decimal_is_finite() {
+        let validator = jsonschema::validator_for(&serde_json::json!({"pattern": crate::finetunejob::DECIMAL_PATTERN}))
+            .expect("a schema");
+        let largest = format!("{}e99", "9".repeat(29));
+        assert!(validator.is_valid(&Value::from(largest.as_str())), "{largest}");
+        assert!(largest.parse::<f64>().is_ok_and(f64::is_finite), "{largest}");
+        for text in ["1e100", "1e999", "1E+0309", "inf", "NaN"] {
+            assert!(!validator.is_valid(&Value::from(text)), "{text}");
         }
     }
 

@@ -21,7 +21,10 @@ pub use data::{Dataset, Model, OnProblemSpec, RowSource, SecretReference};
 pub use hyperparameters::HyperparametersSpec;
 pub use method::{LoraSpec, MethodSpec, MethodType, QuantizationSpec};
 pub use output::{FailurePolicy, Output, PublishWhen};
-pub use scalar::{CLUSTER_URI_PATTERN, Decimal, LOCAL_URI_PATTERN, PositiveDecimal, Probability, Uri};
+pub use scalar::{
+    CLUSTER_URI_PATTERN, DECIMAL_PATTERN, Decimal, Epochs, LOCAL_URI_PATTERN, PositiveDecimal, Probability,
+    QUANTITY_PATTERN, Share, Uri,
+};
 pub use scheduling::{JobToleration, Resources, Scheduling};
 pub use status::*;
 pub use validation::{
@@ -79,6 +82,13 @@ pub use validation::{
         "!has(self.validation) || !has(self.validation.gates) || size(self.validation.gates) == 0 || \
          has(self.dataset.validation) || has(self.dataset.splitPercent)"
     ).message("validation.gates needs dataset.validation or dataset.splitPercent"),
+    validation = Rule::new(
+        "!has(self.validation) || has(self.dataset.validation) || has(self.dataset.splitPercent) || \
+         !(has(self.validation.everySteps) || has(self.validation.metric) || has(self.validation.evaluate) || \
+         has(self.validation.baselines))"
+    ).message(
+        "validation.everySteps, metric, evaluate and baselines need dataset.validation or dataset.splitPercent"
+    ),
     validation = Rule::new(
         "!has(self.earlyStopping) || has(self.dataset.validation) || has(self.dataset.splitPercent)"
     ).message("earlyStopping needs dataset.validation or dataset.splitPercent"),

@@ -2,12 +2,14 @@
 //!
 //! User and operator meet in the [`FineTuneJob`] resource; operator and trainer meet in [`run::RunConfig`] (in),
 //! [`report::Progress`] (live), [`report::Report`] and [`exit::ExitCode`] (last word). [`check`] turns YAML into a
-//! resource by the rules of the CRD itself, [`resolve`] turns a resource into a run.
+//! resource by the rules of the CRD itself, [`resolve`] turns a resource into a run, [`condition`] has the words of its
+//! status.
 //! This crate knows no HTTP client, no async runtime and no tensor.
 
 #![forbid(unsafe_code)]
 
 pub mod check;
+pub mod condition;
 pub mod exit;
 pub mod finetunejob;
 pub mod profile;
@@ -55,13 +57,54 @@ mod tests {
             for (name, below) in schema["properties"].as_object().into_iter().flatten() {
                 walk(below, &format!("{path}.{name}"), warnings);
             }
-            if schema["items"].is_object() {
-                walk(&schema["items"], &format!("{path}[]"), warnings);
+            for (name, mark) in [("items", "[]"), ("additionalProperties", "{}")] {
+                if schema[name].is_object() {
+                    walk(&schema[name], &format!("{path}{mark}"), warnings);
+                }
             }
         }
         let crd = serde_json::to_value(crate::FineTuneJob::crd()).expect("the CRD is JSON");
         let mut warnings = Vec::new();
         walk(&crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"], "", &mut warnings);
         assert!(warnings.is_empty(), "{warnings:#?}");
+    }
+
+    /// Rules compare whole subtrees of the spec, so nothing in it may be unbounded, whatever a rule names.
+    #[test]
+    fn every_string_list_and_map_of_the_spec_is_bounded() {
+        fn walk(schema: &serde_json::Value, path: &str, unbounded: &mut Vec<String>) {
+            let mut ask = |bound: &str| {
+                if !schema[bound].is_i64() {
+                    unbounded.push(format!("{path} has no {bound}"));
+                }
+            };
+            if schema["x-kubernetes-int-or-string"] == true || schema["type"] == "string" && schema["enum"].is_null() {
+                ask("maxLength");
+            }
+            if schema["type"] == "array" {
+                ask("maxItems");
+            }
+            // A map, or an object of any fields.
+            if !schema["additionalProperties"].is_null() || schema["type"] == "object" && schema["properties"].is_null()
+            {
+                ask("maxProperties");
+            }
+            if schema["x-kubernetes-preserve-unknown-fields"] == true {
+                unbounded.push(format!("{path} takes unknown fields"));
+            }
+            for (name, below) in schema["properties"].as_object().into_iter().flatten() {
+                walk(below, &format!("{path}.{name}"), unbounded);
+            }
+            for (name, mark) in [("items", "[]"), ("additionalProperties", "{}")] {
+                if schema[name].is_object() {
+                    walk(&schema[name], &format!("{path}{mark}"), unbounded);
+                }
+            }
+        }
+        let crd = serde_json::to_value(crate::FineTuneJob::crd()).expect("the CRD is JSON");
+        let spec = &crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"];
+        let mut unbounded = Vec::new();
+        walk(spec, "spec", &mut unbounded);
+        assert!(unbounded.is_empty(), "{unbounded:#?}");
     }
 }

@@ -279,6 +279,10 @@ pub struct MemoryEstimate {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct PlanReport {
+    /// Device that computes.
+    pub device: String,
+    /// Dtype of weights and activations.
+    pub precision: String,
     /// Predicted peak memory.
     pub memory: MemoryEstimate,
     /// What there is.

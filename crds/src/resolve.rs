@@ -1,6 +1,11 @@
 //! From a checked job and a profile to a [`RunConfig`] in which nothing is implicit. Pure.
 //!
-//! What the trainer does not honour yet is refused here, by name: a setting is never ignored.
+//! What the trainer does not honour yet is refused here, by name; what can do no harm here is warned about, by name. A
+//! setting is never ignored.
+
+mod resources;
+#[cfg(test)]
+mod tests;
 
 use std::path::Path;
 
@@ -10,21 +15,29 @@ use crate::finetunejob::{
     FineTuneJob, GateOperator, GateSpec, HyperparametersSpec, LoraSpec, MethodType, OnFailure, PublishWhen, Resume,
     RowSource, Uri,
 };
-use crate::profile::Profile;
+use crate::profile::{self, Profile, Profiles};
 use crate::run::{
     CheckpointConfig, CheckpointInterval, DataFormat, DataSource, DatasetConfig, Duration, EarlyStopping, Evaluate,
     Forgetting, Gate, Hyperparameters, JobIdentity, Lora, Method, Metric, ModelSource, OnProblem, OutputConfig,
-    OutputFormat, Precision, ProblemAction, RUN_CONFIG_VERSION, ResourceLimits, RunConfig, Scheduler, ValidationConfig,
-    ValidationRows,
+    OutputFormat, Precision, ProblemAction, RUN_CONFIG_VERSION, RunConfig, Scheduler, ValidationConfig, ValidationRows,
 };
 
-/// A field that cannot be carried out.
+/// Something to tell about a field.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Unresolved {
-    /// Path of the field.
+pub struct Finding {
+    /// Path of the field, as the API server writes it.
     pub field: String,
     /// What is wrong with it and what to do.
     pub message: String,
+}
+
+/// A run, and what its user should know about it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Resolved {
+    /// The run.
+    pub config: RunConfig,
+    /// Settings that have no effect where it runs.
+    pub warnings: Vec<Finding>,
 }
 
 /// Where the job runs.
@@ -59,22 +72,38 @@ const NOT_SUPPORTED: [(&str, Value); 18] = [
     ("/suspend", Value::Bool(false)),
 ];
 
-/// Resolves a job for `target`.
-pub fn resolve(job: &FineTuneJob, profile: &Profile, target: Target) -> Result<RunConfig, Vec<Unresolved>> {
-    let mut resolver = Resolver { profile, target, problems: Vec::new() };
+/// Resolves a job, by the profile that it names, for `target`.
+pub fn resolve(job: &FineTuneJob, profiles: &Profiles, target: Target) -> Result<Resolved, Vec<Finding>> {
+    let name = job.spec.profile.as_deref().unwrap_or(profile::DEFAULT);
+    let Some(profile) = profiles.get(name) else {
+        let known: Vec<&str> = profiles.keys().map(String::as_str).collect();
+        let message =
+            format!("no profile {name}, expected one of {}; --profiles FILE gives other ones", known.join(", "));
+        return Err(vec![Finding { field: "spec.profile".into(), message }]);
+    };
+    let mut resolver = Resolver { profile, target, problems: Vec::new(), warnings: Vec::new() };
     let config = resolver.resolve(job);
-    if resolver.problems.is_empty() { Ok(config) } else { Err(resolver.problems) }
+    if resolver.problems.is_empty() {
+        Ok(Resolved { config, warnings: resolver.warnings })
+    } else {
+        Err(resolver.problems)
+    }
 }
 
 struct Resolver<'a> {
     profile: &'a Profile,
     target: Target<'a>,
-    problems: Vec<Unresolved>,
+    problems: Vec<Finding>,
+    warnings: Vec<Finding>,
 }
 
 impl Resolver<'_> {
     fn refuse(&mut self, field: &str, message: impl Into<String>) {
-        self.problems.push(Unresolved { field: field.into(), message: message.into() });
+        self.problems.push(Finding { field: field.into(), message: message.into() });
+    }
+
+    fn warn(&mut self, field: &str, message: impl Into<String>) {
+        self.warnings.push(Finding { field: field.into(), message: message.into() });
     }
 
     fn refuse_unsupported(&mut self, job: &FineTuneJob) {
@@ -145,6 +174,17 @@ impl Resolver<'_> {
             (None, Some(percent)) => ValidationRows::SplitPercent(percent),
             (None, None) => ValidationRows::None,
         };
+        if spec.model.revision.is_some() && spec.model.uri.0.starts_with("file://") {
+            self.refuse("spec.model.revision", "a file:// model has no revisions: remove it, or use hf://");
+        }
+        if validation_rows == ValidationRows::None
+            && spec.checkpoint.as_ref().and_then(|checkpoint| checkpoint.keep.as_ref()?.best).is_some()
+        {
+            self.warn(
+                "spec.checkpoint.keep.best",
+                "without validation rows no checkpoint is the best: it has no effect",
+            );
+        }
         let on_problem = dataset.on_problem.as_ref();
         let action = |chosen: Option<ProblemAction>, default| chosen.unwrap_or(default);
         let has_validation = validation_rows != ValidationRows::None;
@@ -196,45 +236,11 @@ impl Resolver<'_> {
             fail_on_gate: validation.on_failure != Some(OnFailure::Complete),
         }
     }
-
-    fn resources(&mut self, job: &FineTuneJob) -> ResourceLimits {
-        let limits = job.spec.resources.as_ref().and_then(|resources| resources.0.limits.as_ref());
-        let accelerator = limits.is_some_and(|limits| limits.keys().any(|name| name.contains('/')));
-        let memory = limits.and_then(|limits| limits.get("memory"));
-        let memory_bytes = memory.and_then(|quantity| {
-            let bytes = quantity_bytes(&quantity.0);
-            if bytes.is_none() {
-                let message = format!("found {:?}, expected a quantity such as 16Gi", quantity.0);
-                self.refuse("spec.resources.limits.memory", message);
-            }
-            bytes
-        });
-        ResourceLimits { accelerator, memory_bytes, price_per_hour: self.profile.price_per_hour }
-    }
 }
 
 /// A stable identity for a job that no API server gave one.
 fn local_uid(name: &str) -> String {
     format!("local-{name}")
-}
-
-/// Bytes of a Kubernetes quantity.
-fn quantity_bytes(text: &str) -> Option<i64> {
-    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
-    let value: f64 = text[..digits].parse().ok()?;
-    let factor = match &text[digits..] {
-        "" => 1.0,
-        "k" => 1e3,
-        "M" => 1e6,
-        "G" => 1e9,
-        "T" => 1e12,
-        "Ki" => 1024.0,
-        "Mi" => 1_048_576.0,
-        "Gi" => 1_073_741_824.0,
-        "Ti" => 1_099_511_627_776.0,
-        _ => return None,
-    };
-    Some((value * factor) as i64)
 }
 
 fn method(method_type: MethodType, lora: Option<&LoraSpec>) -> Method {
@@ -268,7 +274,7 @@ fn hyperparameters(method_type: MethodType, spec: Option<&HyperparametersSpec>) 
         micro_batch_tokens: spec.micro_batch_tokens,
         max_sequence_length: spec.max_sequence_length,
         scheduler: spec.scheduler.unwrap_or(Scheduler::CosineWithMinLr),
-        warmup_ratio: spec.warmup_ratio.as_ref().map_or(0.03, crate::finetunejob::Decimal::value),
+        warmup_ratio: spec.warmup_ratio.as_ref().map_or(0.03, crate::finetunejob::Share::value),
         weight_decay: spec.weight_decay.as_ref().map_or(0.0, crate::finetunejob::Decimal::value),
         max_grad_norm: spec.max_grad_norm.as_ref().map_or(1.0, crate::finetunejob::PositiveDecimal::value),
         seed: spec.seed.unwrap_or(42),
@@ -309,90 +315,6 @@ fn gate(spec: &GateSpec) -> Option<Gate> {
         GateOperator::AtLeast => Some(Gate::AtLeast { metric, value: spec.value.as_ref()?.value() }),
         GateOperator::ImprovesOn => {
             Some(Gate::ImprovesOn { metric, baseline: spec.baseline?, by: spec.by.as_ref()?.value() })
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::check::{Scope, check};
-
-    fn resolved(added: &str) -> Result<RunConfig, Vec<Unresolved>> {
-        let text = format!(
-            "apiVersion: finetune.dev/v1alpha1\nkind: FineTuneJob\nmetadata: {{name: bot}}\nspec:\n  \
-             model: {{uri: hf://owner/name}}\n  dataset: {{train: {{uri: file://train.jsonl}}, splitPercent: 5}}\n  \
-             method: {{type: LoRA}}\n{added}"
-        );
-        let checked = check(&text, Scope::Local).unwrap_or_else(|problems| panic!("{added}: {problems:?}"));
-        resolve(&checked.job, &Profile::default(), Target::Local { folder: Path::new("/here") })
-    }
-
-    #[test]
-    fn nothing_is_implicit_and_the_contract_round_trips() {
-        let config = resolved("").expect("supported");
-        assert_eq!(config.dataset.train.uri, "file:///here/train.jsonl");
-        let Method::LoRA { lora } = &config.method else { panic!("LoRA") };
-        assert_eq!((lora.rank, lora.alpha, config.hyperparameters.learning_rate), (16, 32.0, 2e-4));
-        assert_eq!((config.validation.zero_shot, config.validation.few_shot_examples), (true, 4));
-        let text = serde_json::to_string(&config).expect("JSON");
-        assert_eq!(serde_json::from_str::<RunConfig>(&text).expect("round trip"), config);
-        let with_more = text.replacen('{', "{\"surprise\":1,", 1);
-        assert!(serde_json::from_str::<RunConfig>(&with_more).is_err(), "unknown fields are refused");
-    }
-
-    #[test]
-    fn what_is_not_honoured_is_refused_by_name() {
-        for (added, field) in [
-            ("  nodes: 2\n", "spec.nodes"),
-            ("  suspend: true\n", "spec.suspend"),
-            ("  stopRequested: true\n", "spec.stopRequested"),
-            ("  managedBy: other\n", "spec.managedBy"),
-            ("  startDeadlineSeconds: 5\n", "spec.startDeadlineSeconds"),
-            ("  activeDeadlineSeconds: 5\n", "spec.activeDeadlineSeconds"),
-            ("  ttlSecondsAfterFinished: 5\n", "spec.ttlSecondsAfterFinished"),
-            ("  failurePolicy: {maxRetries: 1}\n", "spec.failurePolicy"),
-            ("  scheduling: {queueName: q}\n", "spec.scheduling"),
-            ("  checkpoint: {resumeFrom: {uri: s3://b/k}}\n", "spec.checkpoint.resumeFrom"),
-            ("  checkpoint: {storage: {claim: c}}\n", "spec.checkpoint.storage"),
-            ("  output: {uri: s3://b/k}\n", "spec.output.uri"),
-            ("  output: {secretRef: {name: s}}\n", "spec.output.secretRef"),
-        ] {
-            let problems = resolved(added).expect_err(added);
-            assert_eq!(problems.len(), 1, "{added}: {problems:?}");
-            assert_eq!(problems[0].field, field);
-            assert!(problems[0].message.starts_with("not supported yet"), "{}", problems[0].message);
-        }
-    }
-
-    #[test]
-    fn other_sources_methods_and_formats_are_refused_by_name() {
-        let text = "apiVersion: finetune.dev/v1alpha1\nkind: FineTuneJob\nmetadata: {name: bot}\nspec:\n  \
-                    model: {uri: s3://bucket/model, secretRef: {name: s}}\n  \
-                    dataset: {train: {uri: \"https://x/y\", format: Alpaca}}\n  method: {type: QLoRA}\n";
-        let checked = check(text, Scope::Local).unwrap_or_else(|problems| panic!("{problems:?}"));
-        let target = Target::Local { folder: Path::new("/here") };
-        let problems = resolve(&checked.job, &Profile::default(), target).expect_err("unsupported");
-        let mut fields: Vec<&str> = problems.iter().map(|problem| problem.field.as_str()).collect();
-        fields.sort_unstable();
-        assert_eq!(
-            fields,
-            [
-                "spec.dataset.train.format",
-                "spec.dataset.train.uri",
-                "spec.method.type",
-                "spec.model.secretRef",
-                "spec.model.uri"
-            ]
-        );
-    }
-
-    #[test]
-    fn quantities_are_bytes() {
-        for (text, bytes) in
-            [("16Gi", Some(17_179_869_184)), ("1.5G", Some(1_500_000_000)), ("12", Some(12)), ("x", None)]
-        {
-            assert_eq!(quantity_bytes(text), bytes, "{text}");
         }
     }
 }

@@ -439,12 +439,16 @@ pub struct OutputConfig {
     pub publish_always: bool,
 }
 
-/// What the job may use.
+/// What the job may use. In a cluster the kubelet enforces it; a local run has no scheduler and no enforcer, so it holds
+/// itself to these limits, and of requests and other limits it warns.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct ResourceLimits {
-    /// Whether an accelerator was asked for.
+    /// Whether an accelerator was asked for. A machine without one is then refused (exit code 64), not made do with.
     pub accelerator: bool,
+    /// CPUs, whole or in part; `None`: as many as the cgroup and the affinity mask allow.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpus: Option<f64>,
     /// Memory limit in bytes; `None`: the cgroup's or the machine's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory_bytes: Option<i64>,

@@ -205,6 +205,12 @@ fn the_weights() {
 fn numbers_and_memory() {
     check("NaN loss", |job| job.edit("\"1e-2\"", "\"1e30\""), 79, "step ");
     check(
+        "an accelerator that is not there",
+        |job| job.edit("  checkpoint:", "  resources: {limits: {nvidia.com/gpu: \"1\"}}\n  checkpoint:"),
+        64,
+        "spec.resources asks for an accelerator and none can be used here (no CUDA: ",
+    );
+    check(
         "it cannot fit",
         |job| job.edit("  checkpoint:", "  resources: {limits: {memory: 1Mi}}\n  checkpoint:"),
         71,

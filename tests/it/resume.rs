@@ -93,6 +93,99 @@ fn sigterm_commits_and_exits_75_and_the_same_command_continues() {
 }
 
 #[test]
+fn full_fine_tuning_with_early_stopping_judges_the_same_checkpoint_after_kills() {
+    let spec = "  hyperparameters: {maxSteps: 60, batchSize: 8, learningRate: \"3e-3\", precision: FP32}\n  \
+                checkpoint: {everySteps: 3}\n  validation: {everySteps: 4}\n  earlyStopping: {patience: 3, minDelta: \"0.02\"}\n";
+    let job = || {
+        let job = Job::new();
+        job.write_spec(spec);
+        job.edit("type: LoRA, lora: {rank: 4}", "type: Full");
+        job
+    };
+    let record = |job: &Job| -> Vec<serde_json::Value> {
+        let text = fs::read_to_string(job.path("runs/tiny/metrics.jsonl")).expect("a record");
+        let entries = text.lines().map(|line| serde_json::from_str(line).expect("JSON"));
+        let without_time = |mut entry: serde_json::Value| {
+            entry.as_object_mut().expect("an object").remove("seconds");
+            entry
+        };
+        entries.map(without_time).collect()
+    };
+    let undisturbed = job();
+    assert_eq!(undisturbed.run().code, Some(0));
+    let (expected, expected_report) = (record(&undisturbed), undisturbed.report());
+    let disturbed = job();
+    for steps in [3, 9, 14] {
+        let mut child = disturbed.start();
+        if wait_for(&mut child, || disturbed.logged_steps() > steps) {
+            child.kill().expect("a child of ours");
+        }
+        child.wait().expect("a child of ours");
+    }
+    assert_eq!(disturbed.run().code, Some(0));
+    assert_eq!(record(&disturbed), expected, "no step and no evaluation is there twice or missing");
+    let report = disturbed.report();
+    assert_eq!(report.validation, expected_report.validation);
+    assert_eq!(
+        report.artifact.map(|artifact| artifact.digest),
+        expected_report.artifact.map(|artifact| artifact.digest)
+    );
+}
+
+#[test]
+fn resume_never_begins_anew_and_keeps_what_was_there() {
+    let job = Job::new();
+    job.edit("maxSteps: 60", "maxSteps: 12");
+    assert_eq!(job.run().code, Some(0));
+    let first = job.adapter_digest();
+    // Another configuration: its checkpoint could not be continued, and the refusal names this way out.
+    job.edit("\"1e-2\"", "\"2e-2\"");
+    job.edit("everySteps: 4", "everySteps: 4, resume: Never");
+    let outcome = job.run();
+    assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
+    assert!(outcome.stderr.contains("earlier checkpoints were moved to"), "{}", outcome.stderr);
+    let fresh = Job::new();
+    fresh.edit("maxSteps: 60", "maxSteps: 12");
+    fresh.edit("\"1e-2\"", "\"2e-2\"");
+    assert_eq!(fresh.run().code, Some(0));
+    assert_eq!(job.adapter_digest(), fresh.adapter_digest());
+    assert_ne!(job.adapter_digest(), first);
+    let aside = job.path("runs/tiny/checkpoints-before-attempt-000002");
+    assert!(fs::read_dir(aside).expect("set aside").count() >= 1);
+}
+
+#[test]
+fn sigterm_ends_what_hangs_within_ten_seconds() {
+    let job = Job::new();
+    // A pipe that nobody writes to: reading it never ends.
+    fs::remove_file(job.path("model/tokenizer.json")).expect("removable");
+    let made =
+        std::process::Command::new("mkfifo").arg(job.path("model/tokenizer.json")).status().expect("mkfifo runs");
+    assert!(made.success());
+    let mut child = job.start();
+    assert!(wait_for(&mut child, || job.path("runs/tiny").exists()));
+    let asked = Instant::now();
+    let status =
+        std::process::Command::new("kill").args(["-TERM", &child.id().to_string()]).status().expect("kill runs");
+    assert!(status.success());
+    assert_eq!(child.wait().expect("a child of ours").code(), Some(75));
+    assert!(asked.elapsed() < Duration::from_secs(10), "{:?}", asked.elapsed());
+}
+
+#[test]
+fn two_runs_in_one_folder_do_not_meet() {
+    let job = Job::new();
+    job.edit("maxSteps: 60", "maxSteps: 4000");
+    let mut child = job.start();
+    assert!(wait_for(&mut child, || job.logged_steps() > 2));
+    let second = job.run();
+    assert_eq!(second.code, Some(73), "{}", second.stderr);
+    assert!(second.stderr.contains("another run is in progress in this folder"), "{}", second.stderr);
+    child.kill().expect("a child of ours");
+    child.wait().expect("a child of ours");
+}
+
+#[test]
 fn a_damaged_checkpoint_falls_back_and_says_so() {
     for truncate in [true, false] {
         let job = Job::new();
@@ -122,7 +215,8 @@ fn a_damaged_checkpoint_falls_back_and_says_so() {
 
 #[test]
 fn a_checkpoint_of_other_inputs_is_refused() {
-    let changes: [(&str, fn(&Job)); 3] = [
+    let changes: [(&str, fn(&Job)); 4] = [
+        ("another dataset", |job| job.write_rows("test.jsonl", 200..206)),
         ("another configuration", |job| job.edit("learningRate: \"1e-2\"", "learningRate: \"2e-2\"")),
         ("another dataset", |job| job.write_rows("train.jsonl", 1..25)),
         ("another job", |job| job.edit("name: tiny", "name: other")),

@@ -151,6 +151,8 @@ pub fn max_difference(a: &Tensor, b: &Tensor) -> f64 {
     (a - b).abs().max().double_value(&[])
 }
 
+mod hub;
 mod job;
 
+pub use hub::{Fault, Hub, Received, Server, Storage};
 pub use job::{Job, Outcome, trainer_binary};

@@ -1,22 +1,23 @@
 //! Checkpoints on a volume that may vanish at any instant: one exists or it does not.
 //!
-//! `attempts/000003.json` claims an attempt by exclusive create; a higher attempt fences a lower one. A checkpoint is
-//! written to a temporary folder, each file synced, the manifest with the SHA-256 of every file last, then renamed into
-//! place and the parent synced; only then older ones go. The newest one that verifies is loaded. Nothing here knows
-//! tensors: contents come and go as bytes.
+//! A checkpoint is written to a temporary folder, each file synced, the manifest with the SHA-256 of every file last, then
+//! renamed into place and the parent synced; only then older ones go. The newest one that verifies is loaded, whatever an
+//! overtaken attempt wrote late. Nothing here knows tensors: contents come and go as bytes.
+
+mod attempt;
+mod files;
+mod manifest;
 
 use std::collections::BTreeSet;
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::fs::{self, File, TryLockError};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
-
-use crate::data::example::hex;
-
-const MANIFEST: &str = "manifest.json";
-const FORMAT: i32 = 1;
+use self::attempt::Start;
+use self::files::HashingWriter;
+pub use self::files::{digest_file, digest_of, sync_folder, write_atomically};
+pub use self::manifest::{EquivalenceClass, FileEntry, Identity, Manifest, Stored};
+use self::manifest::{FORMAT, MANIFEST, Sealed, read_manifest, verify};
 
 /// A checkpoint could not be written or must not be read.
 #[derive(Debug, thiserror::Error)]
@@ -61,6 +62,12 @@ pub enum Error {
         /// The other one.
         newer: i32,
     },
+    /// Another process runs here.
+    #[error("{}: another run is in progress in this folder; wait for it, or choose another --dir", path.display())]
+    InUse {
+        /// The run directory.
+        path: PathBuf,
+    },
     /// The attempt's number is taken.
     #[error("attempt {number} of {} is claimed already; a run is in progress there, or the attempt number was used twice", path.display())]
     AttemptTaken {
@@ -72,116 +79,18 @@ pub enum Error {
 }
 
 impl Error {
+    fn write(path: &Path, source: io::Error) -> Self {
+        Self::Write { path: path.into(), source, space: String::new() }
+    }
+
     /// The exit code that this error ends the trainer with.
     pub fn exit(&self) -> crds::exit::ExitCode {
         use crds::exit::ExitCode;
         match self {
-            Self::Write { .. } | Self::Read { .. } => ExitCode::CannotWrite,
+            Self::Write { .. } | Self::Read { .. } | Self::InUse { .. } => ExitCode::CannotWrite,
             Self::Foreign { .. } => ExitCode::ForeignCheckpoint,
             Self::Fenced { .. } | Self::AttemptTaken { .. } => ExitCode::Preempted,
         }
-    }
-}
-
-/// What a run is made from: a checkpoint is continued only by the same.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Identity {
-    /// `metadata.uid`.
-    pub job_uid: String,
-    /// SHA-256 of what the configuration says about training.
-    pub config: String,
-    /// SHA-256 of the tokenised rows.
-    pub dataset: String,
-    /// SHA-256 of the base model's files.
-    pub base_model: String,
-}
-
-/// Runs are bit-equal within one class only.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct EquivalenceClass {
-    /// Version of the trainer.
-    pub trainer: String,
-    /// Version of libtorch.
-    pub libtorch: String,
-    /// Model of the device.
-    pub device: String,
-    /// Dtype of weights and activations.
-    pub precision: String,
-    /// Threads of CPU operations.
-    pub threads: i64,
-}
-
-/// A file of a checkpoint.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct FileEntry {
-    /// Its name.
-    pub name: String,
-    /// Its size.
-    pub bytes: u64,
-    /// `sha256:…`
-    pub sha256: String,
-}
-
-/// `manifest.json` of a checkpoint.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Manifest {
-    /// Version of this layout.
-    pub format: i32,
-    /// Counts commits of the job; the order of checkpoints.
-    pub sequence: i64,
-    /// Completed steps.
-    pub step: i64,
-    /// The attempt that wrote it.
-    pub attempt: i32,
-    /// `metadata.uid` of the job.
-    pub job_uid: String,
-    /// Digest of the manifest that the attempt continued from.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub resumed_from: Option<String>,
-    /// See [`Identity`].
-    pub config: String,
-    /// See [`Identity`].
-    pub dataset: String,
-    /// See [`Identity`].
-    pub base_model: String,
-    /// Where the run is bit-equal.
-    pub class: EquivalenceClass,
-    /// Whether this was the best so far when it was written.
-    pub best: bool,
-    /// The files.
-    pub files: Vec<FileEntry>,
-}
-
-/// A manifest as it is written: with its own digest, so that a flipped bit in it is seen too.
-#[derive(Serialize, Deserialize)]
-struct Sealed {
-    sha256: String,
-    manifest: Manifest,
-}
-
-impl Sealed {
-    fn new(manifest: Manifest) -> Self {
-        Self { sha256: digest_of(&serde_json::to_vec(&manifest).expect("a manifest is JSON")), manifest }
-    }
-}
-
-/// A committed checkpoint.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Stored {
-    /// Its folder.
-    pub folder: PathBuf,
-    /// Its manifest.
-    pub manifest: Manifest,
-    /// `sha256:…` of the manifest.
-    pub digest: String,
-}
-
-impl Stored {
-    /// Bytes of all files.
-    pub fn bytes(&self) -> i64 {
-        self.manifest.files.iter().map(|file| file.bytes as i64).sum()
     }
 }
 
@@ -193,14 +102,6 @@ pub struct Content<'a> {
     pub write: &'a dyn Fn(&mut dyn Write) -> io::Result<()>,
 }
 
-#[derive(Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct AttemptClaim {
-    attempt: i32,
-    job_uid: String,
-    process: u32,
-}
-
 /// The checkpoints of one run directory, as one attempt sees them.
 #[derive(Debug)]
 pub struct Store {
@@ -208,76 +109,27 @@ pub struct Store {
     identity: Identity,
     class: EquivalenceClass,
     attempt: i32,
+    /// Of the last commit that was made or seen.
     sequence: i64,
     resumed_from: Option<String>,
-}
-
-/// The digest of some bytes in the form that manifests use.
-pub fn digest_of(bytes: &[u8]) -> String {
-    format!("sha256:{}", hex(&Sha256::digest(bytes)))
-}
-
-/// The digest of a file.
-pub fn digest_file(path: &Path) -> io::Result<String> {
-    let mut hash = Sha256::new();
-    let mut file = File::open(path)?;
-    let mut buffer = vec![0; 1 << 20];
-    loop {
-        match file.read(&mut buffer)? {
-            0 => return Ok(format!("sha256:{}", hex(&hash.finalize()))),
-            length => hash.update(&buffer[..length]),
-        }
-    }
-}
-
-/// Makes a rename or a new file in `folder` durable.
-pub fn sync_folder(folder: &Path) -> io::Result<()> {
-    File::open(folder)?.sync_all()
-}
-
-/// Writes a file to a sibling, syncs it and renames it into place.
-pub fn write_atomically(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let folder = path.parent().unwrap_or(Path::new("."));
-    // A temporary file is private by default; what it becomes is for everyone who may read the folder.
-    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o644);
-    let mut file = tempfile::Builder::new().permissions(mode).tempfile_in(folder)?;
-    file.write_all(bytes)?;
-    file.as_file().sync_all()?;
-    file.persist(path).map_err(|error| error.error)?;
-    sync_folder(folder)
+    /// Held as long as the store lives.
+    _lock: Option<File>,
 }
 
 impl Store {
-    /// Opens the checkpoints of `run` and claims an attempt: `number`, or the next free one.
+    /// Opens the checkpoints of `run` and claims an attempt: `number`, or, where nobody counts attempts, the next free one
+    /// and the folder for this process alone.
     pub fn open(run: &Path, identity: Identity, class: EquivalenceClass, number: Option<i32>) -> Result<Self, Error> {
-        let write = |path: &Path| {
-            let path = path.to_path_buf();
-            move |source| Error::Write { path, source, space: String::new() }
-        };
-        let (attempts, checkpoints) = (run.join("attempts"), run.join("checkpoints"));
-        for folder in [&attempts, &checkpoints] {
-            fs::create_dir_all(folder).map_err(write(folder))?;
+        for folder in ["attempts", "checkpoints"].map(|name| run.join(name)) {
+            fs::create_dir_all(&folder).map_err(|source| Error::write(&folder, source))?;
         }
-        let mut attempt = number.unwrap_or_else(|| highest_attempt(run) + 1);
-        loop {
-            let path = attempts.join(format!("{attempt:06}.json"));
-            match OpenOptions::new().write(true).create_new(true).open(&path) {
-                Ok(mut file) => {
-                    let claim =
-                        AttemptClaim { attempt, job_uid: identity.job_uid.clone(), process: std::process::id() };
-                    let bytes = serde_json::to_vec(&claim).expect("a claim is JSON");
-                    file.write_all(&bytes).and_then(|()| file.sync_all()).map_err(write(&path))?;
-                    break;
-                }
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists && number.is_none() => attempt += 1,
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                    return Err(Error::AttemptTaken { path: run.into(), number: attempt });
-                }
-                Err(error) => return Err(write(&path)(error)),
-            }
-        }
-        sync_folder(&attempts).map_err(write(&attempts))?;
-        let store = Self { run: run.into(), identity, class, attempt, sequence: 0, resumed_from: None };
+        let lock = if number.is_none() { Some(lock(run)?) } else { None };
+        let attempt = attempt::claim(run, &identity.job_uid, number)?;
+        let mut store =
+            Self { run: run.into(), identity, class, attempt, sequence: 0, resumed_from: None, _lock: lock };
+        // A number that was ever given is not given again: the order of commits must hold whatever is read.
+        let manifests = store.folders()?.into_iter().filter_map(|folder| read_manifest(&folder).ok());
+        store.sequence = manifests.map(|(manifest, _)| manifest.sequence).max().unwrap_or(0);
         store.remove_leftovers();
         Ok(store)
     }
@@ -287,37 +139,71 @@ impl Store {
         self.attempt
     }
 
-    /// The newest checkpoint that verifies, and what was wrong with newer ones. One that belongs to other inputs is an
-    /// error: going on without it would lose its work without a word.
+    /// The newest checkpoint that verifies, from which this attempt goes on, and what was wrong with newer ones. One that
+    /// belongs to other inputs is an error: going on without it would lose its work without a word.
     pub fn latest(&mut self) -> Result<(Option<Stored>, Vec<String>), Error> {
         let mut warnings = Vec::new();
         let mut candidates = self.folders()?;
         // Newest by sequence; a folder without a readable manifest comes first, so that it is named.
         candidates.sort_by_key(|folder| std::cmp::Reverse(read_manifest(folder).map_or(i64::MAX, |(m, _)| m.sequence)));
+        let starts = attempt::starts(&self.run);
+        let mut found = None;
         for folder in candidates {
-            match verify(&folder) {
+            let checked = verify(&folder).and_then(|stored| {
+                if starts.iter().any(|start| start.supersedes(&stored.manifest)) {
+                    return Err("it was written after its attempt had been overtaken".into());
+                }
+                Ok(stored)
+            });
+            match checked {
                 Ok(stored) => {
                     self.check_identity(&stored)?;
-                    self.sequence = self.sequence.max(stored.manifest.sequence);
                     self.resumed_from = Some(stored.digest.clone());
-                    return Ok((Some(stored), warnings));
+                    found = Some(stored);
+                    break;
                 }
                 Err(reason) => {
                     warnings.push(format!("{}: {reason}; falling back to the checkpoint before it", folder.display()));
-                    if let Ok((manifest, _)) = read_manifest(&folder) {
-                        self.sequence = self.sequence.max(manifest.sequence);
-                    }
                 }
             }
         }
-        Ok((None, warnings))
+        let sequence = found.as_ref().map_or(0, |stored| stored.manifest.sequence);
+        attempt::record_start(&self.run, Start { attempt: self.attempt, sequence })?;
+        Ok((found, warnings))
     }
 
-    /// All checkpoints that verify, oldest first.
-    pub fn all(&self) -> Result<Vec<Stored>, Error> {
-        let mut stored: Vec<Stored> = self.folders()?.iter().filter_map(|folder| verify(folder).ok()).collect();
-        stored.sort_by_key(|stored| stored.manifest.sequence);
-        Ok(stored)
+    /// Begins anew: checkpoints that are there are kept, in a folder whose path is returned, and never read again.
+    pub fn set_aside(&mut self) -> Result<Option<PathBuf>, Error> {
+        attempt::record_start(&self.run, Start { attempt: self.attempt, sequence: 0 })?;
+        if self.folders()?.is_empty() {
+            return Ok(None);
+        }
+        let checkpoints = self.run.join("checkpoints");
+        let aside = self.run.join(format!("checkpoints-before-attempt-{:06}", self.attempt));
+        fs::rename(&checkpoints, &aside)
+            .and_then(|()| fs::create_dir(&checkpoints))
+            .and_then(|()| sync_folder(&self.run))
+            .map_err(|source| Error::write(&aside, source))?;
+        Ok(Some(aside))
+    }
+
+    /// The newest checkpoint of this run with `step` completed steps; `None` if there is none or it is damaged.
+    pub fn find(&self, step: i64) -> Result<Option<Stored>, Error> {
+        let mut own = self.own()?;
+        own.sort_by_key(|(_, manifest)| std::cmp::Reverse(manifest.sequence));
+        Ok(own.iter().filter(|(_, manifest)| manifest.step == step).find_map(|(folder, _)| verify(folder).ok()))
+    }
+
+    /// Checkpoints of this run by their manifests; their files are not looked at.
+    fn own(&self) -> Result<Vec<(PathBuf, Manifest)>, Error> {
+        let starts = attempt::starts(&self.run);
+        let manifests = self.folders()?.into_iter().filter_map(|folder| {
+            let (manifest, _) = read_manifest(&folder).ok()?;
+            let foreign = self.identity.difference(&manifest).is_some();
+            let superseded = starts.iter().any(|start| start.supersedes(&manifest));
+            (!foreign && !superseded).then_some((folder, manifest))
+        });
+        Ok(manifests.collect())
     }
 
     /// Whether a run that continues `stored` will be bit-equal; if not, why.
@@ -367,14 +253,12 @@ impl Store {
         let mut files = Vec::new();
         for content in contents {
             let file = File::create(folder.join(content.name))?;
-            let mut sink =
-                HashingWriter { inner: io::BufWriter::with_capacity(1 << 20, file), hash: Sha256::new(), bytes: 0 };
+            let mut sink = HashingWriter::new(io::BufWriter::with_capacity(1 << 20, file));
             let result = (content.write)(&mut sink).and_then(|()| sink.inner.flush());
             *written += sink.bytes;
             result?;
             sink.inner.get_ref().sync_all()?;
-            let sha256 = format!("sha256:{}", hex(&sink.hash.finalize()));
-            files.push(FileEntry { name: content.name.into(), bytes: sink.bytes, sha256 });
+            files.push(FileEntry { name: content.name.into(), bytes: sink.bytes, sha256: sink.digest() });
         }
         let manifest = Manifest {
             format: FORMAT,
@@ -401,41 +285,31 @@ impl Store {
     /// Removes checkpoints beyond the newest and best ones. A folder is renamed before it is unlinked, so that a crash
     /// leaves no half of one.
     pub fn retain(&self, keep_latest: i64, keep_best: i64) -> Result<(), Error> {
-        let stored = self.all()?;
+        let own = self.own()?;
         let kept = retained(
-            &stored.iter().map(|s| (s.manifest.sequence, s.manifest.best)).collect::<Vec<_>>(),
+            &own.iter().map(|(_, manifest)| (manifest.sequence, manifest.best)).collect::<Vec<_>>(),
             keep_latest,
             keep_best,
         );
-        for old in stored.iter().filter(|stored| !kept.contains(&stored.manifest.sequence)) {
-            let name = old.folder.file_name().unwrap_or_default().to_string_lossy();
+        for (folder, _) in own.iter().filter(|(_, manifest)| !kept.contains(&manifest.sequence)) {
+            let name = folder.file_name().unwrap_or_default().to_string_lossy();
             let doomed = self.run.join("checkpoints").join(format!(".tmp-old-{name}"));
-            fs::rename(&old.folder, &doomed)
+            fs::rename(folder, &doomed)
                 .and_then(|()| fs::remove_dir_all(&doomed))
-                .map_err(|source| Error::Write { path: old.folder.clone(), source, space: String::new() })?;
+                .map_err(|source| Error::write(folder, source))?;
         }
         Ok(())
     }
 
     fn check_identity(&self, stored: &Stored) -> Result<(), Error> {
-        let manifest = &stored.manifest;
-        let own = &self.identity;
-        for (what, found, expected) in [
-            ("job", &manifest.job_uid, &own.job_uid),
-            ("configuration", &manifest.config, &own.config),
-            ("dataset", &manifest.dataset, &own.dataset),
-            ("base model", &manifest.base_model, &own.base_model),
-        ] {
-            if found != expected {
-                let (found, expected) = (found.clone(), expected.clone());
-                return Err(Error::Foreign { path: stored.folder.clone(), what, found, expected });
-            }
+        match self.identity.difference(&stored.manifest) {
+            None => Ok(()),
+            Some((what, found, expected)) => Err(Error::Foreign { path: stored.folder.clone(), what, found, expected }),
         }
-        Ok(())
     }
 
     fn check_fence(&self) -> Result<(), Error> {
-        let newer = highest_attempt(&self.run);
+        let newer = attempt::highest(&self.run);
         if newer > self.attempt {
             return Err(Error::Fenced { path: self.run.clone(), own: self.attempt, newer });
         }
@@ -466,11 +340,15 @@ impl Store {
     }
 }
 
-/// The highest attempt that was claimed; 0 if none.
-fn highest_attempt(run: &Path) -> i32 {
-    let entries = fs::read_dir(run.join("attempts")).into_iter().flatten().flatten();
-    let numbers = entries.filter_map(|entry| entry.file_name().to_str()?.strip_suffix(".json")?.parse().ok());
-    numbers.max().unwrap_or(0)
+/// Takes the folder for this process. The lock goes with the process, however it ends.
+fn lock(run: &Path) -> Result<File, Error> {
+    let path = run.join(".lock");
+    let file = File::create(&path).map_err(|source| Error::write(&path, source))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(Error::InUse { path: run.into() }),
+        Err(TryLockError::Error(source)) => Err(Error::write(&path, source)),
+    }
 }
 
 /// Sequences of the checkpoints that stay, given (sequence, best) of all: the newest `keep_latest`, and the newest
@@ -481,54 +359,6 @@ pub fn retained(checkpoints: &[(i64, bool)], keep_latest: i64, keep_best: i64) -
     let latest = newest_first.iter().take(keep_latest.max(1) as usize);
     let best = newest_first.iter().filter(|(_, best)| *best).take(keep_best.max(1) as usize);
     latest.chain(best).map(|(sequence, _)| *sequence).collect()
-}
-
-fn read_manifest(folder: &Path) -> Result<(Manifest, String), String> {
-    let bytes = fs::read(folder.join(MANIFEST)).map_err(|error| format!("no manifest ({error})"))?;
-    let sealed: Sealed =
-        serde_json::from_slice(&bytes).map_err(|error| format!("the manifest is damaged ({error})"))?;
-    let expected = Sealed::new(sealed.manifest);
-    if expected.sha256 != sealed.sha256 {
-        return Err("the manifest is damaged: its digest is another".into());
-    }
-    if expected.manifest.format != FORMAT {
-        return Err(format!("the manifest has format {}, expected {FORMAT}", expected.manifest.format));
-    }
-    Ok((expected.manifest, expected.sha256))
-}
-
-/// A checkpoint whose every file has the digest that its manifest says.
-fn verify(folder: &Path) -> Result<Stored, String> {
-    let (manifest, digest) = read_manifest(folder)?;
-    for file in &manifest.files {
-        if Path::new(&file.name).file_name().is_none_or(|name| name != file.name.as_str()) {
-            return Err(format!("the manifest names {:?}, which is not a plain file name", file.name));
-        }
-        let found = digest_file(&folder.join(&file.name)).map_err(|error| format!("{}: {error}", file.name))?;
-        if found != file.sha256 {
-            return Err(format!("{} is damaged: its digest is not the manifest's", file.name));
-        }
-    }
-    Ok(Stored { folder: folder.into(), manifest, digest })
-}
-
-struct HashingWriter<W> {
-    inner: W,
-    hash: Sha256,
-    bytes: u64,
-}
-
-impl<W: Write> Write for HashingWriter<W> {
-    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
-        let length = self.inner.write(data)?;
-        self.hash.update(&data[..length]);
-        self.bytes += length as u64;
-        Ok(length)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.inner.flush()
-    }
 }
 
 #[cfg(test)]
@@ -550,6 +380,47 @@ mod tests {
         store.commit(step, best, &[Content { name: "a.safetensors", write: &write }]).expect("commits")
     }
 
+    #[test]
+    fn a_commit_of_an_overtaken_attempt_is_never_read() {
+        let run = tempfile::tempdir().expect("a temporary folder");
+        let mut first = open(run.path(), Some(1));
+        commit(&mut first, 10, false);
+        // The lower attempt looks at the fence before the higher one claims it, and renames afterwards.
+        let late = run.path().join("late");
+        fs::rename(commit(&mut first, 20, true).folder, &late).expect("movable");
+        let mut second = open(run.path(), Some(2));
+        assert_eq!(second.latest().expect("readable").0.expect("a checkpoint").manifest.step, 10);
+        fs::rename(&late, run.path().join("checkpoints/step-0000020-a001")).expect("movable");
+        assert_eq!(second.find(20).expect("readable"), None);
+        let (found, warnings) = open(run.path(), Some(3)).latest().expect("readable");
+        assert_eq!(found.expect("a checkpoint").manifest.step, 10);
+        assert!(warnings[0].contains("had been overtaken"), "{warnings:?}");
+    }
+
+    #[test]
+    fn beginning_anew_keeps_what_is_there_and_never_reads_it() {
+        let run = tempfile::tempdir().expect("a temporary folder");
+        let old = commit(&mut open(run.path(), Some(1)), 10, true);
+        let mut store = open(run.path(), Some(2));
+        let aside = store.set_aside().expect("movable").expect("there was one");
+        assert!(aside.join(old.folder.file_name().expect("a name")).exists());
+        assert_eq!(store.find(10).expect("readable"), None);
+        commit(&mut store, 10, false);
+        store.retain(1, 1).expect("removable");
+        let stored = store.find(10).expect("readable").expect("just committed");
+        assert_eq!((stored.manifest.attempt, stored.manifest.sequence), (2, 2));
+    }
+
+    #[test]
+    fn a_folder_is_for_one_process_where_nobody_counts_attempts() {
+        let run = tempfile::tempdir().expect("a temporary folder");
+        let first = open(run.path(), None);
+        let error = Store::open(run.path(), identity(), EquivalenceClass::default(), None).expect_err("in use");
+        assert!(error.to_string().contains("another run is in progress") && error.exit().code() == 73, "{error}");
+        drop(first);
+        assert_eq!(open(run.path(), None).attempt(), 2);
+    }
+
     fn latest_step(run: &Path) -> (Option<i64>, usize) {
         let (stored, warnings) = open(run, None).latest().expect("readable");
         (stored.map(|stored| stored.manifest.step), warnings.len())
@@ -565,7 +436,7 @@ mod tests {
             for offset in (0..length as usize).step_by(7) {
                 for truncate in [true, false] {
                     let run = tempfile::tempdir().expect("a temporary folder");
-                    let mut store = open(run.path(), None);
+                    let mut store = open(run.path(), Some(1));
                     commit(&mut store, 10, false);
                     let damaged = commit(&mut store, 20, false).folder.join(name);
                     let mut bytes = fs::read(&damaged).expect("readable");
@@ -585,7 +456,7 @@ mod tests {
     #[test]
     fn a_folder_without_its_manifest_never_was() {
         let run = tempfile::tempdir().expect("a temporary folder");
-        let mut store = open(run.path(), None);
+        let mut store = open(run.path(), Some(1));
         commit(&mut store, 10, false);
         let stored = commit(&mut store, 20, false);
         fs::remove_file(stored.folder.join(MANIFEST)).expect("removable");
@@ -632,7 +503,7 @@ mod tests {
     #[test]
     fn a_failed_write_leaves_older_checkpoints_and_no_rest() {
         let run = tempfile::tempdir().expect("a temporary folder");
-        let mut store = open(run.path(), None);
+        let mut store = open(run.path(), Some(1));
         commit(&mut store, 10, false);
         let write = |sink: &mut dyn Write| {
             sink.write_all(b"half")?;
@@ -653,12 +524,13 @@ mod tests {
         assert_eq!(retained(&all, 0, 0), BTreeSet::from([3, 5]));
         assert_eq!(retained(&all, 9, 9).len(), 5);
         let run = tempfile::tempdir().expect("a temporary folder");
-        let mut store = open(run.path(), None);
+        let mut store = open(run.path(), Some(1));
         for (step, best) in [(1, true), (2, false), (3, false)] {
             commit(&mut store, step, best);
         }
         store.retain(1, 1).expect("removable");
-        let steps: Vec<i64> = store.all().expect("readable").iter().map(|stored| stored.manifest.step).collect();
+        let mut steps: Vec<i64> = store.own().expect("readable").iter().map(|(_, manifest)| manifest.step).collect();
+        steps.sort_unstable();
         assert_eq!(steps, [1, 3]);
     }
 }

@@ -1,6 +1,6 @@
 //! The commands. Results go to standard output, everything else to standard error.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -8,14 +8,16 @@ use std::sync::Arc;
 use clap::{Parser, Subcommand};
 use crds::check::{Scope, check};
 use crds::exit::ExitCode;
-use crds::profile::{Profile, parse as parse_profiles};
+use crds::profile;
+use crds::report::Verdict;
 use crds::resolve::{Target, resolve};
 use crds::run::{Method, Precision, RunConfig};
 
 use crate::display::{Display, summary};
+use crate::export::AdapterInfo;
 use crate::generate::{Limits, generate};
 use crate::linear::Adapters;
-use crate::model::{Source, build};
+use crate::model::{Config, Source, build};
 use crate::record::Observers;
 use crate::run::{Context, finished, plan_run, run};
 use crate::serve::{Server, Telemetry};
@@ -48,6 +50,9 @@ enum Command {
     Check {
         /// A FineTuneJob
         file: PathBuf,
+        /// File of profiles (prices, allowed sources)
+        #[arg(long)]
+        profiles: Option<PathBuf>,
     },
     /// Answer a prompt with a model, or with the result of a run
     Generate {
@@ -59,7 +64,7 @@ enum Command {
         #[arg(long)]
         base: Option<PathBuf>,
         /// New tokens at most
-        #[arg(long, default_value_t = 256)]
+        #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(i64).range(1..))]
         max_new_tokens: i64,
         /// Number format of weights and activations
         #[arg(long, value_enum, default_value_t = PrecisionArgument::Auto)]
@@ -105,8 +110,28 @@ pub struct Environment {
     pub cuda: Result<(), String>,
 }
 
+/// Prints a result. A reader that has gone away (`| head`) ends nothing.
+fn tell(text: &str) {
+    let _ = writeln!(std::io::stdout(), "{text}");
+}
+
+/// Prints an error.
+fn complain(text: &str) {
+    let _ = writeln!(std::io::stderr(), "error: {text}");
+}
+
+/// The arguments of the process. Otherwise help, version or usage has been printed, and this is the exit code: clap's own
+/// for a wrong command line is none of the table's.
+pub fn parse_arguments(arguments: impl IntoIterator<Item = std::ffi::OsString>) -> Result<Arguments, ExitCode> {
+    Arguments::try_parse_from(arguments).map_err(|error| {
+        // Nobody is left to tell that standard output or standard error is closed.
+        let _ = error.print();
+        if error.use_stderr() { ExitCode::BadConfiguration } else { ExitCode::Done }
+    })
+}
+
 fn fail(exit: ExitCode, message: &str) -> ExitCode {
-    eprintln!("error: {message}");
+    complain(message);
     exit
 }
 
@@ -130,10 +155,10 @@ pub fn execute(arguments: &Arguments, environment: &Environment) -> ExitCode {
     let result = match &arguments.command {
         Command::Run { job, listen } => run_job(job, *listen, environment),
         Command::Plan(job) => plan_job(job, environment),
-        Command::Check { file } => check_file(file),
+        Command::Check { file, profiles } => check_file(file, profiles.as_deref()),
         Command::Generate { folder, prompt, base, max_new_tokens, precision } => {
-            let chosen = crate::device::choose(precision.precision(), &environment.cuda);
-            answer(folder, prompt, base.as_deref(), *max_new_tokens, &chosen)
+            let chosen = crate::device::choose(precision.precision(), None, &environment.cuda);
+            answer(folder, prompt, base.as_deref(), *max_new_tokens, &chosen, &environment.hub)
         }
     };
     result.unwrap_or_else(|(exit, message)| fail(exit, &message))
@@ -141,7 +166,7 @@ pub fn execute(arguments: &Arguments, environment: &Environment) -> ExitCode {
 
 type Outcome = Result<ExitCode, (ExitCode, String)>;
 
-/// Checks and resolves a file; the message lists every problem with its place.
+/// Checks and resolves a file. The message lists every problem with its place; warnings are told at once.
 fn load(file: &Path, profiles: Option<&Path>) -> Result<RunConfig, (ExitCode, String)> {
     let read = |path: &Path| {
         std::fs::read_to_string(path).map_err(|error| {
@@ -160,39 +185,27 @@ fn load(file: &Path, profiles: Option<&Path>) -> Result<RunConfig, (ExitCode, St
     };
     let checked =
         check(&text, Scope::Local).map_err(|problems| refuse(problems.iter().map(ToString::to_string).collect()))?;
-    let name = checked.job.spec.profile.as_deref().unwrap_or("default");
-    let profile = match profiles {
-        Some(path) => {
-            let all = parse_profiles(&read(path)?).map_err(|error| {
-                (ExitCode::BadConfiguration, format!("{}: not a file of profiles: {error}", path.display()))
-            })?;
-            let known: Vec<&String> = all.keys().collect();
-            let known = format!("{known:?}");
-            all.get(name).cloned().ok_or_else(|| {
-                let problem = checked.problem(
-                    "spec.profile",
-                    format!("no profile {name} in {}; expected one of {known}", path.display()),
-                );
-                refuse(vec![problem.to_string()])
-            })?
-        }
-        None if name == "default" => Profile::default(),
-        None => {
-            let problem =
-                checked.problem("spec.profile", format!("profile {name} is not built in; give --profiles FILE"));
-            return Err(refuse(vec![problem.to_string()]));
-        }
+    let profiles = match profiles {
+        Some(path) => profile::parse(&read(path)?).map_err(|error| {
+            (ExitCode::BadConfiguration, format!("{}: not a file of profiles: {error}", path.display()))
+        })?,
+        None => profile::built_in(),
     };
     let absolute = std::path::absolute(file).unwrap_or_else(|_| file.to_path_buf());
     let folder = absolute.parent().unwrap_or(Path::new("/"));
-    resolve(&checked.job, &profile, Target::Local { folder }).map_err(|problems| {
+    let resolved = resolve(&checked.job, &profiles, Target::Local { folder }).map_err(|problems| {
         refuse(problems.into_iter().map(|p| checked.problem(&p.field, p.message).to_string()).collect())
-    })
+    })?;
+    for warning in resolved.warnings {
+        let problem = checked.problem(&warning.field, warning.message);
+        let _ = writeln!(std::io::stderr(), "warning: {}:{problem}", file.display());
+    }
+    Ok(resolved.config)
 }
 
-fn check_file(file: &Path) -> Outcome {
-    let config = load(file, None)?;
-    println!("{}: {} is valid", file.display(), config.job.name);
+fn check_file(file: &Path, profiles: Option<&Path>) -> Outcome {
+    let config = load(file, profiles)?;
+    tell(&format!("{}: {} is valid", file.display(), config.job.name));
     Ok(ExitCode::Done)
 }
 
@@ -204,37 +217,29 @@ fn run_job(job: &JobArguments, listen: Option<SocketAddr>, environment: &Environ
     let config = load(&job.file, job.profiles.as_deref())?;
     let directory = run_directory(job, &config);
     if let Some(report) = finished(&config, &directory) {
-        println!("{} is finished, nothing to do; its result:\n\n{}", config.job.name, summary(&report));
+        tell(&format!("{} is finished, nothing to do; its result:\n\n{}", config.job.name, summary(&report)));
         return Ok(ExitCode::Done);
     }
     let stop =
         Stop::on_signals().map_err(|error| (ExitCode::InternalError, format!("signals cannot be handled: {error}")))?;
     let context = Context { run: &directory, hub: &environment.hub, cuda: &environment.cuda, stop: &stop };
     let mut display = Display::new(std::io::stderr().is_terminal());
-    let mut telemetry = Telemetry::new(&config.job.name, &config.job.uid)
+    let mut telemetry = Telemetry::new(&config)
         .map_err(|error| (ExitCode::InternalError, format!("series cannot be registered: {error}")))?;
     if let Some(address) = listen {
         let server = Server::start(address, Arc::clone(&telemetry)).map_err(|error| {
             (ExitCode::BadConfiguration, format!("--listen {address}: {error}; choose another address"))
         })?;
-        eprintln!("serving http://{}/status, /metrics and /healthz", server.address);
+        let _ = writeln!(std::io::stderr(), "serving http://{}/status, /metrics and /healthz", server.address);
     }
     let mut observers = Observers(vec![&mut display, &mut telemetry]);
-    match run(&config, &context, &mut observers) {
-        Ok(report) => {
-            println!("{}", summary(&report));
-            Ok(ExitCode::Done)
-        }
-        Err(error @ crate::Error::ValidationFailed(_)) => {
-            if let Some(report) =
-                std::fs::read(directory.join("report.json")).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok())
-            {
-                println!("{}", summary(&report));
-            }
-            Ok(fail(error.exit(), &error.to_string()))
-        }
-        Err(error) => Err((error.exit(), error.to_string())),
+    let report = run(&config, &context, &mut observers).map_err(|error| (error.exit(), error.to_string()))?;
+    tell(&summary(&report));
+    let gate_failed = report.validation.is_some_and(|validation| validation.verdict == Verdict::GateFailed);
+    if gate_failed && config.validation.fail_on_gate {
+        complain("validation failed: the job counts as failed (validation.onFailure: Complete lets it pass)");
     }
+    Ok(ExitCode::Done)
 }
 
 fn plan_job(job: &JobArguments, environment: &Environment) -> Outcome {
@@ -248,8 +253,40 @@ fn plan_job(job: &JobArguments, environment: &Environment) -> Outcome {
     for event in planned.derived(&config) {
         let _ = crate::record::Observer::observe(&mut display, &event);
     }
-    println!("{}", planned.describe(&config));
+    tell(&planned.describe(&config));
     Ok(ExitCode::Done)
+}
+
+/// A model that answers: its folder, and the adapter on it.
+struct Answering {
+    folder: PathBuf,
+    adapter: Option<(PathBuf, AdapterInfo)>,
+}
+
+/// Finds what answers: a model folder, an adapter folder, or the folder of a run with either in `output`.
+fn answering(folder: &Path, base: Option<&Path>, hub: &HubSettings) -> Result<Answering, (ExitCode, String)> {
+    let output = folder.join("output");
+    let folder = if output.is_dir() && !folder.join("config.json").exists() { output } else { folder.to_path_buf() };
+    let Some(adapter) = crate::export::read_adapter(&folder).map_err(|message| (ExitCode::BadData, message))? else {
+        return Ok(Answering { folder, adapter: None });
+    };
+    let model = match base {
+        Some(base) => base.to_path_buf(),
+        None if Path::new(&adapter.base_model).is_dir() => PathBuf::from(&adapter.base_model),
+        None => {
+            let uri = format!("hf://{}", adapter.base_model);
+            let fetched = crate::source::fetch_model(&uri, adapter.revision.as_deref(), hub).map_err(|error| {
+                let message = format!(
+                    "{}: the base model {} is no folder here and cannot be fetched ({error}); give its folder with --base",
+                    folder.display(),
+                    adapter.base_model
+                );
+                (error.exit(), message)
+            })?;
+            fetched.path
+        }
+    };
+    Ok(Answering { folder: model, adapter: Some((folder, adapter)) })
 }
 
 /// Answers one prompt through the model's chat template, if it has one.
@@ -259,43 +296,102 @@ fn answer(
     base: Option<&Path>,
     max_new_tokens: i64,
     chosen: &crate::device::Chosen,
+    hub: &HubSettings,
 ) -> Outcome {
     let failed = |error: &dyn std::fmt::Display, exit: ExitCode| (exit, error.to_string());
-    let adapter = crate::export::read_adapter(folder).map_err(|message| (ExitCode::BadData, message))?;
-    let model_folder = match (&adapter, base) {
-        (_, Some(base)) => base.to_path_buf(),
-        (Some(adapter), None) => PathBuf::from(&adapter.base_model),
-        (None, None) => folder.to_path_buf(),
-    };
-    if !model_folder.is_dir() {
-        let message = format!(
-            "{}: the adapter's base model {} is no folder here; give it with --base FOLDER",
-            folder.display(),
-            model_folder.display()
-        );
-        return Err((ExitCode::InputNotFound, message));
-    }
-    let method = adapter.as_ref().map(|adapter| Method::LoRA { lora: adapter.lora.clone() });
-    let tokenizer = Tokenizer::open(&model_folder).map_err(|error| failed(&error, error.exit()))?;
+    let Answering { folder, adapter } = answering(folder, base, hub)?;
+    let method = adapter.as_ref().map(|(_, adapter)| Method::LoRA { lora: adapter.lora.clone() });
+    let config = Config::read(&folder).map_err(|error| failed(&error, error.exit()))?;
+    let tokenizer = Tokenizer::open(&folder).map_err(|error| failed(&error, error.exit()))?;
     let text = crate::data::chat_prompt(&tokenizer, prompt).map_err(|error| failed(&error, error.exit()))?;
     let tokens = tokenizer.encode(&text).map_err(|error| failed(&error, error.exit()))?.ids;
-    let max_positions = tokens.len() as i64 + max_new_tokens;
+    let length = tokens.len() as i64;
+    if length == 0 || length >= config.max_position_embeddings {
+        let message = format!(
+            "the prompt has {length} tokens; expected 1 to {}, the model's context less one",
+            config.max_position_embeddings - 1
+        );
+        return Err((ExitCode::BadConfiguration, message));
+    }
     let source = Source {
-        folder: &model_folder,
+        folder: &folder,
         method: method.as_ref(),
         kind: chosen.kind,
         device: chosen.device,
         seed: 0,
-        max_positions,
+        max_positions: length + max_new_tokens,
     };
     let mut built = build(&source).map_err(|error| failed(&error, error.exit()))?;
-    if adapter.is_some() {
+    if let Some((folder, _)) = &adapter {
         crate::export::load_adapter(folder, &mut built.parameters).map_err(|message| (ExitCode::BadData, message))?;
     }
     let limits =
         Limits { max_new_tokens, end_tokens: tokenizer.end_tokens().to_vec(), stop_text: None, cache_tokens: 0 };
     let answers = generate(&built.model, &[&tokens], Adapters::On, &limits, &Stop::default(), &mut |_| ());
     let answers = answers.expect("nothing asked for a stop");
-    println!("{}", tokenizer.decode(&answers[0].tokens).map_err(|error| failed(&error, error.exit()))?.trim());
+    tell(tokenizer.decode(&answers[0].tokens).map_err(|error| failed(&error, error.exit()))?.trim());
     Ok(ExitCode::Done)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const EXAMPLES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../crds/examples");
+
+    fn parsed(line: &str) -> Result<Arguments, ExitCode> {
+        parse_arguments(line.split_whitespace().map(Into::into))
+    }
+
+    #[test]
+    fn a_wrong_command_line_has_an_exit_code_of_the_table() {
+        for line in [
+            "finetune-trainer",
+            "finetune-trainer run",
+            "finetune-trainer fly",
+            "finetune-trainer run --listen nowhere job.yaml",
+            "finetune-trainer run --speed 9 job.yaml",
+        ] {
+            assert_eq!(parsed(line).expect_err(line), ExitCode::BadConfiguration, "{line}");
+        }
+        for line in ["finetune-trainer --help", "finetune-trainer help run", "finetune-trainer --version"] {
+            assert_eq!(parsed(line).expect_err(line), ExitCode::Done, "{line}");
+        }
+        assert!(parsed("finetune-trainer run job.yaml").is_ok());
+    }
+
+    #[test]
+    fn check_knows_the_profiles_of_a_file() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let job = folder.path().join("job.yaml");
+        let profiles = folder.path().join("profiles.yaml");
+        std::fs::write(
+            &job,
+            "apiVersion: finetune.dev/v1alpha1\nkind: FineTuneJob\nmetadata: {name: bot}\nspec:\n  profile: a100\n  \
+             model: {uri: hf://a/b}\n  dataset: {train: {uri: file://train.jsonl}}\n  method: {type: LoRA}\n",
+        )
+        .expect("writable");
+        std::fs::write(&profiles, "a100: {pricePerHour: 2.5}\n").expect("writable");
+        let check = |more: &str| {
+            let Arguments { command } =
+                parsed(&format!("finetune-trainer check {} {more}", job.display())).expect("valid");
+            let Command::Check { file, profiles } = command else { panic!("{command:?}") };
+            check_file(&file, profiles.as_deref())
+        };
+        let (exit, message) = check("").expect_err("no such profile is built in");
+        assert_eq!(exit, ExitCode::BadConfiguration);
+        let expected =
+            "job.yaml:5:12: spec.profile: no profile a100, expected one of default; --profiles FILE gives other ones";
+        assert!(message.ends_with(expected), "{message}");
+        assert_eq!(check(&format!("--profiles {}", profiles.display())), Ok(ExitCode::Done));
+    }
+
+    #[test]
+    fn the_demo_has_a_price() {
+        let folder = Path::new(EXAMPLES);
+        let config = load(&folder.join("demo.yaml"), Some(&folder.join("profiles.yaml"))).expect("valid");
+        assert!(config.resources.price_per_hour.is_some_and(|price| price > 0.0));
+        let makefile = std::fs::read_to_string(folder.join("../../Makefile")).expect("readable");
+        assert!(makefile.contains("run --profiles crds/examples/profiles.yaml crds/examples/demo.yaml"));
+    }
 }

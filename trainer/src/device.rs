@@ -10,7 +10,7 @@ use tch::{Cuda, Device, Kind};
 pub struct Chosen {
     /// Where the model is computed.
     pub device: Device,
-    /// For example `cpu` or `NVIDIA H100 80GB HBM3`.
+    /// For example `AMD EPYC (avx512_bf16)`, or `NVIDIA H100 80GB HBM3, driver 580.82`: results are bit-equal on the same only.
     pub device_name: String,
     /// Why this device.
     pub device_reason: String,
@@ -29,24 +29,31 @@ pub struct Chosen {
 pub fn load_cuda(folder: Option<&Path>) -> Result<(), String> {
     use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_LAZY};
     let path = folder.map_or_else(|| PathBuf::from("libtorch_cuda.so"), |folder| folder.join("libtorch_cuda.so"));
+    // cuBLAS is deterministic with workspaces of its own only, and reads this when it is loaded.
+    // SAFETY: the process has one thread yet.
+    unsafe { std::env::set_var("CUBLAS_WORKSPACE_CONFIG", ":4096:8") };
     // SAFETY: libtorch's own library of the same version; its initialisers only register kernels.
     let library = unsafe { Library::open(Some(&path), RTLD_LAZY | RTLD_GLOBAL) };
     // It stays loaded until the process ends: kernels are called through it.
     library.map(std::mem::forget).map_err(|error| error.to_string())
 }
 
-/// Chooses device, dtype and threads.
-pub fn choose(precision: Precision, cuda: &Result<(), String>) -> Chosen {
-    let (threads, threads_reason) = cpu_threads();
+/// Chooses device, dtype and threads; `cpus` is what the job may use of them.
+pub fn choose(precision: Precision, cpus: Option<f64>, cuda: &Result<(), String>) -> Chosen {
+    let (threads, threads_reason) = cpu_threads(cpus);
     tch::set_num_threads(threads as i32);
     let (device, device_name, device_reason) = if cuda.is_ok() && Cuda::is_available() {
-        (Device::Cuda(0), "cuda:0".to_owned(), format!("{} CUDA device(s) found", Cuda::device_count()))
+        let deterministic = match crate::shim::set_deterministic() {
+            Ok(()) => String::new(),
+            Err(error) => format!("; deterministic kernels could not be asked for: {error}"),
+        };
+        (Device::Cuda(0), cuda_name(), format!("{} CUDA device(s) found{deterministic}", Cuda::device_count()))
     } else {
         let reason = match cuda {
             Ok(()) => "libtorch's CUDA half is loaded, but the driver reports no device".to_owned(),
-            Err(_) => "no CUDA libraries found".to_owned(),
+            Err(error) => format!("no CUDA: {error}"),
         };
-        (Device::Cpu, "cpu".to_owned(), reason)
+        (Device::Cpu, cpu_name(), reason)
     };
     let (kind, kind_reason) = match precision {
         Precision::BF16 => (Kind::BFloat16, "hyperparameters.precision".to_owned()),
@@ -60,24 +67,57 @@ pub fn choose(precision: Precision, cuda: &Result<(), String>) -> Chosen {
     Chosen { device, device_name, device_reason, kind, kind_reason, threads, threads_reason }
 }
 
+/// The value of the first line `name : value` of a file of the kernel's.
+fn kernel_value(path: &Path, name: &str) -> Option<String> {
+    let text = std::fs::read_to_string(path).ok()?;
+    let value = text.lines().find_map(|line| line.strip_prefix(name)?.trim_start().strip_prefix(':'))?;
+    Some(value.trim().to_owned())
+}
+
+/// The instruction sets that libtorch chooses kernels by, as far as this CPU has them.
+fn cpu_instruction_sets() -> Vec<&'static str> {
+    let flags = kernel_value(Path::new("/proc/cpuinfo"), "flags").unwrap_or_default();
+    let has = |name: &&str| flags.split_whitespace().any(|flag| flag == *name);
+    ["avx2", "avx512f", "avx512_bf16", "amx_bf16"].into_iter().filter(has).collect()
+}
+
+fn cpu_name() -> String {
+    let model = kernel_value(Path::new("/proc/cpuinfo"), "model name").unwrap_or_else(|| "CPU".to_owned());
+    format!("{model} ({})", cpu_instruction_sets().join(", "))
+}
+
+/// Model and driver of the first GPU, as the driver tells; libtorch has no word for it that is the same on every build.
+fn cuda_name() -> String {
+    let model = std::fs::read_dir("/proc/driver/nvidia/gpus")
+        .ok()
+        .and_then(|mut gpus| kernel_value(&gpus.next()?.ok()?.path().join("information"), "Model"));
+    let driver = std::fs::read_to_string("/proc/driver/nvidia/version").ok().and_then(|text| {
+        let numbers = text.lines().next()?.split_whitespace().find(|word| word.contains('.'))?;
+        Some(format!(", driver {numbers}"))
+    });
+    format!("{}{}", model.unwrap_or_else(|| "cuda:0".to_owned()), driver.unwrap_or_default())
+}
+
 fn cpu_has_bf16() -> bool {
-    std::fs::read_to_string("/proc/cpuinfo").is_ok_and(|text| {
-        text.lines()
-            .find(|line| line.starts_with("flags"))
-            .is_some_and(|flags| flags.split_whitespace().any(|flag| flag == "avx512_bf16" || flag == "amx_bf16"))
-    })
+    cpu_instruction_sets().iter().any(|set| set.ends_with("bf16"))
 }
 
-/// As many threads as the process may use: the affinity mask, or the cgroup's CPU limit where that is lower.
-fn cpu_threads() -> (i64, String) {
+/// As many threads as the process may use: the affinity mask, the cgroup's CPU limit or the job's, whichever is lowest.
+fn cpu_threads(cpus: Option<f64>) -> (i64, String) {
+    // It honours the cgroup's quota by rounding down; a container must not read it as the machine's size.
     let visible = std::thread::available_parallelism().map_or(1, std::num::NonZero::get) as i64;
-    // available_parallelism honours the cgroup quota by rounding down; a container must not read it as the machine's size.
-    (visible, format!("{visible} CPUs are available to this process (affinity and cgroup limit)"))
+    match cpus.map(|cpus| (cpus as i64).max(1)).filter(|&limit| limit < visible) {
+        Some(limit) => (limit, format!("spec.resources.limits.cpu, of {visible} CPUs")),
+        None => (visible, format!("{visible} CPUs are available to this process (affinity and cgroup limit)")),
+    }
 }
 
-/// Bytes of memory that the process may use on the CPU: the cgroup's limit, or the machine's memory. `None` where the
-/// machine does not tell.
-pub fn memory_limit() -> Option<i64> {
+/// Bytes of memory that the run may use: the accelerator's, or on the CPU the cgroup's limit or the machine's memory.
+/// `None` where nobody tells.
+pub fn memory_limit(device: Device) -> Option<i64> {
+    if let Device::Cuda(index) = device {
+        return crate::shim::device_total_bytes(index as i32).ok();
+    }
     let mut system = sysinfo::System::new().ok()?;
     system.refresh_memory();
     let total = system.total_memory() as i64;

@@ -3,19 +3,21 @@
 
 mod summary;
 
-use std::io;
+use std::io::{self, Write};
 use std::time::{Duration, Instant};
 
 use crds::report::{DataReport, Stage};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::plan::display_bytes;
-use crate::record::{Event, Observer, StepRecord};
+use crate::record::{Event, Observer, RecentSteps, StepRecord};
 
 pub use summary::{describe_gate, display_duration, fewer_rows, summary};
 
 /// Between two lines where there is no terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(5);
+/// As much of the sample is shown; the file has all of it.
+const SAMPLE_CHARACTERS: usize = 400;
 
 /// Prints events to standard error.
 #[derive(Debug)]
@@ -24,36 +26,32 @@ pub struct Display {
     terminal: bool,
     eval_loss: Option<f64>,
     last_line: Option<Instant>,
-    /// Recent steps' seconds and tokens, for a steady rate.
-    recent: std::collections::VecDeque<(f64, i64)>,
+    recent: RecentSteps,
 }
 
 impl Display {
     /// `terminal`: whether standard error is one.
     pub fn new(terminal: bool) -> Self {
-        Self { bar: None, terminal, eval_loss: None, last_line: None, recent: std::collections::VecDeque::new() }
+        Self { bar: None, terminal, eval_loss: None, last_line: None, recent: RecentSteps::default() }
     }
 
     fn print(&self, text: &str) {
+        // A reader that has gone away (`| head`) ends nothing.
+        let write = || {
+            let _ = writeln!(io::stderr(), "{text}");
+        };
         match &self.bar {
-            Some(bar) => bar.suspend(|| eprintln!("{text}")),
-            None => eprintln!("{text}"),
+            Some(bar) => bar.suspend(write),
+            None => write(),
         }
     }
 
     fn step(&mut self, record: &StepRecord) {
-        self.recent.push_back((record.seconds, record.input_tokens));
-        if self.recent.len() > 20 {
-            self.recent.pop_front();
-        }
-        let seconds: f64 = self.recent.iter().map(|(seconds, _)| seconds).sum();
-        let tokens: i64 = self.recent.iter().map(|(_, tokens)| tokens).sum();
-        let remaining = seconds / self.recent.len() as f64 * (record.total_steps - record.step) as f64;
+        let (tokens_per_second, remaining) = self.recent.add(record);
         let evaluation = self.eval_loss.map_or(String::new(), |loss| format!("  eval {loss:.4}"));
         let text = format!(
-            "loss {:.4}{evaluation}  {:.0} tokens/s  {} left",
+            "loss {:.4}{evaluation}  {tokens_per_second:.0} tokens/s  {} left",
             record.loss,
-            tokens as f64 / seconds.max(1e-9),
             display_duration(remaining)
         );
         if self.terminal {
@@ -126,6 +124,12 @@ impl Observer for Display {
             }
             Event::Derived { name, value, reason } => self.print(&format!("{name}: {value} ({reason})")),
             Event::Data(report) => self.data(report),
+            Event::Sample { text, path } => {
+                let short: String = text.chars().take(SAMPLE_CHARACTERS).collect();
+                let more = if short.len() < text.len() { " …" } else { "" };
+                let lines: Vec<String> = short.lines().map(|line| format!("      {line}")).collect();
+                self.print(&format!("sample, trained tokens in «» ({}):\n{}{more}", path.display(), lines.join("\n")));
+            }
             Event::Plan(plan) => self.print(&format!(
                 "memory: {} predicted of {} (weights {}, trained {}, optimizer {}, activations {}, workspace {})",
                 display_bytes(plan.memory.total),
@@ -165,7 +169,7 @@ impl Observer for Display {
                 record.seconds
             )),
             Event::Warning(text) => self.print(&format!("warning: {text}")),
-            Event::Validated(_) => {}
+            Event::Attempt { .. } | Event::Validated(_) => {}
         }
         Ok(())
     }

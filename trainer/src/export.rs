@@ -78,6 +78,13 @@ pub fn write_output(output: &Path, base: &Path, weights: &Weights, card: &str, p
     Ok(digest)
 }
 
+/// The weights file of an output folder, the first where there are several; its digest names the artifact.
+pub fn weights_file(folder: &Path) -> Option<PathBuf> {
+    let mut names: Vec<PathBuf> = fs::read_dir(folder).ok()?.flatten().map(|entry| entry.path()).collect();
+    names.retain(|path| path.extension().is_some_and(|extension| extension == "safetensors"));
+    names.into_iter().min()
+}
+
 fn write_files(folder: &Path, base: &Path, weights: &Weights, card: &str, plot: &Path) -> io::Result<String> {
     fs::write(folder.join("README.md"), card)?;
     fs::copy(plot, folder.join("loss.svg"))?;
@@ -174,6 +181,8 @@ pub struct AdapterInfo {
     pub lora: Lora,
     /// As the configuration names it.
     pub base_model: String,
+    /// Commit of the base model.
+    pub revision: Option<String>,
 }
 
 /// Reads `adapter_config.json`; `None` if the folder holds no adapter.
@@ -184,15 +193,31 @@ pub fn read_adapter(folder: &Path) -> Result<Option<AdapterInfo>, String> {
         |what: &str| format!("{}: {what}; expected a LoRA adapter_config.json as PEFT writes it", path.display());
     let config: serde_json::Value = serde_json::from_str(&text).map_err(|error| refuse(&error.to_string()))?;
     let targets = config["target_modules"].as_array().ok_or_else(|| refuse("target_modules is not a list"))?;
+    let is_set = |name: &str| match &config[name] {
+        serde_json::Value::Null | serde_json::Value::Bool(false) => false,
+        serde_json::Value::Object(entries) => !entries.is_empty(),
+        serde_json::Value::Array(items) => !items.is_empty(),
+        serde_json::Value::String(text) => !text.is_empty() && text != "none",
+        _ => true,
+    };
+    // Each of these changes what the adapter computes.
+    let unsupported = ["use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "bias"];
+    if let Some(name) = unsupported.into_iter().find(|name| is_set(name)) {
+        return Err(refuse(&format!("not supported yet: {name} is {}", config[name])));
+    }
+    if config["peft_type"].as_str().is_some_and(|kind| kind != "LORA") {
+        return Err(refuse(&format!("not supported yet: peft_type {}", config["peft_type"])));
+    }
     Ok(Some(AdapterInfo {
         lora: Lora {
-            rank: config["r"].as_i64().ok_or_else(|| refuse("r is missing"))?,
+            rank: config["r"].as_i64().filter(|rank| *rank > 0).ok_or_else(|| refuse("r is no positive number"))?,
             alpha: config["lora_alpha"].as_f64().ok_or_else(|| refuse("lora_alpha is missing"))?,
             dropout: 0.0,
             target_modules: targets.iter().filter_map(|name| name.as_str().map(str::to_owned)).collect(),
             rank_stabilized: config["use_rslora"].as_bool().unwrap_or(false),
         },
         base_model: config["base_model_name_or_path"].as_str().unwrap_or_default().to_owned(),
+        revision: config["revision"].as_str().map(str::to_owned),
     }))
 }
 

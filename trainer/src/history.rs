@@ -7,6 +7,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
+use crds::report::MetricValue;
 use serde_json::{Map, Value, json};
 
 use self::events::EventFile;
@@ -22,7 +23,6 @@ pub struct History {
     events: EventFile,
     /// Entries as `metrics.jsonl` has them.
     entries: Vec<Value>,
-    best: Option<(i64, f64)>,
 }
 
 /// A number as JSON; one that is not finite is null, JSON has no other word for it.
@@ -31,8 +31,9 @@ fn number(value: f64) -> Value {
 }
 
 impl History {
-    /// Continues the record of `run` after `resumed_step`, or begins it anew.
-    pub fn open(run: &Path, resumed_step: i64) -> io::Result<Self> {
+    /// Continues the record of `run` after `resumed_step`, whose newest evaluation was at `evaluated_step`, or begins it
+    /// anew. A later evaluation is dropped even if its step stays: it will be made again.
+    pub fn open(run: &Path, resumed_step: i64, evaluated_step: i64) -> io::Result<Self> {
         let path = run.join("metrics.jsonl");
         let text = match fs::read_to_string(&path) {
             Ok(text) => text,
@@ -43,12 +44,15 @@ impl History {
         let entries: Vec<Value> = text
             .lines()
             .filter_map(|line| serde_json::from_str::<Value>(line).ok())
-            .filter(|entry| entry["step"].as_i64().is_some_and(|step| step <= resumed_step))
+            .filter(|entry| {
+                let last = if entry.get("loss").is_some() { resumed_step } else { evaluated_step };
+                entry["step"].as_i64().is_some_and(|step| step <= last)
+            })
             .collect();
         let kept: String = entries.iter().map(|entry| format!("{entry}\n")).collect();
         write_atomically(&path, kept.as_bytes())?;
         let metrics = BufWriter::new(OpenOptions::new().append(true).open(&path)?);
-        Ok(Self { run: run.into(), metrics, events: EventFile::create(run)?, entries, best: None })
+        Ok(Self { run: run.into(), metrics, events: EventFile::create(run, resumed_step)?, entries })
     }
 
     fn add(&mut self, entry: Value) -> io::Result<()> {
@@ -98,18 +102,34 @@ impl History {
             self.events.scalars(record.step, &[(&name.replacen('_', "/", 1), value)])?;
         }
         entry.insert("best".into(), record.best.into());
-        if let Some(loss) = scores.eval_loss.filter(|_| record.best) {
-            self.best = Some((record.step, loss));
-        }
         self.add(Value::Object(entry))
     }
 
-    /// Writes `trainer_state.json` and `loss.svg` as of now.
-    pub fn write_summaries(&self, max_steps: i64, title: &str) -> io::Result<()> {
+    /// Newest training and validation values by the names that reports use.
+    pub fn newest(&self) -> Vec<MetricValue> {
+        [
+            ("loss", "trainLoss"),
+            ("learning_rate", "learningRate"),
+            ("grad_norm", "gradientNorm"),
+            ("eval_loss", "evalLoss"),
+            ("eval_perplexity", "perplexity"),
+            ("eval_mean_token_accuracy", "tokenAccuracy"),
+            ("eval_exact_match", "exactMatch"),
+        ]
+        .into_iter()
+        .filter_map(|(key, name)| {
+            let value = self.entries.iter().rev().find_map(|entry| entry[key].as_f64())?;
+            Some(MetricValue { name: name.into(), value })
+        })
+        .collect()
+    }
+
+    /// Writes `trainer_state.json` and `loss.svg` as of now. `best`: step and value of the best evaluation.
+    pub fn write_summaries(&self, max_steps: i64, best: Option<(i64, f64)>, title: &str) -> io::Result<()> {
         let last = self.entries.last();
         let state = json!({
-            "best_metric": self.best.map(|(_, loss)| loss),
-            "best_global_step": self.best.map(|(step, _)| step),
+            "best_metric": best.map(|(_, value)| value),
+            "best_global_step": best.map(|(step, _)| step),
             "epoch": last.map_or(Value::Null, |entry| entry["epoch"].clone()),
             "global_step": last.map_or(Value::Null, |entry| entry["step"].clone()),
             "max_steps": max_steps,
@@ -159,14 +179,14 @@ mod tests {
     #[test]
     fn a_resumed_record_is_continuous_and_nan_is_null() {
         let run = tempfile::tempdir().expect("a temporary folder");
-        let mut history = History::open(run.path(), 0).expect("writable");
+        let mut history = History::open(run.path(), 0, -1).expect("writable");
         for event in [step(1, 2.0), step(2, f64::NAN), step(3, 1.0)] {
             history.observe(&event).expect("writable");
         }
         drop(history);
-        let mut history = History::open(run.path(), 2).expect("writable");
+        let mut history = History::open(run.path(), 2, -1).expect("writable");
         history.observe(&step(3, 1.5)).expect("writable");
-        history.write_summaries(4, "a < b").expect("writable");
+        history.write_summaries(4, Some((3, 1.5)), "a < b").expect("writable");
         let text = fs::read_to_string(run.path().join("metrics.jsonl")).expect("readable");
         let losses: Vec<Value> =
             text.lines().map(|line| serde_json::from_str::<Value>(line).expect("JSON")["loss"].clone()).collect();

@@ -2,26 +2,21 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
-use trainer::cli::{Arguments, Environment, execute};
+use trainer::cli::{Environment, execute, parse_arguments};
 
 fn main() -> ExitCode {
     // Before any other libtorch call: the answer to "is there CUDA" is cached by the first question.
     let cuda = trainer::device::load_cuda(std::env::var_os("TRAINER_TORCH_LIB").as_deref().map(std::path::Path::new));
     trainer::shim::keep_large_allocations();
     let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
-    let environment = Environment {
-        hub: trainer::source::HubSettings {
-            endpoint: variable("HF_ENDPOINT"),
-            token: variable("HF_TOKEN"),
-            cache: variable("HF_HUB_CACHE").map(Into::into),
-            offline: variable("HF_HUB_OFFLINE").is_some_and(|value| value != "0"),
-        },
-        cuda,
-    };
+    let environment = Environment { hub: trainer::source::HubSettings::read(variable), cuda };
     // The message of a panic is told once, below, with what to do about it.
     std::panic::set_hook(Box::new(|_| ()));
-    let code = std::panic::catch_unwind(|| execute(&Arguments::parse(), &environment)).unwrap_or_else(|payload| {
+    let code = std::panic::catch_unwind(|| match parse_arguments(std::env::args_os()) {
+        Ok(arguments) => execute(&arguments, &environment),
+        Err(code) => code,
+    });
+    let code = code.unwrap_or_else(|payload| {
         let text = payload.downcast_ref::<String>().map(String::as_str).or(payload.downcast_ref::<&str>().copied());
         trainer::cli::report_panic(text.unwrap_or("no message"))
     });

@@ -1,16 +1,18 @@
 //! The stage that needs no accelerator: fetch, check, tokenise. Its product lies on disk under `prepared/`, verified by
 //! digest, and is made once; bad input ends here.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use crds::report::{DataReport, SourceDigest};
-use crds::run::{RunConfig, ValidationRows};
+use crds::run::{DataSource, ModelSource, RunConfig, ValidationRows};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::checkpoint::{digest_file, digest_of, sync_folder};
+use crate::checkpoint::{digest_file, digest_of, sync_folder, write_atomically};
 use crate::data::example::{Example, Examples};
 use crate::data::generation::GenerationRow;
 use crate::data::{self, Inputs, Tokenized};
@@ -22,6 +24,10 @@ use crate::weights;
 const MANIFEST: &str = "manifest.json";
 /// Files and columns of the product; a product of another layout is made again.
 const LAYOUT: i32 = 2;
+const SOURCES: &str = "sources.json";
+/// What decides how a model's weights are used and a text is tokenised.
+const MODEL_TEXTS: [&str; 5] =
+    ["config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"];
 
 /// Preparation failed.
 #[derive(Debug, thiserror::Error)]
@@ -78,7 +84,7 @@ pub struct Prepared {
     pub model: PathBuf,
     /// Commit of the base model's repository.
     pub model_revision: Option<String>,
-    /// SHA-256 over the base model's weight files.
+    /// SHA-256 over the base model's configuration and weight files.
     pub model_digest: String,
     /// Training examples.
     pub train: Examples,
@@ -95,6 +101,8 @@ pub struct Prepared {
     pub report: DataReport,
     /// A training example with its trained tokens marked.
     pub sample: String,
+    /// Where the sample is too.
+    pub sample_path: PathBuf,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -108,21 +116,121 @@ struct Manifest {
     files: Vec<(String, String)>,
 }
 
+/// `sources.json`: what a run's sources turned out to be, kept for its later attempts.
+#[derive(Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct SourceRecord {
+    /// Commit of each hub source, by URI and asked-for revision: a branch that moves does not change a run that has begun,
+    /// and a hub that is down does not stop it.
+    commits: BTreeMap<String, String>,
+    /// Digest of each file that was read, with what tells that it is still the same.
+    digests: BTreeMap<PathBuf, FileDigest>,
+}
+
+/// A file's digest and its identity: a large model is not read again at every start only to be digested.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct FileDigest {
+    bytes: u64,
+    inode: u64,
+    /// Time of the last change, nanoseconds.
+    modified: i128,
+    digest: String,
+}
+
+impl SourceRecord {
+    fn read(run: &Path) -> Self {
+        // What cannot be read is found out anew.
+        fs::read(run.join(SOURCES)).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default()
+    }
+
+    fn write(&self, run: &Path) -> Result<(), Error> {
+        let path = run.join(SOURCES);
+        let bytes = serde_json::to_vec_pretty(self).expect("a record is JSON");
+        write_atomically(&path, &bytes).map_err(|source| Error::Write { path, source })
+    }
+
+    /// Fetches a source at the commit that an earlier attempt took, or at `revision`, and notes the commit.
+    fn fetch(
+        &mut self,
+        uri: &str,
+        revision: Option<&str>,
+        settings: &HubSettings,
+        fetch: impl Fn(Option<&str>, &HubSettings) -> Result<Fetched, source::Error>,
+    ) -> Result<Fetched, Error> {
+        let key = format!("{uri}@{}", revision.unwrap_or("main"));
+        if let Some(commit) = self.commits.get(&key) {
+            // It was fetched whole once; only if the cache has lost or damaged it the hub is asked again.
+            let from_cache = HubSettings { offline: true, ..settings.clone() };
+            return match fetch(Some(commit), &from_cache) {
+                Ok(fetched) if self.is_intact(&fetched.path) => Ok(fetched),
+                Ok(_) | Err(_) => Ok(fetch(Some(commit), settings)?),
+            };
+        }
+        let fetched = fetch(revision, settings)?;
+        if let Some(commit) = &fetched.revision {
+            self.commits.insert(key, commit.clone());
+        }
+        Ok(fetched)
+    }
+
+    /// Whether the files at or below `path` are what they were.
+    fn is_intact(&self, path: &Path) -> bool {
+        let mut known = self.digests.iter().filter(|(file, _)| file.starts_with(path));
+        known.all(|(file, known)| known.is_current(file) || digest_file(file).is_ok_and(|found| found == known.digest))
+    }
+
+    fn digest(&mut self, path: &Path) -> Result<String, Error> {
+        if let Some(known) = self.digests.get(path).filter(|known| known.is_current(path)) {
+            return Ok(known.digest.clone());
+        }
+        let read = |source| Error::Read { path: path.into(), source };
+        let metadata = fs::metadata(path).map_err(read)?;
+        let digest = digest_file(path).map_err(read)?;
+        let known = FileDigest {
+            bytes: metadata.len(),
+            inode: metadata.ino(),
+            modified: modified(&metadata),
+            digest: digest.clone(),
+        };
+        self.digests.insert(path.into(), known);
+        Ok(digest)
+    }
+}
+
+impl FileDigest {
+    /// Whether the file has not been touched since.
+    fn is_current(&self, path: &Path) -> bool {
+        fs::metadata(path).is_ok_and(|metadata| {
+            (self.bytes, self.inode, self.modified) == (metadata.len(), metadata.ino(), modified(&metadata))
+        })
+    }
+}
+
+/// Time of the last change, nanoseconds.
+fn modified(metadata: &fs::Metadata) -> i128 {
+    i128::from(metadata.mtime()) * 1_000_000_000 + i128::from(metadata.mtime_nsec())
+}
+
 struct Sources {
     model: Fetched,
     train: Fetched,
     validation: Option<Fetched>,
     forgetting: Option<Fetched>,
     model_digest: String,
+    /// Digests of [`MODEL_TEXTS`], as far as they are there.
+    model_texts: Vec<(&'static str, String)>,
     digests: Vec<SourceDigest>,
 }
 
 /// Makes the product of `config` under `run`, or opens it where it is there and verifies.
 pub fn prepare(config: &RunConfig, run: &Path, settings: &HubSettings, stop: &Stop) -> Result<Prepared, Error> {
-    let sources = fetch(config, settings)?;
+    let mut record = SourceRecord::read(run);
+    let sources = fetch(config, settings, &mut record)?;
+    record.write(run)?;
     let folder = run.join("prepared");
     let manifest = read_manifest(&folder);
-    let key = key(config, &sources)?;
+    let key = key(config, &sources);
     if !manifest.as_ref().is_some_and(|manifest| manifest.key == key && verifies(&folder, manifest)) {
         let date = manifest.map_or_else(|| jiff::Zoned::now().datetime(), |manifest| manifest.date);
         make(config, &sources, &folder, key, date, stop)?;
@@ -130,43 +238,46 @@ pub fn prepare(config: &RunConfig, run: &Path, settings: &HubSettings, stop: &St
     open(&folder, sources)
 }
 
-fn fetch(config: &RunConfig, settings: &HubSettings) -> Result<Sources, Error> {
-    let model = fetch_model(&config.model.uri, config.model.revision.as_deref(), settings)?;
-    let train = fetch_rows("spec.dataset.train.uri", &config.dataset.train.uri, settings)?;
+fn fetch(config: &RunConfig, settings: &HubSettings, record: &mut SourceRecord) -> Result<Sources, Error> {
+    let ModelSource { uri, revision, .. } = &config.model;
+    let model =
+        record.fetch(uri, revision.as_deref(), settings, |revision, settings| fetch_model(uri, revision, settings))?;
+    let mut rows = |field, source: &DataSource| {
+        record
+            .fetch(&source.uri, None, settings, |revision, settings| fetch_rows(field, &source.uri, revision, settings))
+    };
+    let train = rows("spec.dataset.train.uri", &config.dataset.train)?;
     let validation = match &config.dataset.validation {
-        ValidationRows::Source(source) => Some(fetch_rows("spec.dataset.validation.uri", &source.uri, settings)?),
+        ValidationRows::Source(source) => Some(rows("spec.dataset.validation.uri", source)?),
         ValidationRows::None | ValidationRows::SplitPercent(_) => None,
     };
-    let forgetting = config
-        .validation
-        .forgetting
-        .as_ref()
-        .map(|forgetting| fetch_rows("spec.validation.forgetting.dataset.uri", &forgetting.dataset.uri, settings))
-        .transpose()?;
-    let digest = |path: &Path| digest_file(path).map_err(|source| Error::Read { path: path.into(), source });
+    let forgetting = config.validation.forgetting.as_ref();
+    let forgetting =
+        forgetting.map(|forgetting| rows("spec.validation.forgetting.dataset.uri", &forgetting.dataset)).transpose()?;
     let mut digests = Vec::new();
     for file in [Some(&train), validation.as_ref(), forgetting.as_ref()].into_iter().flatten() {
         let bytes = fs::metadata(&file.path).map_or(0, |metadata| metadata.len() as i64);
         let uri = file.path.display().to_string();
-        digests.push(SourceDigest { uri, revision: file.revision.clone(), digest: digest(&file.path)?, bytes });
+        digests.push(SourceDigest { uri, revision: file.revision.clone(), digest: record.digest(&file.path)?, bytes });
     }
-    let mut weights = String::new();
-    for path in weights::WeightFiles::open(&model.path)?.paths() {
-        weights.push_str(&digest(path)?);
-    }
-    Ok(Sources { model, train, validation, forgetting, model_digest: digest_of(weights.as_bytes()), digests })
-}
-
-fn key(config: &RunConfig, sources: &Sources) -> Result<String, Error> {
-    let mut model_files = Vec::new();
-    for name in
-        ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "config.json"]
-    {
-        let path = sources.model.path.join(name);
+    let mut model_texts = Vec::new();
+    for name in MODEL_TEXTS {
+        let path = model.path.join(name);
         if path.exists() {
-            model_files.push((name, digest_file(&path).map_err(|source| Error::Read { path, source })?));
+            model_texts.push((name, record.digest(&path)?));
         }
     }
+    // The tokens' digest speaks for the tokenizer; the configuration decides what the weights compute.
+    let mut parts: Vec<String> =
+        model_texts.iter().filter(|(name, _)| *name == "config.json").map(|(_, digest)| digest.clone()).collect();
+    for path in weights::WeightFiles::open(&model.path)?.paths() {
+        parts.push(record.digest(path)?);
+    }
+    let model_digest = digest_of(parts.concat().as_bytes());
+    Ok(Sources { model, train, validation, forgetting, model_digest, model_texts, digests })
+}
+
+fn key(config: &RunConfig, sources: &Sources) -> String {
     let made_from = json!({
         "layout": LAYOUT,
         "trainer": env!("CARGO_PKG_VERSION"),
@@ -176,9 +287,9 @@ fn key(config: &RunConfig, sources: &Sources) -> Result<String, Error> {
         "seed": config.hyperparameters.seed,
         "maxSequenceLength": config.hyperparameters.max_sequence_length,
         "sources": sources.digests,
-        "model": model_files,
+        "model": sources.model_texts,
     });
-    Ok(digest_of(made_from.to_string().as_bytes()))
+    digest_of(made_from.to_string().as_bytes())
 }
 
 fn read_manifest(folder: &Path) -> Option<Manifest> {
@@ -276,5 +387,6 @@ fn open(folder: &Path, sources: Sources) -> Result<Prepared, Error> {
         generation: serde_json::from_slice(&read("generation.json")?).map_err(damaged)?,
         report,
         sample: String::from_utf8_lossy(&read("sample.txt")?).into_owned(),
+        sample_path: folder.join("sample.txt"),
     })
 }

@@ -1,6 +1,8 @@
 //! What happens in a run, as values: the training loop emits events, observers write, serve and display them.
 //! The loop itself knows no file, socket or terminal.
 
+use std::collections::VecDeque;
+
 use crds::report::{DataReport, PlanReport, Scores, Stage, ValidationReport};
 
 /// Something that happened.
@@ -19,6 +21,13 @@ pub enum Event {
     },
     /// The data check is done.
     Data(Box<DataReport>),
+    /// A training example as the model sees it.
+    Sample {
+        /// Its text, trained tokens between guillemets.
+        text: String,
+        /// The file that holds it.
+        path: std::path::PathBuf,
+    },
     /// Validation rows were answered, of so many.
     Answered {
         /// Whose answers: the tuned model, the base model, the base model with examples in the prompt.
@@ -30,6 +39,13 @@ pub enum Event {
     },
     /// The plan is made.
     Plan(Box<PlanReport>),
+    /// An attempt begins, with so many completed steps.
+    Attempt {
+        /// Counted from 1.
+        number: i32,
+        /// Completed steps.
+        step: i64,
+    },
     /// Training continues from a checkpoint.
     Resumed {
         /// Completed steps.
@@ -76,6 +92,8 @@ pub struct StepRecord {
     pub total_trained_tokens: i64,
     /// Wall seconds of the step.
     pub seconds: f64,
+    /// Of these, seconds of packing rows.
+    pub data_seconds: f64,
     /// Whether loss and gradient norm were finite; if not, no weight moved.
     pub finite: bool,
 }
@@ -108,6 +126,27 @@ pub struct CheckpointRecord {
     pub eval_loss: Option<f64>,
     /// Whether it is the best so far.
     pub best: bool,
+}
+
+/// The last steps, for a steady rate and estimate.
+#[derive(Debug, Default)]
+pub struct RecentSteps(VecDeque<(f64, i64)>);
+
+/// Steps that the rate is taken over.
+const RECENT_STEPS: usize = 20;
+
+impl RecentSteps {
+    /// Adds a step; gives input tokens per second, and the seconds that the steps after it will take.
+    pub fn add(&mut self, record: &StepRecord) -> (f64, f64) {
+        self.0.push_back((record.seconds, record.input_tokens));
+        if self.0.len() > RECENT_STEPS {
+            self.0.pop_front();
+        }
+        let seconds: f64 = self.0.iter().map(|(seconds, _)| seconds).sum();
+        let tokens: i64 = self.0.iter().map(|(_, tokens)| tokens).sum();
+        let remaining = seconds / self.0.len() as f64 * (record.total_steps - record.step) as f64;
+        (tokens as f64 / seconds.max(1e-9), remaining)
+    }
 }
 
 /// Takes note of events.

@@ -29,7 +29,7 @@ use crate::schedule::Schedule;
 use crate::signal::Stop;
 use crate::source::HubSettings;
 use crate::train::{self, Outcome, TrainState, train};
-use surroundings::RunSurroundings;
+use surroundings::{Earlier, RunSurroundings};
 
 /// A run ended without a result.
 #[derive(Debug, thiserror::Error)]
@@ -75,9 +75,21 @@ pub enum Error {
         /// Completed and committed steps.
         step: i64,
     },
-    /// A gate failed.
-    #[error("validation failed: {0}")]
-    ValidationFailed(String),
+    /// The job asks for an accelerator and there is none.
+    #[error(
+        "spec.resources asks for an accelerator and none can be used here ({0}); remove it from the resources to train on the CPU, \
+         or run where there is one"
+    )]
+    NoAccelerator(String),
+    /// Memory ran out outside a step, where nothing smaller could be tried.
+    #[error("out of memory ({0}); lower hyperparameters.maxSequenceLength or give the job more memory")]
+    OutOfMemory(String),
+    /// A bug of ours.
+    #[error("a bug in finetune-trainer {version}: {message}; please report it with the FineTuneJob", version = env!("CARGO_PKG_VERSION"))]
+    Bug {
+        /// The panic's message.
+        message: String,
+    },
 }
 
 impl Error {
@@ -93,10 +105,10 @@ impl Error {
             Self::Tokenizer(error) => error.exit(),
             Self::Weights(error) => error.exit(),
             Self::Write { .. } => ExitCode::CannotWrite,
-            Self::CannotValidate(_) => ExitCode::BadConfiguration,
+            Self::CannotValidate(_) | Self::NoAccelerator(_) => ExitCode::BadConfiguration,
             Self::Stopped { .. } => ExitCode::Preempted,
-            // The stage is done; what validation found is in the report.
-            Self::ValidationFailed(_) => ExitCode::Done,
+            Self::OutOfMemory(_) => ExitCode::OutOfMemory,
+            Self::Bug { .. } => ExitCode::InternalError,
         }
     }
 }
@@ -114,10 +126,11 @@ pub struct Context<'a> {
     pub stop: &'a Stop,
 }
 
-/// The digest of what a configuration says, whichever attempt it is.
+/// The digest of what a configuration says, whichever attempt it is and whatever it costs.
 pub fn config_digest(config: &RunConfig) -> String {
     let mut config = config.clone();
     config.job.attempt = None;
+    config.resources.price_per_hour = None;
     digest_of(serde_json::to_string(&config).expect("a configuration is JSON").as_bytes())
 }
 
@@ -140,13 +153,18 @@ fn training_digest(config: &RunConfig) -> String {
 /// The report of an earlier run of the same configuration on the same rows that came to its end.
 pub fn finished(config: &RunConfig, run: &Path) -> Option<Report> {
     let report: Report = serde_json::from_slice(&std::fs::read(run.join("report.json")).ok()?).ok()?;
-    let same_rows = report
-        .data
-        .as_ref()?
-        .sources
-        .iter()
-        .all(|source| checkpoint::digest_file(Path::new(&source.uri)).is_ok_and(|digest| digest == source.digest));
-    (report.stage == Stage::Succeeded && report.config_digest == config_digest(config) && same_rows).then_some(report)
+    if report.stage != Stage::Succeeded || report.config_digest != config_digest(config) {
+        return None;
+    }
+    let is_there =
+        |path: &str, digest: &str| checkpoint::digest_file(Path::new(path)).is_ok_and(|found| found == digest);
+    let same_rows = report.data.as_ref()?.sources.iter().all(|source| is_there(&source.uri, &source.digest));
+    let output_is_there = report.artifact.as_ref().is_none_or(|artifact| {
+        let folder = artifact.uri.trim_start_matches("file://");
+        let weights = export::weights_file(Path::new(folder));
+        weights.is_some_and(|path| is_there(&path.to_string_lossy(), &artifact.digest))
+    });
+    (same_rows && output_is_there).then_some(report)
 }
 
 /// Device, prepared rows and plan: everything that is known before anything is trained.
@@ -175,8 +193,10 @@ pub fn plan_run(config: &RunConfig, context: &Context, observer: &mut dyn Observ
     observer.observe(&Event::Stage(Stage::Preparing)).map_err(write)?;
     let prepared = prepare(config, context.run, context.hub, context.stop)?;
     observer.observe(&Event::Data(Box::new(prepared.report.clone()))).map_err(write)?;
+    let sample = Event::Sample { text: prepared.sample.clone(), path: prepared.sample_path.clone() };
+    observer.observe(&sample).map_err(write)?;
     check_gates(config, &prepared)?;
-    let chosen = device::choose(config.hyperparameters.precision, context.cuda);
+    let chosen = device::choose(config.hyperparameters.precision, config.resources.cpus, context.cuda);
     let model = Config::read(&prepared.model)?;
     let hyperparameters = &config.hyperparameters;
     let batch_size = hyperparameters.batch_size.unsigned_abs() as usize;
@@ -188,7 +208,10 @@ pub fn plan_run(config: &RunConfig, context: &Context, observer: &mut dyn Observ
         hyperparameters.warmup_ratio,
         total_steps,
     );
-    let machine = device::memory_limit().unwrap_or(i64::MAX);
+    if config.resources.accelerator && !chosen.device.is_cuda() {
+        return Err(Error::NoAccelerator(chosen.device_reason));
+    }
+    let machine = device::memory_limit(chosen.device).unwrap_or(i64::MAX);
     let memory = config.resources.memory_bytes.map_or(machine, |limit| limit.min(machine));
     let longest = prepared.train.longest() as i64;
     let inputs = plan::Inputs {
@@ -238,13 +261,6 @@ fn check_gates(config: &RunConfig, prepared: &Prepared) -> Result<(), Error> {
     if metrics.contains(&Metric::ExactMatch) && prepared.generation.is_empty() {
         return refuse("exactMatch needs validation rows with answers (messages, or prompt and completion)".into());
     }
-    let wants_rows =
-        !validation.gates.is_empty() || config.early_stopping.is_some() || validation.metric != Metric::EvalLoss;
-    if wants_rows && prepared.validation.is_empty() {
-        let text =
-            "gates, earlyStopping and metric need validation rows; set dataset.validation or dataset.splitPercent";
-        return refuse(text.into());
-    }
     for gate in &validation.gates {
         let Gate::ImprovesOn { metric, baseline, .. } = gate else { continue };
         let metric_name = metric.name();
@@ -286,6 +302,8 @@ impl Planned {
     /// The plan as the report has it.
     pub fn report(&self) -> PlanReport {
         PlanReport {
+            device: self.chosen.device_name.clone(),
+            precision: format!("{:?}", self.chosen.kind),
             memory: self.estimate.memory,
             memory_available: self.memory,
             measured_peak: 0,
@@ -400,10 +418,12 @@ pub fn run(config: &RunConfig, context: &Context, observer: &mut dyn Observer) -
         usage: Usage::default(),
         artifact: None,
     };
-    let result = stages(config, context, observer, &mut report);
+    // The last word is written whatever happens, a panic included.
+    let attempted = std::panic::AssertUnwindSafe(|| stages(config, context, observer, &mut report));
+    let result = std::panic::catch_unwind(attempted).unwrap_or_else(|payload| Err(panicked(payload.as_ref())));
     if let Err(error) = &result {
         report.failure = Some(Failure::new(error.exit(), error.to_string()));
-        if !matches!(error, Error::Stopped { .. }) {
+        if error.exit() != ExitCode::Preempted {
             report.stage = Stage::Failed;
         }
     }
@@ -412,6 +432,14 @@ pub fn run(config: &RunConfig, context: &Context, observer: &mut dyn Observer) -
     result?;
     written.map_err(|source| Error::Write { path: context.run.into(), source })?;
     Ok(report)
+}
+
+/// What a panic means: libtorch reports exhausted memory as one, everything else is a bug.
+fn panicked(payload: &(dyn std::any::Any + Send)) -> Error {
+    let text = payload.downcast_ref::<String>().map(String::as_str).or(payload.downcast_ref::<&str>().copied());
+    let text = text.unwrap_or("no message");
+    let first = text.lines().next().unwrap_or_default().to_owned();
+    if train::is_out_of_memory(text) { Error::OutOfMemory(first) } else { Error::Bug { message: first } }
 }
 
 fn stages(
@@ -452,19 +480,25 @@ fn stages(
             let inexact_because = store.inexact_because(&stored);
             observer.observe(&Event::Resumed { step: state.step, inexact_because }).map_err(write)?;
         }
+    } else if let Some(aside) = store.set_aside()? {
+        let text = format!("checkpoint.resume is Never: earlier checkpoints were moved to {}", aside.display());
+        observer.observe(&Event::Warning(text)).map_err(write)?;
     }
+    observer.observe(&Event::Attempt { number: store.attempt(), step: state.step }).map_err(write)?;
 
     observer.observe(&Event::Stage(Stage::Training)).map_err(write)?;
     report.stage = Stage::Training;
-    let history = History::open(context.run, state.step).map_err(write)?;
-    let earlier_seconds = state.wall_seconds;
+    let history = History::open(context.run, state.step, state.evaluated_step).map_err(write)?;
+    let earlier = Earlier { seconds: state.wall_seconds, joules: state.energy_joules };
     let mut surroundings =
-        RunSurroundings { config, context, planned: &planned, observer, history, store, started, earlier_seconds };
+        RunSurroundings { config, context, planned: &planned, observer, history, store, started, energy, earlier };
     let loop_plan = surroundings::loop_plan(config, &planned);
     let outcome = train(&model, &mut parameters, &mut state, &loop_plan, context.stop, &mut surroundings);
     report.step = state.step;
     let title = format!("{}: loss", config.job.name);
-    surroundings.history.write_summaries(planned.schedule.total_steps, &title).map_err(write)?;
+    let best = state.best.map(|best| (best.step, best.value));
+    surroundings.history.write_summaries(planned.schedule.total_steps, best, &title).map_err(write)?;
+    report.metrics = surroundings.history.newest();
     if outcome? == Outcome::Yielded {
         return Err(Error::Stopped { step: state.step });
     }
@@ -472,6 +506,10 @@ fn stages(
     surroundings.emit_event(&Event::Stage(Stage::Evaluating))?;
     report.stage = Stage::Evaluating;
     let judged = judged_checkpoint(config, &surroundings.store, &state)?;
+    if let (None, Evaluate::Best, Some(best)) = (&judged, config.validation.evaluate, state.best) {
+        let text = format!("the best checkpoint, step {}, is damaged or gone; the last weights are judged", best.step);
+        surroundings.emit_event(&Event::Warning(text))?;
+    }
     if let Some(stored) = &judged {
         surroundings::restore_weights(stored, &mut parameters)?;
         report.checkpoint_digest = Some(stored.digest.clone());
@@ -479,7 +517,8 @@ fn stages(
     let judged_step = judged.as_ref().map_or(state.step, |stored| stored.manifest.step);
     let mut evaluation = evaluation::Evaluation {
         config,
-        planned: &planned,
+        prepared: &planned.prepared,
+        micro_batch_tokens: state.micro_batch_tokens,
         stop: context.stop,
         observer: &mut *surroundings.observer,
         run: context.run,
@@ -489,8 +528,9 @@ fn stages(
     };
     surroundings.emit_event(&Event::Validated(Box::new(validation.clone())))?;
     let gate_failed = validation.verdict == crds::report::Verdict::GateFailed;
-    report.validation = Some(validation.clone());
-    report.usage = usage(config, &planned, &state, earlier_seconds + started.elapsed().as_secs_f64(), energy.as_ref());
+    report.validation = Some(validation);
+    let (wall_seconds, energy_joules) = surroundings.spent();
+    report.usage = usage(config, &planned, &state, wall_seconds, energy_joules);
     if let Some(plan) = &mut report.plan {
         plan.measured_peak = device::peak_memory(planned.chosen.device);
         plan.measured_seconds = state.train_seconds;
@@ -502,22 +542,21 @@ fn stages(
         report.artifact = Some(publish(config, context, &planned, &parameters, report)?);
     }
     report.stage = Stage::Succeeded;
-    if gate_failed && config.validation.fail_on_gate {
-        return Err(Error::ValidationFailed(validation.summary));
-    }
     Ok(())
 }
 
 fn open_store(config: &RunConfig, context: &Context, planned: &Planned) -> Result<Store, Error> {
+    let prepared = &planned.prepared;
     let identity = Identity {
         job_uid: config.job.uid.clone(),
         config: training_digest(config),
-        dataset: planned.prepared.train.digest().to_owned(),
-        base_model: planned.prepared.model_digest.clone(),
+        // Validation rows decide which checkpoint is best and when to stop.
+        dataset: digest_of(format!("{}\n{}", prepared.train.digest(), prepared.validation.digest()).as_bytes()),
+        base_model: prepared.model_digest.clone(),
     };
     let class = EquivalenceClass {
         trainer: env!("CARGO_PKG_VERSION").to_owned(),
-        libtorch: "2.11.0".to_owned(),
+        libtorch: crate::shim::libtorch_version(),
         device: planned.chosen.device_name.clone(),
         precision: format!("{:?}", planned.chosen.kind),
         threads: planned.chosen.threads,
@@ -546,12 +585,11 @@ fn model_source<'a>(config: &'a RunConfig, planned: &'a Planned) -> model::Sourc
 
 /// The checkpoint that is judged: the best, or `None` for the weights as they are.
 fn judged_checkpoint(config: &RunConfig, store: &Store, state: &TrainState) -> Result<Option<Stored>, Error> {
-    let stored = store.all()?;
     let wanted = match (config.validation.evaluate, state.best) {
         (Evaluate::Best, Some(best)) => best.step,
         _ => state.step,
     };
-    Ok(stored.into_iter().rev().find(|stored| stored.manifest.step == wanted))
+    Ok(store.find(wanted)?)
 }
 
 fn usage(
@@ -559,7 +597,7 @@ fn usage(
     planned: &Planned,
     state: &TrainState,
     wall_seconds: f64,
-    energy: Option<&EnergyMeter>,
+    energy_joules: Option<f64>,
 ) -> Usage {
     let price = config.resources.price_per_hour;
     let cost = |seconds: f64| price.map(|price| seconds / 3600.0 * price);
@@ -575,7 +613,7 @@ fn usage(
         train_seconds: state.train_seconds,
         input_tokens: state.input_tokens,
         trained_tokens: state.trained_tokens,
-        energy_joules: energy.map(EnergyMeter::joules),
+        energy_joules,
         cost: cost(wall_seconds),
         full_fine_tuning_cost: full,
     }

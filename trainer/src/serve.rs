@@ -1,7 +1,6 @@
 //! What a running trainer tells over HTTP, read-only: `GET /status` (`Progress`), `/metrics` (Prometheus), `/healthz`.
 //! The only module with an async runtime; it has a thread of its own and never touches the loop.
 
-use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,24 +10,27 @@ use axum::Router;
 use axum::extract::State;
 use axum::routing::get;
 use crds::report::{CheckpointInfo, MetricValue, Progress, Stage};
-use prometheus::{Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Registry, TextEncoder};
+use crds::run::{Method, RunConfig};
+use prometheus::{
+    Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, Opts, Registry, TextEncoder,
+};
 
-use crate::record::{CheckpointRecord, EvaluationRecord, Event, Observer, StepRecord};
+use crate::record::{CheckpointRecord, EvaluationRecord, Event, Observer, RecentSteps, StepRecord};
 
-/// Steps over which tokens per second and the remaining time are taken.
-const WINDOW: usize = 20;
 /// Checkpoints that `/status` lists.
 const LISTED_CHECKPOINTS: usize = 16;
 
 /// The state that observers fill and handlers read.
 pub struct Telemetry {
     progress: Mutex<Progress>,
-    recent: Mutex<VecDeque<(f64, i64)>>,
+    recent: Mutex<RecentSteps>,
     registry: Registry,
     series: Series,
 }
 
 struct Series {
+    /// Method and base model, for `job_info`.
+    labels: [String; 2],
     step: Gauge,
     steps_planned: Gauge,
     epoch: Gauge,
@@ -38,6 +40,7 @@ struct Series {
     gradient_norm: Gauge,
     phase: GaugeVec,
     parameters: GaugeVec,
+    job_info: GaugeVec,
     completion: Gauge,
     checkpoint_time: Gauge,
     checkpoint_size: Gauge,
@@ -47,6 +50,7 @@ struct Series {
     resumes: IntCounter,
     nonfinite: IntCounter,
     step_duration: Histogram,
+    step_phase: HistogramVec,
     checkpoint_duration: Histogram,
 }
 
@@ -59,11 +63,11 @@ const PHASES: [(Stage, &str); 4] = [
 
 impl Telemetry {
     /// Series with the constant label `finetunejob`.
-    pub fn new(job_name: &str, job_uid: &str) -> Result<Arc<Self>, prometheus::Error> {
-        let labels = [("finetunejob".to_owned(), job_name.to_owned())].into();
+    pub fn new(config: &RunConfig) -> Result<Arc<Self>, prometheus::Error> {
+        let labels = [("finetunejob".to_owned(), config.job.name.clone())].into();
         let registry = Registry::new_custom(Some("finetune".into()), Some(labels))?;
-        let series = Series::register(&registry)?;
-        let progress = Progress { job_uid: job_uid.into(), ..Progress::default() };
+        let series = Series::register(&registry, config)?;
+        let progress = Progress { job_uid: config.job.uid.clone(), ..Progress::default() };
         Ok(Arc::new(Self { progress: Mutex::new(progress), recent: Mutex::default(), registry, series }))
     }
 
@@ -73,13 +77,7 @@ impl Telemetry {
 
     fn step(&self, record: &StepRecord) {
         let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
-        recent.push_back((record.seconds, record.input_tokens));
-        if recent.len() > WINDOW {
-            recent.pop_front();
-        }
-        let seconds: f64 = recent.iter().map(|(seconds, _)| seconds).sum();
-        let tokens: i64 = recent.iter().map(|(_, tokens)| tokens).sum();
-        let remaining = seconds / recent.len() as f64 * (record.total_steps - record.step) as f64;
+        let (tokens_per_second, remaining) = recent.add(record);
         let series = &self.series;
         series.step.set(record.step as f64);
         series.steps_planned.set(record.total_steps as f64);
@@ -93,13 +91,16 @@ impl Telemetry {
         series.samples.inc_by(record.examples.unsigned_abs());
         series.nonfinite.inc_by(u64::from(!record.finite));
         series.step_duration.observe(record.seconds);
+        for (phase, seconds) in [("data", record.data_seconds), ("compute", record.seconds - record.data_seconds)] {
+            series.step_phase.with_label_values(&[phase]).observe(seconds);
+        }
         let mut progress = self.progress();
         progress.step = record.step;
         progress.total_steps = record.total_steps;
         progress.epoch = record.epoch;
         progress.trained_tokens = record.total_trained_tokens;
         progress.input_tokens = record.total_input_tokens;
-        progress.tokens_per_second = Some(tokens as f64 / seconds.max(1e-9));
+        progress.tokens_per_second = Some(tokens_per_second);
         progress.estimated_remaining_seconds = Some(remaining as i64);
         for (name, value) in
             [("trainLoss", record.loss), ("learningRate", record.learning_rate), ("gradientNorm", record.gradient_norm)]
@@ -157,15 +158,23 @@ impl Observer for Arc<Telemetry> {
             Event::Evaluation(record) => self.evaluation(record),
             Event::Checkpoint(record) => self.checkpoint(record),
             Event::Resumed { .. } => self.series.resumes.inc(),
+            Event::Attempt { number, step } => {
+                self.series.step.set(*step as f64);
+                let mut progress = self.progress();
+                (progress.attempt, progress.step) = (*number, *step);
+            }
             Event::Plan(plan) => {
                 let parameters = &self.series.parameters;
                 parameters.with_label_values(&["trainable"]).set(plan.trainable_parameters as f64);
                 parameters.with_label_values(&["total"]).set(plan.total_parameters as f64);
                 self.series.steps_planned.set(plan.total_steps as f64);
+                let [method, base_model] = &self.series.labels;
+                self.series.job_info.with_label_values(&[method, base_model, &plan.precision]).set(1.0);
                 self.progress().total_steps = plan.total_steps;
             }
             Event::Derived { .. }
             | Event::Data(_)
+            | Event::Sample { .. }
             | Event::Answered { .. }
             | Event::Warning(_)
             | Event::Validated(_) => {}
@@ -175,13 +184,13 @@ impl Observer for Arc<Telemetry> {
 }
 
 impl Series {
-    fn register(registry: &Registry) -> Result<Self, prometheus::Error> {
+    fn register(registry: &Registry, config: &RunConfig) -> Result<Self, prometheus::Error> {
         let gauge = |name: &str, help: &str| {
             let gauge = Gauge::new(name, help)?;
             registry.register(Box::new(gauge.clone())).map(|()| gauge)
         };
-        let gauges = |name: &str, help: &str, label: &str| {
-            let gauges = GaugeVec::new(Opts::new(name, help), &[label])?;
+        let gauges = |name: &str, help: &str, labels: &[&str]| {
+            let gauges = GaugeVec::new(Opts::new(name, help), labels)?;
             registry.register(Box::new(gauges.clone())).map(|()| gauges)
         };
         let counter = |name: &str, help: &str| {
@@ -192,12 +201,33 @@ impl Series {
             let counters = IntCounterVec::new(Opts::new(name, help), &[label])?;
             registry.register(Box::new(counters.clone())).map(|()| counters)
         };
-        let histogram = |name: &str, help: &str| {
+        let options = |name: &str, help: &str| {
             let buckets = prometheus::exponential_buckets(0.01, 2.0, 16)?;
-            let histogram = Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets))?;
+            Ok::<_, prometheus::Error>(HistogramOpts::new(name, help).buckets(buckets))
+        };
+        let histogram = |name: &str, help: &str| {
+            let histogram = Histogram::with_opts(options(name, help)?)?;
             registry.register(Box::new(histogram.clone())).map(|()| histogram)
         };
+        let step_phase = HistogramVec::new(
+            options("step_phase_seconds", "Seconds of an optimizer step by phase: packing rows, computing")?,
+            &["phase"],
+        )?;
+        registry.register(Box::new(step_phase.clone()))?;
+        gauges("build_info", "1, with the version as label", &["version"])?
+            .with_label_values(&[env!("CARGO_PKG_VERSION")])
+            .set(1.0);
+        let method = match config.method {
+            Method::LoRA { .. } => "LoRA",
+            Method::QLoRA { .. } => "QLoRA",
+            Method::Full {} => "Full",
+        };
+        // A query may be a presigned one, and is nobody's label.
+        let base_model = config.model.uri.split('?').next().unwrap_or_default();
         Ok(Self {
+            labels: [method.to_owned(), base_model.to_owned()],
+            step_phase,
+            job_info: gauges("job_info", "1, with what is trained as labels", &["method", "base_model", "dtype"])?,
             step: gauge("step", "Completed optimizer steps")?,
             steps_planned: gauge("steps_planned", "Planned optimizer steps")?,
             epoch: gauge("epoch", "Completed passes over the training rows")?,
@@ -205,8 +235,8 @@ impl Series {
             eval_loss: gauge("eval_loss", "Mean loss per trained token of the validation rows, nats")?,
             learning_rate: gauge("learning_rate", "Learning rate of the last step")?,
             gradient_norm: gauge("gradient_norm", "Global gradient norm before clipping of the last step")?,
-            phase: gauges("phase", "1 for the stage that runs", "phase")?,
-            parameters: gauges("parameters", "Parameters of the model", "kind")?,
+            phase: gauges("phase", "1 for the stage that runs", &["phase"])?,
+            parameters: gauges("parameters", "Parameters of the model", &["kind"])?,
             completion: gauge("estimated_completion_timestamp_seconds", "When the last step is expected")?,
             checkpoint_time: gauge(
                 "checkpoint_last_success_timestamp_seconds",
@@ -267,7 +297,16 @@ async fn metrics(State(telemetry): State<Arc<Telemetry>>) -> Result<String, axum
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crds::report::PlanReport;
     use std::io::{Read, Write};
+
+    fn config() -> RunConfig {
+        let text = "apiVersion: finetune.dev/v1alpha1\nkind: FineTuneJob\nmetadata: {name: bot}\nspec:\n  \
+                    model: {uri: hf://owner/name}\n  dataset: {train: {uri: hf://datasets/a/b/c}}\n  method: {type: LoRA}\n";
+        let checked = crds::check::check(text, crds::check::Scope::Local).expect("valid");
+        let target = crds::resolve::Target::Local { folder: std::path::Path::new("/") };
+        crds::resolve::resolve(&checked.job, &crds::profile::built_in(), target).expect("supported").config
+    }
 
     fn request(address: SocketAddr, line: &str) -> String {
         let mut stream = std::net::TcpStream::connect(address).expect("listening");
@@ -279,10 +318,15 @@ mod tests {
 
     #[test]
     fn status_metrics_and_health_are_served_and_nothing_can_be_changed() {
-        let mut telemetry = Telemetry::new("bot", "uid-1").expect("series register");
+        let mut telemetry = Telemetry::new(&config()).expect("series register");
         let server =
             Server::start("127.0.0.1:0".parse().expect("an address"), Arc::clone(&telemetry)).expect("listens");
         telemetry.observe(&Event::Stage(Stage::Training)).expect("noted");
+        telemetry.observe(&Event::Attempt { number: 2, step: 2 }).expect("noted");
+        let plan = PlanReport { precision: "BFloat16".into(), ..PlanReport::default() };
+        telemetry.observe(&Event::Plan(Box::new(plan))).expect("noted");
+        let answer = request(server.address, "GET /status");
+        assert!(answer.contains("\"attempt\":2") && answer.contains("\"step\":2"), "{answer}");
         let record = StepRecord {
             step: 3,
             total_steps: 9,
@@ -305,6 +349,9 @@ mod tests {
             "finetune_train_loss{finetunejob=\"bot\"} NaN",
             "finetune_nonfinite_steps_total{finetunejob=\"bot\"} 1",
             "finetune_phase{phase=\"training\",finetunejob=\"bot\"} 1",
+            "finetune_job_info{base_model=\"hf://owner/name\",dtype=\"BFloat16\",method=\"LoRA\",finetunejob=\"bot\"} 1",
+            "finetune_step_phase_seconds_count{phase=\"data\",finetunejob=\"bot\"} 1",
+            concat!("finetune_build_info{version=\"", env!("CARGO_PKG_VERSION"), "\",finetunejob=\"bot\"} 1"),
         ] {
             assert!(text.contains(line), "{line}\n{text}");
         }

@@ -10,6 +10,8 @@
 #include <c10/core/AutogradState.h>
 #include <c10/core/GradMode.h>
 
+#include <torch/headeronly/version.h>
+
 #include <exception>
 #include <string>
 
@@ -63,6 +65,13 @@ int ft_flash_attention(void *q, void *k, void *v, void *cu_seqlens, int64_t max_
     *rng_state = new at::Tensor(std::get<2>(result));
     *unused = new at::Tensor(std::get<3>(result));
   });
+}
+
+const char *ft_libtorch_version() { return TORCH_VERSION; }
+
+// Bytes of memory of an accelerator, free or not.
+int ft_device_total_bytes(int device, int64_t *bytes) {
+  return guarded([&] { *bytes = static_cast<int64_t>(at::accelerator::getMemoryInfo(device).second); });
 }
 
 int ft_set_deterministic() {

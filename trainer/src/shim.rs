@@ -31,6 +31,8 @@ unsafe extern "C" {
         rng_state: *mut *mut c_void,
         unused: *mut *mut c_void,
     ) -> c_int;
+    fn ft_libtorch_version() -> *const c_char;
+    fn ft_device_total_bytes(device: c_int, bytes: *mut i64) -> c_int;
     fn ft_set_deterministic() -> c_int;
     fn ft_device_peak_bytes(device: c_int, bytes: *mut i64) -> c_int;
 }
@@ -140,6 +142,20 @@ pub fn flash_attention(
     // SAFETY: each pointer is a tensor that the shim allocated for us; ownership passes here.
     let [out, logsumexp, rng_state, unused] = outputs.map(|pointer| unsafe { Tensor::from_ptr(pointer.cast()) });
     Ok(FlashAttention { out, logsumexp, rng_state, unused })
+}
+
+/// The version of the libtorch that this binary was compiled against, for example `2.11.0`.
+pub fn libtorch_version() -> String {
+    // SAFETY: the shim returns a string literal.
+    unsafe { CStr::from_ptr(ft_libtorch_version()) }.to_string_lossy().into_owned()
+}
+
+/// Bytes of memory of accelerator `device`, free or not.
+pub fn device_total_bytes(device: i32) -> Result<i64, Error> {
+    let mut bytes = 0;
+    // SAFETY: `bytes` outlives the call.
+    check(unsafe { ft_device_total_bytes(device, &raw mut bytes) })?;
+    Ok(bytes)
 }
 
 /// Makes libtorch refuse operations that have no deterministic form.

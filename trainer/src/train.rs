@@ -154,7 +154,9 @@ pub struct TrainState {
     pub evaluated_step: i64,
     /// The best evaluation so far.
     pub best: Option<Best>,
-    /// Evaluations since the metric last improved.
+    /// The metric's value that an evaluation must beat by `minDelta` to be worth waiting for more.
+    pub patience_reference: Option<f64>,
+    /// Evaluations since the metric last did.
     pub evaluations_without_improvement: i64,
     /// Newest validation loss.
     pub eval_loss: Option<f64>,
@@ -162,6 +164,8 @@ pub struct TrainState {
     pub train_seconds: f64,
     /// Wall seconds of earlier attempts and of this one up to the commit.
     pub wall_seconds: f64,
+    /// Joules of earlier attempts and of this one up to the commit, where the machine tells.
+    pub energy_joules: Option<f64>,
     /// Tokens computed at once; lowered when memory runs out.
     pub micro_batch_tokens: i64,
     /// Whether training is over.
@@ -211,8 +215,8 @@ pub struct Plan<'a> {
 pub trait Surroundings {
     /// Takes note of an event.
     fn emit(&mut self, event: Event) -> Result<(), crate::Error>;
-    /// Measures the validation rows; `None` if a stop was asked for meanwhile.
-    fn evaluate(&mut self, model: &Llama) -> Result<Option<Scores>, crate::Error>;
+    /// Measures the validation rows, so many tokens at once; `None` if a stop was asked for meanwhile.
+    fn evaluate(&mut self, model: &Llama, micro_batch_tokens: i64) -> Result<Option<Scores>, crate::Error>;
     /// Commits a checkpoint durably.
     fn commit(&mut self, state: &TrainState, parameters: &Parameters) -> Result<(), crate::Error>;
 }
@@ -295,22 +299,28 @@ fn evaluate(
     surroundings: &mut dyn Surroundings,
 ) -> Result<bool, Error> {
     let started = Instant::now();
-    let Some(scores) = surroundings.evaluate(model).map_err(surroundings_failed)? else { return Ok(false) };
+    let scores = surroundings.evaluate(model, state.micro_batch_tokens);
+    let Some(scores) = scores.map_err(surroundings_failed)? else { return Ok(false) };
     state.evaluated_step = state.step;
     state.eval_loss = scores.eval_loss;
     let value = scores.get(plan.metric).filter(|value| value.is_finite());
+    let gain_over = |earlier: Option<f64>| match (value, earlier) {
+        (None, _) => f64::NEG_INFINITY,
+        (Some(_), None) => f64::INFINITY,
+        (Some(value), Some(earlier)) if plan.metric.lower_is_better() => earlier - value,
+        (Some(value), Some(earlier)) => value - earlier,
+    };
+    let improved = gain_over(state.best.map(|best| best.value)) > 0.0;
+    // Patience counts from the last gain that is worth it: many tiny ones do not add up to patience for ever.
     let min_delta = plan.early_stopping.map_or(0.0, |stopping| stopping.min_delta);
-    let improved = value.is_some_and(|value| {
-        state.best.is_none_or(|best| {
-            let gain = if plan.metric.lower_is_better() { best.value - value } else { value - best.value };
-            gain > min_delta
-        })
-    });
-    if let Some(value) = value.filter(|_| improved) {
-        state.best = Some(Best { step: state.step, value });
+    if gain_over(state.patience_reference) > min_delta {
+        state.patience_reference = value;
         state.evaluations_without_improvement = 0;
     } else {
         state.evaluations_without_improvement += 1;
+    }
+    if let Some(value) = value.filter(|_| improved) {
+        state.best = Some(Best { step: state.step, value });
     }
     let record = EvaluationRecord {
         step: state.step,
@@ -353,8 +363,11 @@ fn step(
         noise: Noise { seed: plan.seed, step: state.step, neftune_alpha: plan.neftune_alpha },
         recompute: plan.recompute,
     };
+    let mut data_seconds = 0.0;
     let stats = loop {
+        let packing = Instant::now();
         let micro_batches = pack(plan.examples, &ids, state.micro_batch_tokens);
+        data_seconds += packing.elapsed().as_secs_f64();
         match guard_memory(|| train_step(model, parameters, &micro_batches, &config, stop)) {
             Ok(stats) => match stats? {
                 Some(stats) => break stats,
@@ -401,6 +414,7 @@ fn step(
         total_input_tokens: state.input_tokens,
         total_trained_tokens: state.trained_tokens,
         seconds,
+        data_seconds,
         finite,
     };
     surroundings.emit(Event::Step(record)).map_err(surroundings_failed)?;

@@ -5,7 +5,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::data::SecretReference;
-use super::scalar::Uri;
+use super::scalar::{QUANTITY_PATTERN, Uri};
 
 /// Whether a run continues its newest checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -66,7 +66,7 @@ pub struct Storage {
     pub path: Option<String>,
     /// Size of a new claim, for example 50Gi.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(length(min = 1, max = 32))]
+    #[schemars(length(min = 1, max = 32), regex(pattern = QUANTITY_PATTERN))]
     pub size: Option<String>,
     /// Storage class of a new claim.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -6,7 +6,7 @@ use kube::KubeSchema;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::scalar::Uri;
+use super::scalar::{Uri, bounded_strings};
 use crate::run::{DataFormat, ProblemAction};
 
 /// A Secret of the job's namespace.
@@ -23,7 +23,7 @@ pub struct SecretReference {
 pub struct Model {
     /// Where it is, for example `hf://HuggingFaceTB/SmolLM2-135M-Instruct`.
     pub uri: Uri,
-    /// Branch, tag or commit; pinned to a commit when the job is accepted.
+    /// Branch, tag or commit of a hub repository; pinned to a commit when the job is accepted.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 128))]
     pub revision: Option<String>,
@@ -46,7 +46,7 @@ pub struct RowSource {
     pub format: Option<DataFormat>,
     /// From the field that the format expects to the column that holds it.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    #[schemars(length(max = 16))]
+    #[schemars(schema_with = "bounded_strings")]
     pub column_map: BTreeMap<String, String>,
 }
 

@@ -3,7 +3,7 @@
 use kube::KubeSchema;
 use serde::{Deserialize, Serialize};
 
-use super::scalar::{Decimal, PositiveDecimal};
+use super::scalar::{Decimal, Epochs, PositiveDecimal, Share};
 use crate::run::{Precision, Scheduler};
 
 /// How the model is trained; what is absent is chosen and echoed.
@@ -11,9 +11,9 @@ use crate::run::{Precision, Scheduler};
 #[serde(rename_all = "camelCase")]
 #[x_kube(validation = Rule::new("!(has(self.epochs) && has(self.maxSteps))").message("set epochs or maxSteps, not both"))]
 pub struct HyperparametersSpec {
-    /// Passes over the training rows; absent: "3", unless maxSteps is set.
+    /// Passes over the training rows, at most 10000; absent: "3", unless maxSteps is set.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub epochs: Option<PositiveDecimal>,
+    pub epochs: Option<Epochs>,
     /// Optimizer steps.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1))]
@@ -36,9 +36,9 @@ pub struct HyperparametersSpec {
     /// Learning-rate schedule after warm-up; absent: CosineWithMinLr.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub scheduler: Option<Scheduler>,
-    /// Share of the steps spent warming up; absent: "0.03".
+    /// Share of the steps spent warming up, at most 1; absent: "0.03".
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub warmup_ratio: Option<Decimal>,
+    pub warmup_ratio: Option<Share>,
     /// Decoupled weight decay; absent: "0".
     #[serde(skip_serializing_if = "Option::is_none")]
     pub weight_decay: Option<Decimal>,

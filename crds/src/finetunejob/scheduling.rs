@@ -7,6 +7,8 @@ use kube::KubeSchema;
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::{Deserialize, Serialize};
 
+use super::scalar::{bounded_quantities, bounded_strings};
+
 /// A toleration that names a key: a blanket one would let a job run anywhere.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(transparent)]
@@ -36,7 +38,8 @@ impl JsonSchema for JobToleration {
     }
 }
 
-/// Kubernetes' resource requirements, with a bound on what rules look at; `claims` are not taken.
+/// Kubernetes' resource requirements, with a bound on what rules look at; `claims` are not taken. A local run holds itself
+/// to `limits.memory` and `limits.cpu`, and needs an accelerator if one is named; of the rest it warns.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Resources(pub ResourceRequirements);
@@ -55,7 +58,10 @@ impl JsonSchema for Resources {
         if let Some(properties) = schema.get_mut("properties").and_then(serde_json::Value::as_object_mut) {
             properties.remove("claims");
             for name in ["limits", "requests"] {
-                properties[name]["maxProperties"] = 16.into();
+                let description = properties[name]["description"].take();
+                let mut map = bounded_quantities();
+                map.insert("description".into(), description);
+                properties[name] = map.into();
             }
         }
         schema
@@ -77,7 +83,7 @@ pub struct Scheduling {
     pub priority_class_name: Option<String>,
     /// Labels that a node must have.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    #[schemars(length(max = 16))]
+    #[schemars(schema_with = "bounded_strings")]
     pub node_selector: BTreeMap<String, String>,
     /// Taints that the pods tolerate.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

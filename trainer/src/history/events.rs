@@ -12,14 +12,21 @@ pub struct EventFile {
 }
 
 impl EventFile {
-    /// Creates a file of its own in `folder`: readers merge all files there.
-    pub fn create(folder: &Path) -> io::Result<Self> {
+    /// Creates a file of its own in `folder`: readers merge all files there, and drop what earlier files have beyond
+    /// `resumed_step`.
+    pub fn create(folder: &Path, resumed_step: i64) -> io::Result<Self> {
         let now = jiff::Timestamp::now();
         let name = format!("events.out.tfevents.{}.{}.finetune", now.as_second(), std::process::id());
         let mut file = Self { sink: BufWriter::new(File::create(folder.join(name))?) };
         // Event { wall_time = 1, file_version = 3 }
         let mut event = wall_time(now);
         bytes_field(&mut event, 3, b"brain.Event:2");
+        file.record(&event)?;
+        // Event { wall_time = 1, step = 2, session_log = 7 }, SessionLog { status = 1 }, START = 1
+        let mut event = wall_time(now);
+        event.push(2 << 3);
+        varint(&mut event, resumed_step.unsigned_abs() + 1);
+        bytes_field(&mut event, 7, &[1 << 3, 1]);
         file.record(&event)?;
         Ok(file)
     }
@@ -89,7 +96,7 @@ mod tests {
     #[test]
     fn records_are_framed_and_hold_what_was_added() {
         let folder = tempfile::tempdir().expect("a temporary folder");
-        let mut file = EventFile::create(folder.path()).expect("writable");
+        let mut file = EventFile::create(folder.path(), 299).expect("writable");
         file.scalars(300, &[("train/loss", 1.5)]).expect("writable");
         file.flush().expect("writable");
         let path = std::fs::read_dir(folder.path()).expect("there").flatten().next().expect("one file").path();
@@ -103,10 +110,12 @@ mod tests {
             records.push(data);
             bytes = &bytes[16 + length..];
         }
-        assert_eq!(records.len(), 2);
+        assert_eq!(records.len(), 3);
         assert!(records[0].ends_with(b"brain.Event:2"));
-        // step 300 as a varint, then the summary with tag and value
-        assert_eq!(records[1][9..12], [2 << 3, 0xac, 0x02]);
-        assert!(records[1].ends_with(&[&b"\x0a\x0atrain/loss\x15"[..], &1.5f32.to_le_bytes()].concat()));
+        // step 300 as a varint, then the session's start
+        assert_eq!(records[1][9..], [2 << 3, 0xac, 0x02, 7 << 3 | 2, 2, 1 << 3, 1]);
+        // step 300, then the summary with tag and value
+        assert_eq!(records[2][9..12], [2 << 3, 0xac, 0x02]);
+        assert!(records[2].ends_with(&[&b"\x0a\x0atrain/loss\x15"[..], &1.5f32.to_le_bytes()].concat()));
     }
 }

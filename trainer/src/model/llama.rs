@@ -116,11 +116,6 @@ impl Llama {
         self.device
     }
 
-    /// Rows of logits of one chunk, for the memory plan.
-    pub fn chunk_rows(&self) -> i64 {
-        loss::chunk_rows(self.config.vocab_size)
-    }
-
     fn embed(&self, batch: &DeviceBatch) -> Tensor {
         self.embedding.value.index_select(0, &batch.tokens_t)
     }

@@ -6,13 +6,14 @@ use std::path::Path;
 use crds::report::ValidationReport;
 use crds::run::{Method, RunConfig};
 
-use super::{Error, Planned, surroundings};
+use super::{Error, surroundings};
 use crate::checkpoint::Stored;
 use crate::evaluate::{self, Measurement, Prompt};
 use crate::judge::{Measured, judge};
 use crate::linear::Adapters;
 use crate::model::{self, Llama, restore_base};
 use crate::optim::Parameters;
+use crate::prepare::Prepared;
 use crate::record::{Event, Observer};
 use crate::signal::Stop;
 use crate::tokenizer::Tokenizer;
@@ -20,7 +21,9 @@ use crate::tokenizer::Tokenizer;
 /// What a validation needs.
 pub struct Evaluation<'a> {
     pub config: &'a RunConfig,
-    pub planned: &'a Planned,
+    pub prepared: &'a Prepared,
+    /// Tokens computed at once.
+    pub micro_batch_tokens: i64,
     pub stop: &'a Stop,
     pub observer: &'a mut dyn Observer,
     pub run: &'a Path,
@@ -50,19 +53,19 @@ pub enum Answers {
 /// answered, of how many.
 pub fn measure(
     model: &Llama,
-    planned: &Planned,
+    prepared: &Prepared,
     subject: Subject,
     answers: Answers,
+    micro_batch_tokens: i64,
     stop: &Stop,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Option<Measurement>, Error> {
-    let prepared = &planned.prepared;
     let examples = match subject.prompt {
         Prompt::ZeroShot => &prepared.validation,
         Prompt::FewShot => &prepared.few_shot,
     };
-    let tokens = planned.estimate.micro_batch_tokens;
-    let Some(losses) = evaluate::score(model, examples, subject.adapters, tokens, stop) else { return Ok(None) };
+    let losses = evaluate::score(model, examples, subject.adapters, micro_batch_tokens, stop);
+    let Some(losses) = losses else { return Ok(None) };
     if answers == Answers::NotAsked || prepared.generation.is_empty() {
         return Ok(Some(Measurement { losses, hits: Vec::new() }));
     }
@@ -122,15 +125,16 @@ impl Evaluation<'_> {
                 told = self.observer.observe(&Event::Answered { who: subject.name, answered, rows });
             }
         };
-        let measurement = measure(model, self.planned, subject, Answers::Asked, self.stop, &mut progress)?;
+        let measurement =
+            measure(model, self.prepared, subject, Answers::Asked, self.micro_batch_tokens, self.stop, &mut progress)?;
         told.map_err(|source| Error::Write { path: self.run.into(), source })?;
         Ok(measurement)
     }
 
     /// Mean loss on general text, if there is some.
     fn general_loss(&self, model: &Llama, adapters: Adapters) -> Option<f64> {
-        let tokens = self.planned.estimate.micro_batch_tokens;
-        let losses = evaluate::score(model, &self.planned.prepared.forgetting, adapters, tokens, self.stop)?;
+        let general = &self.prepared.forgetting;
+        let losses = evaluate::score(model, general, adapters, self.micro_batch_tokens, self.stop)?;
         Measurement { losses, hits: Vec::new() }.scores().eval_loss
     }
 }

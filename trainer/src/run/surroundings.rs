@@ -10,6 +10,7 @@ use tch::{Device, Kind, Tensor};
 use super::evaluation::{Answers, TUNED, measure};
 use super::{Context, Error, Planned};
 use crate::checkpoint::{Content, Store, Stored};
+use crate::device::EnergyMeter;
 use crate::export::dtype;
 use crate::history::History;
 use crate::model::Llama;
@@ -34,7 +35,17 @@ pub struct RunSurroundings<'a> {
     pub history: History,
     pub store: Store,
     pub started: Instant,
-    pub earlier_seconds: f64,
+    pub energy: Option<EnergyMeter>,
+    pub earlier: Earlier,
+}
+
+/// What earlier attempts took.
+#[derive(Clone, Copy, Debug)]
+pub struct Earlier {
+    /// Wall time.
+    pub seconds: f64,
+    /// Energy, where the machine told.
+    pub joules: Option<f64>,
 }
 
 /// The loop's constants.
@@ -61,6 +72,13 @@ pub fn loop_plan<'a>(config: &RunConfig, planned: &'a Planned) -> train::Plan<'a
 }
 
 impl RunSurroundings<'_> {
+    /// Wall seconds and joules of all attempts up to now.
+    pub fn spent(&self) -> (f64, Option<f64>) {
+        let joules = self.energy.as_ref().map(EnergyMeter::joules);
+        let all_joules = joules.map(|joules| joules + self.earlier.joules.unwrap_or(0.0)).or(self.earlier.joules);
+        (self.earlier.seconds + self.started.elapsed().as_secs_f64(), all_joules)
+    }
+
     /// Hands an event to the record and to the observer.
     pub fn emit_event(&mut self, event: &Event) -> Result<(), Error> {
         let failed = |source| Error::Write { path: self.context.run.into(), source };
@@ -74,17 +92,25 @@ impl Surroundings for RunSurroundings<'_> {
         self.emit_event(&event)
     }
 
-    fn evaluate(&mut self, model: &Llama) -> Result<Option<Scores>, crate::Error> {
+    fn evaluate(&mut self, model: &Llama, micro_batch_tokens: i64) -> Result<Option<Scores>, crate::Error> {
         let answers =
             if self.config.validation.metric == Metric::ExactMatch { Answers::Asked } else { Answers::NotAsked };
-        let measured = measure(model, self.planned, TUNED, answers, self.context.stop, &mut |_, _| ())?;
+        let measured = measure(
+            model,
+            &self.planned.prepared,
+            TUNED,
+            answers,
+            micro_batch_tokens,
+            self.context.stop,
+            &mut |_, _| (),
+        )?;
         Ok(measured.map(|measured| measured.scores()))
     }
 
     fn commit(&mut self, state: &TrainState, parameters: &Parameters) -> Result<(), crate::Error> {
         let started = Instant::now();
         let mut state = state.clone();
-        state.wall_seconds = self.earlier_seconds + self.started.elapsed().as_secs_f64();
+        (state.wall_seconds, state.energy_joules) = self.spent();
         let best = state.best.is_some_and(|best| best.step == state.step);
         let weights = host_masters(parameters);
         let optimizer = host_moments(parameters);

@@ -1,0 +1,122 @@
+//! What the code may not do, as far as a test can see it: dependency direction, environment, unsafe code, documented
+//! commands.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use harness::repository;
+
+fn rust_files(folder: &Path) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(folder).expect("a source folder").flatten() {
+        let path = entry.path();
+        if path.is_dir() {
+            files.extend(rust_files(&path));
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            files.push(path);
+        }
+    }
+    files
+}
+
+/// Files under `folder` that contain `text`, less the allowed ones.
+fn files_with(folder: &str, text: &str, allowed: &[&str]) -> Vec<String> {
+    let root = repository();
+    rust_files(&root.join(folder))
+        .into_iter()
+        .filter(|path| fs::read_to_string(path).expect("readable").contains(text))
+        .map(|path| path.strip_prefix(&root).expect("below the root").display().to_string())
+        .filter(|path| !allowed.contains(&path.as_str()))
+        .collect()
+}
+
+/// Names of the packages that `package` is built from.
+fn dependencies(package: &str) -> Vec<String> {
+    let output = Command::new(env!("CARGO"))
+        .args(["tree", "--offline", "-p", package, "-e", "normal", "--prefix", "none", "--format", "{p}"])
+        .current_dir(repository())
+        .output()
+        .expect("cargo runs");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let text = String::from_utf8(output.stdout).expect("UTF-8");
+    text.lines().filter_map(|line| line.split(' ').next()).map(str::to_owned).collect()
+}
+
+#[test]
+fn dependencies_point_one_way() {
+    let crds = dependencies("finetune-crds");
+    for name in ["finetune-trainer", "tch", "tokio", "reqwest", "hyper", "kube-client"] {
+        assert!(!crds.iter().any(|found| found == name), "crds depends on {name}");
+    }
+    let trainer = dependencies("finetune-trainer");
+    for name in ["kube-client", "kube-runtime", "finetune-operator", "ring"] {
+        assert!(!trainer.iter().any(|found| found == name), "the trainer depends on {name}");
+    }
+}
+
+#[test]
+fn the_environment_is_read_in_main_and_unsafe_code_has_few_places() {
+    let reads = files_with("trainer/src", "env::var", &["trainer/src/main.rs"]);
+    assert_eq!(reads, Vec::<String>::new(), "environment variables are read in main.rs only");
+    let unsafe_places = [
+        "trainer/src/shim.rs",
+        "trainer/src/device.rs",
+        "trainer/src/weights.rs",
+        "trainer/src/data/example.rs",
+        "trainer/src/model/load.rs",
+    ];
+    assert_eq!(files_with("trainer/src", "unsafe {", &unsafe_places), Vec::<String>::new());
+}
+
+#[test]
+fn the_loop_knows_no_file_and_data_no_tensor() {
+    for (folder, text) in [("trainer/src/data", "use tch"), ("trainer/src/model", "crate::train")] {
+        assert_eq!(files_with(folder, text, &[]), Vec::<String>::new(), "{text} in {folder}");
+    }
+    let train = fs::read_to_string(repository().join("trainer/src/train.rs")).expect("readable");
+    for text in ["std::fs", "std::net", "std::path", "println!"] {
+        assert!(!train.contains(text), "train.rs uses {text}");
+    }
+}
+
+/// Links and commands of the pages that users read.
+#[test]
+fn documented_files_targets_and_commands_exist() {
+    let root = repository();
+    let makefile = fs::read_to_string(root.join("Makefile")).expect("readable");
+    let help = Command::new(harness::trainer_binary()).arg("--help").output().expect("the trainer runs");
+    let help = String::from_utf8(help.stdout).expect("UTF-8");
+    let mut checked = 0;
+    for page in ["README.md", "docs/architecture.md", "docs/benchmarks.md"] {
+        let text = fs::read_to_string(root.join(page)).unwrap_or_else(|error| panic!("{page}: {error}"));
+        let folder = root.join(page).parent().expect("a folder").to_path_buf();
+        for target in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
+            if !target.starts_with("http") && !target.starts_with('#') {
+                assert!(folder.join(target).exists(), "{page} links to {target}, which does not exist");
+                checked += 1;
+            }
+        }
+        for word in text
+            .split("make ")
+            .skip(1)
+            .filter_map(|rest| rest.split(|c: char| !c.is_ascii_lowercase() && c != '-').next())
+        {
+            if text.contains(&format!("`make {word}`")) {
+                assert!(
+                    makefile.contains(&format!("\n{word}:")),
+                    "{page} names `make {word}`, which the Makefile has not"
+                );
+                checked += 1;
+            }
+        }
+        for word in text.split("`finetune-trainer ").skip(1).filter_map(|rest| rest.split([' ', '`']).next()) {
+            assert!(
+                help.contains(&format!("  {word} ")),
+                "{page} names `finetune-trainer {word}`, which does not exist"
+            );
+            checked += 1;
+        }
+    }
+    assert!(checked > 10, "only {checked} links and commands were found");
+}
