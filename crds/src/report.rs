@@ -149,9 +149,9 @@ pub struct GateResult {
 /// Whether the result is worth using.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Verdict {
-    /// All gates hold, and it is better than the baselines that were measured.
+    /// All gates hold, and it is better than each baseline that was measured, by more than chance.
     Better,
-    /// No gate failed, but a baseline is as good: fine-tuning did not pay.
+    /// No gate failed, but a baseline is better, or not worse by more than chance: fine-tuning did not pay.
     NotWorthIt,
     /// A gate failed.
     GateFailed,
@@ -165,7 +165,7 @@ pub enum Verdict {
 pub struct ValidationReport {
     /// Rows that the loss was measured on.
     pub rows: i64,
-    /// Rows that were answered for `exactMatch`.
+    /// Rows that were answered for `exactMatch`; fewer than `rows` where there are many.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub generated_rows: Option<i64>,
     /// Step of the judged checkpoint.
@@ -175,9 +175,13 @@ pub struct ValidationReport {
     /// The base model without examples in the prompt.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub zero_shot: Option<Scores>,
-    /// The base model with examples in the prompt.
+    /// The base model with examples in the prompt. Its loss is taken on `few_shot_rows`; after prompt and completion rows
+    /// without their stop token, which the examples do not show.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub few_shot: Option<Scores>,
+    /// Rows that the loss with examples in the prompt was measured on: the first ones, those that the context holds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub few_shot_rows: Option<i64>,
     /// Examples in the few-shot prompt.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub few_shot_examples: Option<i64>,

@@ -8,3 +8,4 @@ mod hub;
 mod numerics;
 mod resume;
 mod run;
+mod validation;

@@ -5,7 +5,7 @@ use harness::{StepsCase, base_model, examples, golden, max_difference, read_gold
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
 use trainer::data::pack::{PackedBatch, pack};
-use trainer::evaluate;
+use trainer::evaluate::{self, Measurement};
 use trainer::generate::{Limits, generate};
 use trainer::linear::Adapters;
 use trainer::model::{Built, DeviceBatch, Noise, Recompute, Source, build};
@@ -91,7 +91,8 @@ fn base_logits_and_greedy_answer_equal_transformers() {
     }
     for kind in [Kind::Float, Kind::BFloat16] {
         let Built { model, .. } = built(&folder, &lora(), kind);
-        let limits = Limits { max_new_tokens: 24, end_tokens: tokenizer.end_tokens().to_vec(), cache_tokens: 4096 };
+        let end_tokens = tokenizer.end_tokens().to_vec();
+        let limits = Limits { max_new_tokens: 24, end_tokens, stop_text: None, cache_tokens: 4096 };
         // Beside another prompt with the same beginning, so that prefix sharing and padding take part.
         let other: Vec<u32> = [&golden.greedy.tokens[..], &golden.greedy.tokens[..7]].concat();
         let prompts = [golden.greedy.tokens.as_slice(), &other];
@@ -195,7 +196,8 @@ fn evaluation_equals_the_training_loss() {
     let examples = examples(folder.path(), &chosen);
     let Built { model, .. } = built(&case.folder(), &case.method.method(), Kind::Float);
     for max_tokens in [1, 4096] {
-        let scores = evaluate::score(&model, &examples, Adapters::On, max_tokens, &Stop::default()).expect("no stop");
+        let losses = evaluate::score(&model, &examples, Adapters::On, max_tokens, &Stop::default()).expect("no stop");
+        let scores = Measurement { losses, hits: Vec::new() }.scores();
         assert!(relative(scores.eval_loss.expect("measured"), step.loss) < 1e-5, "{scores:?}");
         let accuracy = scores.token_accuracy.expect("measured");
         assert!((0.0..=1.0).contains(&accuracy), "{accuracy}");

@@ -324,7 +324,8 @@ fn answer(
     if let Some((folder, _)) = &adapter {
         crate::export::load_adapter(folder, &mut built.parameters).map_err(|message| (ExitCode::BadData, message))?;
     }
-    let limits = Limits { max_new_tokens, end_tokens: tokenizer.end_tokens().to_vec(), cache_tokens: 0 };
+    let limits =
+        Limits { max_new_tokens, end_tokens: tokenizer.end_tokens().to_vec(), stop_text: None, cache_tokens: 0 };
     let answers = generate(&built.model, &[&tokens], Adapters::On, &limits, &Stop::default(), &mut |_| ());
     let answers = answers.expect("nothing asked for a stop");
     tell(tokenizer.decode(&answers[0].tokens).map_err(|error| failed(&error, error.exit()))?.trim());

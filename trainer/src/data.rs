@@ -122,6 +122,8 @@ pub struct Tokenized {
     pub forgetting: Vec<Example>,
     /// Validation rows to be answered.
     pub generation: Vec<GenerationRow>,
+    /// The first validation examples after the few-shot prompt's examples; empty where one does not fit.
+    pub few_shot: Vec<Example>,
     /// What was found.
     pub report: DataReport,
     /// One training example with its trained tokens marked.
@@ -248,12 +250,21 @@ pub fn tokenize(inputs: &Inputs) -> Result<Tokenized, Error> {
             tokenizer.special_tokens()["bos_token"]
         ));
     }
-    let validation_examples = held_out(validation.as_ref(), "validation", &tokeniser, &mut report)?;
-    let forgetting_examples = held_out(forgetting.as_ref(), "general", &tokeniser, &mut report)?;
+    let (validation_examples, validation_rows) = held_out(validation.as_ref(), "validation", &tokeniser, &mut report)?;
+    let (forgetting_examples, _) = held_out(forgetting.as_ref(), "general", &tokeniser, &mut report)?;
     let generation = match &validation {
         Some(file) => {
             let context = inputs.max_context;
             generation::rows(&tokeniser, &train.rows, file.path, &file.rows, config, context, &mut report)?
+        }
+        None => Vec::new(),
+    };
+    let few_shot = match &validation {
+        Some(file) => {
+            let rows: Vec<(&Row, &Example)> =
+                validation_rows.iter().map(|&row| &file.rows[row]).zip(&validation_examples).collect();
+            let max_context = inputs.max_context as usize;
+            generation::few_shot_examples(&tokeniser, &train.rows, file.path, &rows, max_context, config, &report)?
         }
         None => Vec::new(),
     };
@@ -264,6 +275,7 @@ pub fn tokenize(inputs: &Inputs) -> Result<Tokenized, Error> {
         validation: validation_examples,
         forgetting: forgetting_examples,
         generation,
+        few_shot,
         report,
         sample,
     })
@@ -306,14 +318,14 @@ fn check_special_texts(file: &File, special_texts: &SpecialTexts, report: &mut D
     })
 }
 
-/// Tokens of rows that are measured, not trained.
+/// Tokens of rows that are measured, not trained, and the index of the row that each example is made from.
 fn held_out(
     file: Option<&File>,
     name: &str,
     tokeniser: &Tokeniser,
     report: &mut DataReport,
-) -> Result<Vec<Example>, Error> {
-    let Some(file) = file else { return Ok(Vec::new()) };
+) -> Result<(Vec<Example>, Vec<usize>), Error> {
+    let Some(file) = file else { return Ok((Vec::new(), Vec::new())) };
     let limit = report.max_sequence_length;
     let mut examples = file.examples(tokeniser)?;
     let Fitted { cut, dropped } = File::fit(&mut examples, limit as usize);
@@ -330,7 +342,8 @@ fn held_out(
             "{count} {name} row(s) left out, this is the first: none of their tokens is trained within {limit} tokens"
         )
     })?;
-    Ok(examples)
+    let rows = (0..file.rows.len()).filter(|row| !dropped.contains(row)).collect();
+    Ok((examples, rows))
 }
 
 /// Duplicates and leakage.

@@ -12,7 +12,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use crate::plan::display_bytes;
 use crate::record::{Event, Observer, RecentSteps, StepRecord};
 
-pub use summary::{describe_gate, display_duration, summary};
+pub use summary::{describe_gate, display_duration, fewer_rows, summary};
 
 /// Between two lines where there is no terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(5);

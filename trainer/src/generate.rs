@@ -3,38 +3,65 @@
 //! What all prompts begin with (a few-shot prompt's examples) is computed once. Shapes: b prompts, s new tokens a row, l
 //! cached tokens, n heads, k key-value heads, g heads of a group, d head size.
 
+use std::ops::Range;
+
 use tch::{Device, Kind, Tensor};
 
 use crate::linear::Adapters;
 use crate::model::{KeyValues, Llama};
 use crate::signal::Stop;
+use crate::tokenizer::Tokenizer;
+use crate::train::guard_memory;
 
 /// How far to generate.
 #[derive(Clone, Debug)]
-pub struct Limits {
+pub struct Limits<'a> {
     /// New tokens per prompt, the end token included.
     pub max_new_tokens: i64,
     /// Tokens that end an answer.
     pub end_tokens: Vec<u32>,
+    /// Text that ends an answer as well.
+    pub stop_text: Option<StopText<'a>>,
     /// Tokens that the caches of the prompts computed at once may hold, padding included; a longer prompt gets a cache of
     /// its own.
     pub cache_tokens: i64,
 }
 
+/// Text that ends an answer, wherever token boundaries lie. White space before the answer does not count.
+#[derive(Clone, Copy, Debug)]
+pub struct StopText<'a> {
+    /// The text.
+    pub text: &'a str,
+    /// What turns an answer into text.
+    pub tokenizer: &'a Tokenizer,
+}
+
+impl StopText<'_> {
+    fn ends(&self, tokens: &[u32]) -> bool {
+        let holds =
+            |tokens: &[u32]| self.tokenizer.decode(tokens).is_ok_and(|answer| answer.trim_start().contains(self.text));
+        // A token is at least a byte of text: where the newest one completes the stop text, these hold all of it.
+        let newest = &tokens[tokens.len().saturating_sub(self.text.len() + 1)..];
+        self.tokenizer.decode(newest).is_ok_and(|text| text.contains(self.text)) && holds(tokens)
+    }
+}
+
 /// Most prompts computed at once: beyond it matrix products no longer gain.
 const MAX_ROWS: usize = 32;
+/// Prompts leave the batch once one in so many of it is answered: dropping them copies the others' caches.
+const DROP_SHARE: usize = 4;
 
 /// Why an answer ended.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Answer {
-    /// New tokens, without the end token.
+    /// New tokens, without the end token, with the stop text.
     pub tokens: Vec<u32>,
     /// Whether the model ended the answer itself.
     pub ended: bool,
 }
 
 /// The greedy continuation of each prompt; `None` if a stop was asked for meanwhile. `progress` is told how many are
-/// answered.
+/// answered. Prompts are shorter than the model's positions. Where memory runs out, fewer prompts are computed at once.
 pub fn generate(
     model: &Llama,
     prompts: &[&[u32]],
@@ -55,23 +82,38 @@ pub fn generate(
         let _ = cache.extend(model, &[prefix], adapters, stop)?;
         prefix_cache = Some(cache);
     }
-    let mut answered = 0;
-    while answered < by_length.len() {
-        let fits = |rows: usize| {
-            let longest = prompts[by_length[answered + rows - 1]].len() as i64;
-            rows as i64 * (longest + limits.max_new_tokens) <= limits.cache_tokens
-        };
-        let rows = (1..=MAX_ROWS.min(by_length.len() - answered)).take_while(|&rows| rows == 1 || fits(rows)).count();
-        let batch = &by_length[answered..answered + rows];
+    let widths: Vec<i64> = by_length.iter().map(|&index| prompts[index].len() as i64 + limits.max_new_tokens).collect();
+    in_batches(&widths, limits.cache_tokens, &mut |rows| {
+        let batch = &by_length[rows.clone()];
         let suffixes: Vec<&[u32]> = batch.iter().map(|&index| &prompts[index][shared..]).collect();
         let batch_answers = generate_batch(model, prefix_cache.as_ref(), &suffixes, adapters, limits, stop)?;
         for (&index, answer) in batch.iter().zip(batch_answers) {
             answers[index] = answer;
         }
-        answered += rows;
-        progress(answered);
-    }
+        progress(rows.end);
+        Some(())
+    })?;
     Some(answers)
+}
+
+/// Does `work` for all rows, as many at once as `cache_tokens` allow at these ascending widths, at least one. Where memory
+/// runs out, the same rows go on in batches of half the size; where it does not suffice for one, libtorch's panic goes on.
+fn in_batches(widths: &[i64], mut cache_tokens: i64, work: &mut dyn FnMut(Range<usize>) -> Option<()>) -> Option<()> {
+    let mut done = 0;
+    while done < widths.len() {
+        let tokens = |rows: usize| rows as i64 * widths[done + rows - 1];
+        let most = MAX_ROWS.min(widths.len() - done);
+        let rows = (1..=most).take_while(|&rows| rows == 1 || tokens(rows) <= cache_tokens).count();
+        match guard_memory(|| work(done..done + rows)) {
+            Ok(finished) => {
+                finished?;
+                done += rows;
+            }
+            Err(_) if rows > 1 => cache_tokens = tokens(rows) / 2,
+            Err(message) => panic!("{message}"),
+        }
+    }
+    Some(())
 }
 
 /// Length of what all prompts begin with, leaving each at least one token of its own.
@@ -94,33 +136,47 @@ fn generate_batch(
     limits: &Limits,
     stop: &Stop,
 ) -> Option<Vec<Answer>> {
-    let rows = suffixes.len();
     let longest = suffixes.iter().map(|suffix| suffix.len()).max().unwrap_or(0) as i64;
     let prefix_length = prefix.map_or(0, |prefix| prefix.filled);
-    let longest_total = prefix_length + longest;
-    let new_tokens = limits.max_new_tokens.min(model.max_positions() - longest_total).max(0);
-    let mut cache = Cache::new(model, rows as i64, longest_total + new_tokens);
+    // Positions are a row's own: a short prompt may be answered at length beside one that nearly fills the context.
+    let room = |suffix: &&[u32]| model.max_positions() - prefix_length - suffix.len() as i64;
+    let rooms: Vec<usize> =
+        suffixes.iter().map(|suffix| limits.max_new_tokens.min(room(suffix)).max(0) as usize).collect();
+    let new_tokens = rooms.iter().copied().max().unwrap_or(0);
+    let mut cache = Cache::new(model, suffixes.len() as i64, prefix_length + longest + new_tokens as i64);
     if let Some(prefix) = prefix {
         cache.copy_prefix(prefix);
     }
-    let mut answers = vec![Answer::default(); rows];
+    let mut answers = vec![Answer::default(); suffixes.len()];
+    let mut done: Vec<bool> = rooms.iter().map(|&room| room == 0).collect();
+    // Which row each row of the cache is.
+    let mut in_cache: Vec<usize> = (0..suffixes.len()).collect();
     let mut logits_bv = cache.extend(model, suffixes, adapters, stop)?;
     for _ in 0..new_tokens {
         let next: Vec<i64> = Vec::try_from(logits_bv.argmax(-1, false).to_device(Device::Cpu)).expect("int64 tokens");
-        let mut feed = Vec::with_capacity(rows);
-        for (answer, &token) in answers.iter_mut().zip(&next) {
-            let token = token as u32;
-            if !answer.ended && limits.end_tokens.contains(&token) {
+        for (&row, &token) in in_cache.iter().zip(&next).filter(|&(&row, _)| !done[row]) {
+            let (answer, token) = (&mut answers[row], token as u32);
+            if limits.end_tokens.contains(&token) {
                 answer.ended = true;
-            }
-            if !answer.ended {
+            } else {
                 answer.tokens.push(token);
+                answer.ended = limits.stop_text.is_some_and(|stop_text| stop_text.ends(&answer.tokens));
             }
-            feed.push([token]);
         }
-        if answers.iter().all(|answer| answer.ended) {
+        for &row in &in_cache {
+            done[row] |= answers[row].ended || answers[row].tokens.len() >= rooms[row];
+        }
+        let mut going: Vec<usize> = (0..in_cache.len()).filter(|&place| !done[in_cache[place]]).collect();
+        if going.is_empty() {
             break;
         }
+        if (in_cache.len() - going.len()) * DROP_SHARE >= in_cache.len() {
+            cache.keep(&going);
+        } else {
+            going = (0..in_cache.len()).collect();
+        }
+        in_cache = going.iter().map(|&place| in_cache[place]).collect();
+        let feed: Vec<[u32; 1]> = going.iter().map(|&place| [next[place] as u32]).collect();
         let feed: Vec<&[u32]> = feed.iter().map(|token| &token[..]).collect();
         logits_bv = cache.extend(model, &feed, adapters, stop)?;
     }
@@ -163,6 +219,18 @@ impl Cache {
         self.lengths.fill(length);
     }
 
+    /// Leaves these sequences, in this order, and forgets the others.
+    fn keep(&mut self, rows: &[usize]) {
+        let index: Vec<i64> = rows.iter().map(|&row| row as i64).collect();
+        let index = Tensor::from_slice(&index).to_device(self.valid.device());
+        for (keys, values) in &mut self.layers {
+            *keys = keys.index_select(0, &index);
+            *values = values.index_select(0, &index);
+        }
+        self.valid = self.valid.index_select(0, &index);
+        self.lengths = rows.iter().map(|&row| self.lengths[row]).collect();
+    }
+
     /// Appends tokens to each sequence and returns the logits `[b, v]` after the last one of each; `None` if a stop was
     /// asked for meanwhile.
     fn extend(&mut self, model: &Llama, new: &[&[u32]], adapters: Adapters, stop: &Stop) -> Option<Tensor> {
@@ -173,8 +241,10 @@ impl Cache {
         for (row, (appended, length)) in new.iter().zip(&mut self.lengths).enumerate() {
             for column in 0..width {
                 tokens.push(appended.get(column).map_or(0, |&token| i64::from(token)));
-                // Padding repeats the last position: it must lie within the rotary tables, and nobody attends to it.
-                positions.push(*length + column.min(appended.len().saturating_sub(1)) as i64);
+                // Padding repeats the last position, and what follows an answer that is done ends with the tables: nobody
+                // attends to either.
+                let position = *length + column.min(appended.len().saturating_sub(1)) as i64;
+                positions.push(position.min(model.max_positions() - 1));
                 valid.push(column < appended.len());
             }
             last.push((row * width + appended.len().saturating_sub(1)) as i64);
@@ -221,5 +291,29 @@ impl Cache {
         let causal_sl = column.unsqueeze(0).le_tensor(&own.unsqueeze(1));
         let visible_bsl = self.valid.narrow(1, 0, self.filled).unsqueeze(1).logical_and(&causal_sl.unsqueeze(0));
         visible_bsl.repeat([1, group, 1]).unsqueeze(1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn where_memory_runs_out_the_same_rows_go_on_in_smaller_batches() {
+        // Rows that are done after each batch.
+        let rows_done = |at_once: usize, cache_tokens: i64| {
+            let mut done = Vec::new();
+            let mut work = |rows: Range<usize>| {
+                assert!(rows.len() <= at_once, "CUDA out of memory. Tried to allocate 2.00 GiB");
+                done.push(rows.end);
+                Some(())
+            };
+            in_batches(&[10, 10, 10, 11, 11, 12, 12], cache_tokens, &mut work).map(|()| done)
+        };
+        assert_eq!(rows_done(9, 1000), Some(vec![7]));
+        assert_eq!(rows_done(9, 33), Some(vec![3, 5, 7]));
+        assert_eq!(rows_done(3, 1000), Some(vec![3, 6, 7]));
+        assert_eq!(rows_done(1, 1000), Some((1..=7).collect()));
+        assert!(std::panic::catch_unwind(|| rows_done(0, 1000)).is_err());
     }
 }

@@ -3,7 +3,7 @@
 //!
 //! Shapes: n trained tokens, h hidden size, v vocabulary.
 
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use crate::ops::accumulate_kind;
 
@@ -24,13 +24,13 @@ pub struct Head {
     pub gradient: Option<Tensor>,
 }
 
-/// Loss and hits over some trained tokens, as scalars on the device.
+/// Loss and hits of each trained token, on the device.
 #[derive(Debug)]
 pub struct Scored {
-    /// Sum of negative log-likelihoods in nats.
-    pub loss_sum: Tensor,
-    /// Number of tokens whose most likely prediction is the label.
-    pub correct: Tensor,
+    /// Negative log-likelihoods in nats, `[n]` in the accumulation dtype.
+    pub losses_n: Tensor,
+    /// Whether the most likely prediction is the label, bool `[n]`.
+    pub correct_n: Tensor,
 }
 
 fn chunks(rows: i64, chunk: i64) -> impl Iterator<Item = (i64, i64)> {
@@ -62,21 +62,19 @@ pub fn cross_entropy(hidden_nh: &Tensor, labels_n: &Tensor, head: &Head, scale: 
     (loss, gradient_nh)
 }
 
-/// Loss and token accuracy without gradients.
+/// Loss and hits of at least one trained token, without gradients.
 pub fn score(hidden_nh: &Tensor, labels_n: &Tensor, head: &Head) -> Scored {
     let kind = accumulate_kind(hidden_nh.kind());
-    // Sums over thousands of tokens are taken in fp64: evaluation results are compared with each other.
-    let mut loss_sum = Tensor::zeros([], (Kind::Double, hidden_nh.device()));
-    let mut correct = Tensor::zeros([], (Kind::Int64, hidden_nh.device()));
+    let (mut losses, mut correct) = (Vec::new(), Vec::new());
     for (start, rows) in chunks(hidden_nh.size()[0], chunk_rows(head.weight.size()[0])) {
         let labels_c = labels_n.narrow(0, start, rows);
         let logits_cv = hidden_nh.narrow(0, start, rows).matmul(&head.weight.tr()).to_kind(kind);
         let label_logits_c1 = logits_cv.gather(1, &labels_c.unsqueeze(1), false);
         let loss_c1 = logits_cv.logsumexp([-1i64].as_slice(), true) - label_logits_c1;
-        loss_sum += loss_c1.sum(Kind::Double);
-        correct += logits_cv.argmax(-1, false).eq_tensor(&labels_c).sum(Kind::Int64);
+        losses.push(loss_c1.squeeze_dim(1));
+        correct.push(logits_cv.argmax(-1, false).eq_tensor(&labels_c));
     }
-    Scored { loss_sum, correct }
+    Scored { losses_n: Tensor::cat(&losses, 0), correct_n: Tensor::cat(&correct, 0) }
 }
 
 /// `target += a @ b` where the target may be fp32 and the factors bf16.

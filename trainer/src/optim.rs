@@ -156,6 +156,15 @@ impl Parameters {
         self.refresh_working();
     }
 
+    /// Replaces the masters one tensor at a time and leaves the moments: no second copy of all of them exists meanwhile.
+    pub fn set_masters<E>(&mut self, mut value: impl FnMut(&Slot) -> Result<Tensor, E>) -> Result<(), E> {
+        for slot in &self.slots {
+            slot.view(&self.master).copy_(&value(slot)?);
+        }
+        self.refresh_working();
+        Ok(())
+    }
+
     /// Forgets the accumulated gradient.
     pub fn zero_gradient(&mut self) {
         let _ = self.gradient.zero_();

@@ -22,6 +22,8 @@ use crate::source::{self, Fetched, HubSettings, fetch_model, fetch_rows};
 use crate::weights;
 
 const MANIFEST: &str = "manifest.json";
+/// Files and columns of the product; a product of another layout is made again.
+const LAYOUT: i32 = 2;
 const SOURCES: &str = "sources.json";
 /// What decides how a model's weights are used and a text is tokenised.
 const MODEL_TEXTS: [&str; 7] = [
@@ -99,6 +101,9 @@ pub struct Prepared {
     pub forgetting: Examples,
     /// Validation rows to be answered.
     pub generation: Vec<GenerationRow>,
+    /// The first validation examples after the few-shot prompt's examples, at the same indices; without tokens where one
+    /// does not fit.
+    pub few_shot: Examples,
     /// What the data check found.
     pub report: DataReport,
     /// A training example with its trained tokens marked.
@@ -292,6 +297,7 @@ fn fetch(config: &RunConfig, settings: &HubSettings, record: &mut SourceRecord) 
 
 fn key(config: &RunConfig, sources: &Sources) -> String {
     let made_from = json!({
+        "layout": LAYOUT,
         "trainer": env!("CARGO_PKG_VERSION"),
         "dataset": config.dataset,
         "forgetting": config.validation.forgetting,
@@ -353,7 +359,7 @@ fn write_product(
     key: String,
     date: jiff::civil::DateTime,
 ) -> io::Result<()> {
-    let Tokenized { train, validation, forgetting, generation, mut report, sample } = tokenized;
+    let Tokenized { train, validation, forgetting, generation, few_shot, mut report, sample } = tokenized;
     report.sources.clone_from(&sources.digests);
     let examples = |examples: &[Example]| {
         let mut bytes = Vec::new();
@@ -363,6 +369,7 @@ fn write_product(
         ("train.safetensors", examples(&train)?),
         ("validation.safetensors", examples(&validation)?),
         ("forgetting.safetensors", examples(&forgetting)?),
+        ("few_shot.safetensors", examples(&few_shot)?),
         ("generation.json", serde_json::to_vec(&generation)?),
         ("data_report.json", serde_json::to_vec_pretty(&report)?),
         ("sample.txt", sample.into_bytes()),
@@ -394,6 +401,7 @@ fn open(folder: &Path, sources: Sources) -> Result<Prepared, Error> {
         train,
         validation: Examples::open(&folder.join("validation.safetensors"))?,
         forgetting: Examples::open(&folder.join("forgetting.safetensors"))?,
+        few_shot: Examples::open(&folder.join("few_shot.safetensors"))?,
         generation: serde_json::from_slice(&read("generation.json")?).map_err(damaged)?,
         report,
         sample: String::from_utf8_lossy(&read("sample.txt")?).into_owned(),

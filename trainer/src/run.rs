@@ -14,6 +14,8 @@ use crds::run::{Evaluate, Method, OutputFormat, RunConfig};
 use serde_json::json;
 
 use crate::checkpoint::{self, EquivalenceClass, Identity, Store, Stored, digest_of, write_atomically};
+use crate::data::example::Examples;
+use crate::data::generation::max_new_tokens;
 use crate::data::order::Order;
 use crate::device::{self, Chosen, EnergyMeter};
 use crate::evaluate::GENERATION_CACHE_TOKENS;
@@ -235,36 +237,67 @@ pub fn plan_run(config: &RunConfig, context: &Context, observer: &mut dyn Observ
     Ok(Planned { chosen, prepared, order, schedule, estimate, alternative, memory })
 }
 
-/// A gate on what cannot be measured is refused before training, not after it.
+/// What the verdict, early stopping or the best checkpoint would hang on and cannot be measured is refused before training,
+/// not after it.
 fn check_gates(config: &RunConfig, prepared: &Prepared) -> Result<(), Error> {
-    use crds::run::{Baseline, Gate, Metric};
+    use crds::run::{Baseline, Gate, Metric, ValidationRows};
+    let refuse = |text: String| Err(Error::CannotValidate(text));
     let validation = &config.validation;
-    let answered = !prepared.generation.is_empty();
-    let uses_exact_match = validation.metric == Metric::ExactMatch
-        || validation.gates.iter().any(|gate| match gate {
-            Gate::AtMost { metric, .. } | Gate::AtLeast { metric, .. } | Gate::ImprovesOn { metric, .. } => {
-                *metric == Metric::ExactMatch
-            }
-        });
-    if uses_exact_match && !answered {
-        return Err(Error::CannotValidate(
-            "exactMatch needs validation rows with answers (messages, or prompt and completion)".into(),
-        ));
+    if config.dataset.validation != ValidationRows::None && prepared.validation.is_empty() {
+        let text = format!(
+            "no validation row has an answer token within the sequence length of {}, so nothing could be judged; raise \
+             hyperparameters.maxSequenceLength or give other validation rows",
+            prepared.report.max_sequence_length
+        );
+        return refuse(text);
+    }
+    if validation.forgetting.is_some() && prepared.forgetting.is_empty() {
+        let text = format!(
+            "no row of forgetting.dataset has a token to measure within the sequence length of {}; give other rows or leave \
+             forgetting out",
+            prepared.report.max_sequence_length
+        );
+        return refuse(text);
+    }
+    let gated = |gate: &Gate| match gate {
+        Gate::AtMost { metric, .. } | Gate::AtLeast { metric, .. } | Gate::ImprovesOn { metric, .. } => *metric,
+    };
+    let metrics: Vec<Metric> = validation.gates.iter().map(gated).chain([validation.metric]).collect();
+    if metrics.contains(&Metric::ExactMatch) && prepared.generation.is_empty() {
+        return refuse("exactMatch needs validation rows with answers (messages, or prompt and completion)".into());
     }
     for gate in &validation.gates {
-        if let Gate::ImprovesOn { metric, baseline, .. } = gate {
-            let measured = match baseline {
-                Baseline::Base => validation.zero_shot,
-                Baseline::FewShot => validation.few_shot_examples > 0 && *metric == Metric::ExactMatch,
-            };
-            if !measured {
-                let text = format!(
-                    "a gate compares {} with the {baseline:?} baseline, which is not measured; turn the baseline on, and use \
-                     exactMatch with FewShot",
-                    metric.name()
-                );
-                return Err(Error::CannotValidate(text));
+        let Gate::ImprovesOn { metric, baseline, .. } = gate else { continue };
+        let metric_name = metric.name();
+        match baseline {
+            Baseline::Base if !validation.zero_shot => {
+                return refuse(format!(
+                    "a gate compares {metric_name} with the base model, which is not measured; set baselines.zeroShot: true"
+                ));
             }
+            Baseline::FewShot if validation.few_shot_examples == 0 => {
+                return refuse(format!(
+                    "a gate compares {metric_name} with examples in the prompt, which is not measured; set \
+                     baselines.fewShot.examples to 1 or more"
+                ));
+            }
+            Baseline::FewShot => {
+                let measurable = match metric {
+                    Metric::ExactMatch => prepared.generation.iter().any(|row| row.few_shot_prompt.is_some()),
+                    Metric::EvalLoss | Metric::Perplexity | Metric::TokenAccuracy => {
+                        prepared.few_shot.total_tokens() > 0
+                    }
+                };
+                if !measurable {
+                    return refuse(format!(
+                        "a gate compares {metric_name} with examples in the prompt, and no validation row can be measured so: \
+                         with {} examples before it none fits into the model's context, or the training rows have another \
+                         shape; lower baselines.fewShot.examples",
+                        validation.few_shot_examples
+                    ));
+                }
+            }
+            Baseline::Base => {}
         }
     }
     Ok(())
@@ -491,12 +524,13 @@ fn stages(
     let judged_step = judged.as_ref().map_or(state.step, |stored| stored.manifest.step);
     let mut evaluation = evaluation::Evaluation {
         config,
-        planned: &planned,
+        prepared: &planned.prepared,
+        micro_batch_tokens: state.micro_batch_tokens,
         stop: context.stop,
         observer: &mut *surroundings.observer,
         run: context.run,
     };
-    let Some(validation) = evaluation.validate(&model, &mut parameters, &source, judged_step)? else {
+    let Some(validation) = evaluation.validate(&model, &mut parameters, &source, judged_step, judged.as_ref())? else {
         return Err(Error::Stopped { step: state.step });
     };
     surroundings.emit_event(&Event::Validated(Box::new(validation.clone())))?;
@@ -539,11 +573,13 @@ fn open_store(config: &RunConfig, context: &Context, planned: &Planned) -> Resul
 
 fn model_source<'a>(config: &'a RunConfig, planned: &'a Planned) -> model::Source<'a> {
     let prepared = &planned.prepared;
-    let prompts = prepared.generation.iter().map(|row| {
-        row.few_shot_prompt.as_ref().map_or(0, Vec::len).max(row.prompt.len()) + 2 * row.reference.len() + 8
-    });
-    let longest = [prepared.train.longest(), prepared.validation.longest(), prepared.forgetting.longest()];
-    let max_positions = prompts.chain(longest).max().unwrap_or(1) as i64;
+    let new_tokens = max_new_tokens(&prepared.generation) as usize;
+    let prompts = prepared
+        .generation
+        .iter()
+        .map(|row| row.few_shot_prompt.as_ref().map_or(0, Vec::len).max(row.prompt.len()) + new_tokens);
+    let examples = [&prepared.train, &prepared.validation, &prepared.few_shot, &prepared.forgetting];
+    let max_positions = prompts.chain(examples.map(Examples::longest)).max().unwrap_or(1) as i64;
     model::Source {
         folder: &prepared.model,
         method: Some(&config.method),

@@ -440,7 +440,7 @@ pub fn is_out_of_memory(message: &str) -> bool {
 }
 
 /// Runs `work`; exhausted memory, which tch reports as a panic, becomes an error. Any other panic goes on.
-fn guard_memory<T>(work: impl FnOnce() -> T) -> Result<T, String> {
+pub fn guard_memory<T>(work: impl FnOnce() -> T) -> Result<T, String> {
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).map_err(|payload| {
         let text = payload.downcast_ref::<String>().map(String::as_str).or(payload.downcast_ref::<&str>().copied());
         match text.filter(|text| is_out_of_memory(text)) {

@@ -97,7 +97,23 @@ fn scores_table(validation: &ValidationReport) -> Vec<String> {
             lines.push(format!("{name:<15}{cells}"));
         }
     }
+    lines.extend(fewer_rows(validation, &few_shot).map(|text| format!("               {text}")));
     lines
+}
+
+/// Says which numbers were measured on fewer rows than the others, if some were.
+pub fn fewer_rows(validation: &ValidationReport, few_shot: &str) -> Option<String> {
+    let fewer = |what: String, rows: Option<i64>| {
+        rows.filter(|&rows| rows != validation.rows).map(|rows| format!("{what} on {rows}"))
+    };
+    let parts: Vec<String> = [
+        fewer("exact match".to_owned(), validation.generated_rows),
+        fewer(format!("the loss of {few_shot}"), validation.few_shot_rows),
+    ]
+    .into_iter()
+    .flatten()
+    .collect();
+    (!parts.is_empty()).then(|| format!("measured {} of the {} rows", parts.join(" and "), validation.rows))
 }
 
 /// A gate in words.
@@ -119,6 +135,42 @@ pub fn describe_gate(gate: &crds::run::Gate) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn validation(rows: i64, generated_rows: i64, few_shot_rows: i64) -> ValidationReport {
+        let scores =
+            Scores { eval_loss: Some(0.5), perplexity: Some(1.65), exact_match: Some(0.25), token_accuracy: None };
+        ValidationReport {
+            rows,
+            generated_rows: Some(generated_rows),
+            step: 9,
+            tuned: scores,
+            zero_shot: None,
+            few_shot: Some(scores),
+            few_shot_rows: Some(few_shot_rows),
+            few_shot_examples: Some(4),
+            forgetting: None,
+            gates: Vec::new(),
+            verdict: crds::report::Verdict::Better,
+            summary: String::new(),
+        }
+    }
+
+    #[test]
+    fn the_table_says_which_numbers_are_of_fewer_rows() {
+        assert_eq!(
+            scores_table(&validation(1000, 256, 250)),
+            [
+                "1000 rows            base    base+4     tuned",
+                "exact match             –    25.0 %    25.0 %",
+                "loss                    –     0.500     0.500",
+                "perplexity              –      1.65      1.65",
+                "               measured exact match on 256 and the loss of base+4 on 250 of the 1000 rows",
+            ]
+        );
+        assert_eq!(fewer_rows(&validation(150, 150, 150), "base+4"), None);
+        let text = fewer_rows(&validation(150, 150, 149), "base+4");
+        assert_eq!(text.as_deref(), Some("measured the loss of base+4 on 149 of the 150 rows"));
+    }
 
     #[test]
     fn durations_are_short() {

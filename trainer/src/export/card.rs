@@ -3,6 +3,8 @@
 use crds::report::{Report, Scores};
 use crds::run::{OutputFormat, RunConfig};
 
+use crate::display::fewer_rows;
+
 /// The card as Markdown with the front matter that the hub reads.
 pub fn model_card(config: &RunConfig, report: &Report) -> String {
     let base = config.model.uri.trim_start_matches("hf://").trim_start_matches("file://");
@@ -45,12 +47,11 @@ pub fn model_card(config: &RunConfig, report: &Report) -> String {
 
 fn results(report: &Report) -> String {
     let Some(validation) = &report.validation else { return String::new() };
+    let few_shot = format!("base, {} examples", validation.few_shot_examples.unwrap_or(0));
     let columns: Vec<(String, Scores)> = [
         Some(("tuned".to_owned(), validation.tuned)),
         validation.zero_shot.map(|scores| ("base".to_owned(), scores)),
-        validation
-            .few_shot
-            .map(|scores| (format!("base, {} examples", validation.few_shot_examples.unwrap_or(0)), scores)),
+        validation.few_shot.map(|scores| (few_shot.clone(), scores)),
     ]
     .into_iter()
     .flatten()
@@ -73,5 +74,8 @@ fn results(report: &Report) -> String {
             table += &format!("| {name} | {} |\n", cells.join(" | "));
         }
     }
-    table + "\n"
+    match fewer_rows(validation, &format!("\"{few_shot}\"")) {
+        Some(text) => format!("{table}\n{} unseen rows; {text}.\n\n", validation.rows),
+        None => format!("{table}\n{} unseen rows.\n\n", validation.rows),
+    }
 }

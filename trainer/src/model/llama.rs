@@ -236,7 +236,7 @@ impl Llama {
         1.0 / (self.config.head_size() as f64).sqrt()
     }
 
-    /// Loss and token accuracy over the batch's trained tokens; `None` if a stop was asked for meanwhile.
+    /// Loss and hits of each of the batch's trained tokens; `None` if a stop was asked for meanwhile.
     pub fn score(&self, batch: &DeviceBatch, adapters: Adapters, stop: &Stop) -> Option<Scored> {
         let selected_nh = self.hidden(batch, adapters, stop)?.index_select(0, &batch.label_positions_n);
         let normed_nh = rms_norm(&selected_nh, &self.norm.value, self.config.rms_norm_eps);

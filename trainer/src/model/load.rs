@@ -116,18 +116,14 @@ pub fn lora_parameters(config: &Config, lora: &Lora) -> i64 {
     per_layer * config.num_hidden_layers
 }
 
-/// The base model's weights in the order of `parameters`' flat buffer: full fine-tuning has no adapter to switch off, so
-/// its baselines are measured with these put in the tuned weights' place.
-pub fn read_base_master(source: &Source, parameters: &Parameters) -> Result<Tensor, Error> {
+/// Puts the base model's weights in the place of what full fine-tuning made of them: it has no adapter to switch off, and
+/// its baselines are measured so. No second copy of the weights is made.
+pub fn restore_base(source: &Source, parameters: &mut Parameters) -> Result<(), Error> {
     let config = Config::read(source.folder)?;
     let files = WeightFiles::open(source.folder)?;
     let loader = Loader { source, config: &config, files: &files };
-    let flat = parameters.flat_master().zeros_like();
     let shapes: std::collections::HashMap<_, _> = base_shapes(&config).into_iter().collect();
-    for slot in parameters.slots() {
-        slot.view(&flat).copy_(&loader.read(&slot.name, &shapes[&slot.name])?);
-    }
-    Ok(flat)
+    parameters.set_masters(|slot| loader.read(&slot.name, &shapes[&slot.name]))
 }
 
 /// The whole model with what was trained: masters of full fine-tuning, or `W + scale * B A` computed in fp32; in the dtype

@@ -1,16 +1,19 @@
-//! The final validation: the judged weights, the base model without and with examples in the prompt, general text.
+//! Measuring: the validation rows while training goes on, and at its end the judged weights, the base model without and
+//! with examples in the prompt, and general text.
 
 use std::path::Path;
 
-use crds::report::{Scores, ValidationReport};
+use crds::report::ValidationReport;
 use crds::run::{Method, RunConfig};
 
-use super::{Error, Planned};
-use crate::evaluate::{self, Prompt};
+use super::{Error, surroundings};
+use crate::checkpoint::Stored;
+use crate::evaluate::{self, Measurement, Prompt};
 use crate::judge::{Measured, judge};
 use crate::linear::Adapters;
-use crate::model::{self, Llama, read_base_master};
+use crate::model::{self, Llama, restore_base};
 use crate::optim::Parameters;
+use crate::prepare::Prepared;
 use crate::record::{Event, Observer};
 use crate::signal::Stop;
 use crate::tokenizer::Tokenizer;
@@ -18,119 +21,124 @@ use crate::tokenizer::Tokenizer;
 /// What a validation needs.
 pub struct Evaluation<'a> {
     pub config: &'a RunConfig,
-    pub planned: &'a Planned,
+    pub prepared: &'a Prepared,
+    /// Tokens computed at once.
+    pub micro_batch_tokens: i64,
     pub stop: &'a Stop,
     pub observer: &'a mut dyn Observer,
     pub run: &'a Path,
 }
 
-/// Whose answers are measured: the weights, the prompt, and the words for it.
-#[derive(Clone, Copy)]
-struct Subject {
+/// Who is measured: the weights, the prompt, and the words for it.
+#[derive(Clone, Copy, Debug)]
+pub struct Subject {
     adapters: Adapters,
     prompt: Prompt,
     name: &'static str,
 }
 
-const TUNED: Subject = Subject { adapters: Adapters::On, prompt: Prompt::ZeroShot, name: "tuned model" };
+pub const TUNED: Subject = Subject { adapters: Adapters::On, prompt: Prompt::ZeroShot, name: "tuned model" };
 const BASE: Subject = Subject { adapters: Adapters::Off, prompt: Prompt::ZeroShot, name: "base model" };
 const FEW_SHOT: Subject =
     Subject { adapters: Adapters::Off, prompt: Prompt::FewShot, name: "base model with examples in the prompt" };
 
+/// Whether rows are answered beside their loss.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answers {
+    Asked,
+    NotAsked,
+}
+
+/// Measures `subject` on the validation rows; `None` if a stop was asked for meanwhile. `progress` is told how many rows are
+/// answered, of how many.
+pub fn measure(
+    model: &Llama,
+    prepared: &Prepared,
+    subject: Subject,
+    answers: Answers,
+    micro_batch_tokens: i64,
+    stop: &Stop,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<Option<Measurement>, Error> {
+    let examples = match subject.prompt {
+        Prompt::ZeroShot => &prepared.validation,
+        Prompt::FewShot => &prepared.few_shot,
+    };
+    let losses = evaluate::score(model, examples, subject.adapters, micro_batch_tokens, stop);
+    let Some(losses) = losses else { return Ok(None) };
+    if answers == Answers::NotAsked || prepared.generation.is_empty() {
+        return Ok(Some(Measurement { losses, hits: Vec::new() }));
+    }
+    let tokenizer = Tokenizer::open(&prepared.model)?;
+    let (rows, prompt) = (&prepared.generation, subject.prompt);
+    let hits = evaluate::answer(model, rows, prompt, subject.adapters, &tokenizer, stop, progress);
+    Ok(hits.map(|hits| Measurement { losses, hits }))
+}
+
 impl Evaluation<'_> {
-    /// Measures and judges; `None` if a stop was asked for meanwhile. The parameters are the judged ones, before and after.
+    /// Measures and judges the parameters as they are; `None` if a stop was asked for meanwhile. `judged` is the checkpoint
+    /// that holds them. Full fine-tuning has no adapter to switch off: it puts the base weights in place meanwhile, and the
+    /// judged ones back at the end.
     pub fn validate(
         &mut self,
         model: &Llama,
         parameters: &mut Parameters,
         source: &model::Source,
         step: i64,
+        judged: Option<&Stored>,
     ) -> Result<Option<ValidationReport>, Error> {
-        let prepared = &self.planned.prepared;
-        let tokenizer = Tokenizer::open(&prepared.model)?;
-        let config = &self.config.validation;
-        let mut measured = Measured {
-            rows: prepared.validation.len() as i64,
-            generated_rows: prepared.generation.len() as i64,
-            step,
-            ..Measured::default()
-        };
-        let Some(tuned) = self.scores(model, TUNED, &tokenizer)? else { return Ok(None) };
-        measured.tuned = tuned;
+        let Some(tuned) = self.measure(model, TUNED)? else { return Ok(None) };
+        let mut measured = Measured { step, tuned, ..Measured::default() };
         let tuned_general = self.general_loss(model, Adapters::On);
-
-        // LoRA switches its adapters off; full fine-tuning puts the base weights in place meanwhile.
-        let tuned_master = match self.config.method {
-            Method::Full {} => {
-                let tuned = parameters.flat_master().copy();
-                parameters.set_master(&read_base_master(source, parameters)?);
-                Some(tuned)
-            }
-            Method::LoRA { .. } | Method::QLoRA { .. } => None,
-        };
-        let base = self.baselines(model, &tokenizer, &mut measured)?;
-        let base_general = self.general_loss(model, Adapters::Off);
-        if let Some(tuned) = tuned_master {
-            parameters.set_master(&tuned);
+        let full = matches!(self.config.method, Method::Full {});
+        // A second copy of all weights is made only where the disk has none.
+        let copy = (full && judged.is_none()).then(|| parameters.flat_master().copy());
+        if full {
+            restore_base(source, parameters)?;
         }
-        if base.is_none() || self.stop.requested() {
+        let config = &self.config.validation;
+        if config.zero_shot {
+            let Some(zero_shot) = self.measure(model, BASE)? else { return Ok(None) };
+            measured.zero_shot = Some(zero_shot);
+        }
+        let has_shots = self.prepared.generation.iter().any(|row| row.few_shot_prompt.is_some());
+        if has_shots || !self.prepared.few_shot.is_empty() {
+            let Some(few_shot) = self.measure(model, FEW_SHOT)? else { return Ok(None) };
+            measured.few_shot = (few_shot.num_scored() + few_shot.num_answered() > 0).then_some(few_shot);
+        }
+        let base_general = self.general_loss(model, Adapters::Off);
+        if self.stop.requested() {
             return Ok(None);
+        }
+        match (judged, copy) {
+            (Some(judged), _) if full => surroundings::restore_weights(judged, parameters)?,
+            (_, Some(copy)) => parameters.set_master(&copy),
+            _ => {}
         }
         measured.general_loss = base_general.zip(tuned_general);
         let mut report = judge(config, &measured);
         report.few_shot_examples =
-            report.few_shot_examples.map(|asked| prepared.report.few_shot_examples.unwrap_or(asked));
+            report.few_shot_examples.map(|asked| self.prepared.report.few_shot_examples.unwrap_or(asked));
         Ok(Some(report))
     }
 
-    fn baselines(
-        &mut self,
-        model: &Llama,
-        tokenizer: &Tokenizer,
-        measured: &mut Measured,
-    ) -> Result<Option<()>, Error> {
-        let config = &self.config.validation;
-        if config.zero_shot {
-            let Some(scores) = self.scores(model, BASE, tokenizer)? else { return Ok(None) };
-            measured.zero_shot = Some(scores);
-        }
-        if self.planned.prepared.generation.iter().any(|row| row.few_shot_prompt.is_some()) {
-            let Some(exact_match) = self.exact_match(model, FEW_SHOT, tokenizer)? else { return Ok(None) };
-            measured.few_shot = Some(Scores { exact_match: Some(exact_match), ..Scores::default() });
-        }
-        Ok(Some(()))
-    }
-
-    fn scores(&mut self, model: &Llama, subject: Subject, tokenizer: &Tokenizer) -> Result<Option<Scores>, Error> {
-        let prepared = &self.planned.prepared;
-        let tokens = self.planned.estimate.micro_batch_tokens;
-        let scores = evaluate::score(model, &prepared.validation, subject.adapters, tokens, self.stop);
-        let Some(mut scores) = scores else { return Ok(None) };
-        if !prepared.generation.is_empty() {
-            let Some(exact_match) = self.exact_match(model, subject, tokenizer)? else { return Ok(None) };
-            scores.exact_match = Some(exact_match);
-        }
-        Ok(Some(scores))
-    }
-
-    fn exact_match(&mut self, model: &Llama, subject: Subject, tokenizer: &Tokenizer) -> Result<Option<f64>, Error> {
-        let rows = &self.planned.prepared.generation;
+    fn measure(&mut self, model: &Llama, subject: Subject) -> Result<Option<Measurement>, Error> {
         let mut told = Ok(());
-        let mut progress = |answered| {
+        let mut progress = |answered, rows| {
             if told.is_ok() {
-                told = self.observer.observe(&Event::Answered { who: subject.name, answered, rows: rows.len() });
+                told = self.observer.observe(&Event::Answered { who: subject.name, answered, rows });
             }
         };
-        progress(0);
-        let share =
-            evaluate::exact_match(model, rows, subject.prompt, subject.adapters, tokenizer, self.stop, &mut progress);
+        let measurement =
+            measure(model, self.prepared, subject, Answers::Asked, self.micro_batch_tokens, self.stop, &mut progress)?;
         told.map_err(|source| Error::Write { path: self.run.into(), source })?;
-        Ok(share)
+        Ok(measurement)
     }
 
     /// Mean loss on general text, if there is some.
     fn general_loss(&self, model: &Llama, adapters: Adapters) -> Option<f64> {
-        let tokens = self.planned.estimate.micro_batch_tokens;
-        evaluate::score(model, &self.planned.prepared.forgetting, adapters, tokens, self.stop)?.eval_loss
+        let general = &self.prepared.forgetting;
+        let losses = evaluate::score(model, general, adapters, self.micro_batch_tokens, self.stop)?;
+        Measurement { losses, hits: Vec::new() }.scores().eval_loss
     }
 }

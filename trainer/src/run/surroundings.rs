@@ -7,18 +7,16 @@ use crds::report::Scores;
 use crds::run::{CheckpointInterval, Metric, RunConfig};
 use tch::{Device, Kind, Tensor};
 
+use super::evaluation::{Answers, TUNED, measure};
 use super::{Context, Error, Planned};
 use crate::checkpoint::{Content, Store, Stored};
 use crate::device::EnergyMeter;
-use crate::evaluate::{self, Prompt};
 use crate::export::dtype;
 use crate::history::History;
-use crate::linear::Adapters;
 use crate::model::Llama;
 use crate::optim::Parameters;
 use crate::record::{CheckpointRecord, Event, Observer};
 use crate::shim::tensor_bytes;
-use crate::tokenizer::Tokenizer;
 use crate::train::{self, Surroundings, TrainState};
 use crate::weights::{MappedFile, TensorView, write_safetensors};
 
@@ -95,21 +93,18 @@ impl Surroundings for RunSurroundings<'_> {
     }
 
     fn evaluate(&mut self, model: &Llama, micro_batch_tokens: i64) -> Result<Option<Scores>, crate::Error> {
-        let prepared = &self.planned.prepared;
-        let stop = self.context.stop;
-        let tokens = micro_batch_tokens;
-        let Some(mut scores) = evaluate::score(model, &prepared.validation, Adapters::On, tokens, stop) else {
-            return Ok(None);
-        };
-        if self.config.validation.metric == Metric::ExactMatch {
-            let tokenizer = Tokenizer::open(&prepared.model)?;
-            let rows = &prepared.generation;
-            let share =
-                evaluate::exact_match(model, rows, Prompt::ZeroShot, Adapters::On, &tokenizer, stop, &mut |_| ());
-            let Some(share) = share else { return Ok(None) };
-            scores.exact_match = Some(share);
-        }
-        Ok(Some(scores))
+        let answers =
+            if self.config.validation.metric == Metric::ExactMatch { Answers::Asked } else { Answers::NotAsked };
+        let measured = measure(
+            model,
+            &self.planned.prepared,
+            TUNED,
+            answers,
+            micro_batch_tokens,
+            self.context.stop,
+            &mut |_, _| (),
+        )?;
+        Ok(measured.map(|measured| measured.scores()))
     }
 
     fn commit(&mut self, state: &TrainState, parameters: &Parameters) -> Result<(), crate::Error> {
@@ -187,9 +182,8 @@ fn stored_tensor(file: &MappedFile, stored: &Stored, name: &str, shape: &[i64]) 
 
 /// Puts a checkpoint's weights in place, and leaves the moments.
 pub fn restore_weights(stored: &Stored, parameters: &mut Parameters) -> Result<(), Error> {
-    let flat = read_masters(stored, parameters)?;
-    parameters.set_master(&flat);
-    Ok(())
+    let file = MappedFile::open(&stored.folder.join(WEIGHTS))?;
+    parameters.set_masters(|slot| stored_tensor(&file, stored, &slot.name, &slot.shape))
 }
 
 fn read_masters(stored: &Stored, parameters: &Parameters) -> Result<Tensor, Error> {
