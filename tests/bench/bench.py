@@ -8,7 +8,8 @@ Per workload it prints, and writes to tests/bench/results/<workload>.json:
   peak       peak resident memory of the process
   start      seconds from process start to the end of the first step, less that step's own time
 
-All train in bf16 with fp32 adapters, LoRA rank 8 on every linear layer. TRL runs with its defaults but for gradient
+All train bf16 weights with LoRA rank 8 on every linear layer and fp32 optimizer state. PEFT and TRL compute the adapters in
+fp32, their default; ours computes them in bf16 copies of fp32 masters. TRL runs with its defaults but for gradient
 checkpointing, which is off: it is on by default and would slow TRL by a third. Run it on a quiet machine: OpenMP collapses
 beside a busy process.
 """

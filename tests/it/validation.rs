@@ -122,7 +122,7 @@ fn examples_in_the_prompt_are_measured_by_every_metric() {
 }
 
 #[test]
-fn rows_that_do_not_fit_after_the_examples_are_left_out() {
+fn every_row_is_asked_after_as_many_examples_as_fit_the_longest() {
     let job = Job::new();
     // The context is 512 bytes: three examples and the second row are longer.
     let turn =
@@ -135,9 +135,11 @@ fn rows_that_do_not_fit_after_the_examples_are_left_out() {
     let outcome = job.run();
     assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
     let report = job.report().validation.expect("validated");
-    assert_eq!((report.rows, report.generated_rows, report.few_shot_rows), (2, Some(2), Some(1)));
-    let expected = "measured the loss of base+3 on 1 of the 2 rows";
-    assert!(outcome.stdout.contains(expected), "{}", outcome.stdout);
+    assert_eq!((report.rows, report.generated_rows, report.few_shot_rows), (2, Some(2), Some(2)));
+    let used = report.few_shot_examples.expect("measured");
+    assert!((1..3).contains(&used), "{used}");
+    assert!(outcome.stdout.contains(&format!("base+{used}")), "{}", outcome.stdout);
+    assert!(outcome.stderr.contains(&format!("3 asked for, {used} used")), "{}", outcome.stderr);
 }
 
 #[test]
@@ -200,6 +202,13 @@ fn what_cannot_be_measured_is_refused_before_training() {
         |job| {
             job.edit("baselines:", &gate("FewShot"));
             job.edit("{examples: 0}", "{examples: 20}");
+            // An example beside which no row fits into the context of 512 bytes.
+            let row = |number: u32| {
+                let user = format!("{number} {}", "q".repeat(460));
+                json!({"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": "a"}]})
+                    .to_string()
+            };
+            fs::write(job.path("train.jsonl"), (0..24).map(row).collect::<Vec<_>>().join("\n")).expect("writable");
         },
         "spec.validation: a gate compares evalLoss with examples in the prompt, and no validation row can be measured so: with 20 examples",
     );
