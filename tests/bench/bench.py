@@ -3,7 +3,7 @@ alternating order in one run.
 
 Usage: bench.py TRAINER [--rounds N] [--steps N] [--workload NAME ...]
 
-Per workload it prints, and writes to tests/bench/results/<workload>.json:
+Per workload it prints, writes to tests/bench/results/<workload>.json, and puts into docs/benchmarks.md:
   tokens/s   useful tokens (padding is never counted) over all steps after the second, medians over the rounds
   peak       peak resident memory of the process
   start      seconds from process start to the end of the first step, less that step's own time
@@ -28,6 +28,7 @@ import tempfile
 import time
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+RESULTS = REPOSITORY / "tests/bench/results"
 MODEL = REPOSITORY / "models/SmolLM2-135M-Instruct"
 DEMO_ROWS = REPOSITORY / "crds/examples/demo/train.jsonl"
 RANK, ALPHA, LEARNING_RATE = 8, 16, 2e-4
@@ -199,9 +200,8 @@ def measure(trainer, workload, rounds, steps):
                 print(f"  {workload} round {turn + 1} {name}: {values['tokensPerSecond']:.1f} tokens/s", file=sys.stderr, flush=True)
     median = {name: {key: statistics.median(run[key] for run in values) for key in values[0]} for name, values in runs.items()}
     ratios = {name: {key: median["ours"][key] / median[name][key] for key in median[name]} for name in PEERS}
-    results = REPOSITORY / "tests/bench/results" / f"{workload}.json"
-    results.parent.mkdir(exist_ok=True)
-    results.write_text(json.dumps({
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{workload}.json").write_text(json.dumps({
         "workload": f"{workload}: bf16, LoRA rank {RANK}, {batch} examples a step, {steps} steps", "rounds": rounds,
         "cores": os.cpu_count(), "processor": processor(), "median": median, "oursAgainst": ratios, "runs": runs}, indent=1) + "\n")
     print(f"\n{workload} ({batch} examples a step, {steps} steps, {rounds} rounds)")
@@ -212,6 +212,27 @@ def measure(trainer, workload, rounds, steps):
         print(f"{name:8}{values['tokensPerSecond']:10.1f}{spread:>16}{values['peakBytes'] / 2**20:10.0f}{values['startSeconds']:9.2f}")
     for name in PEERS:
         print(f"ours against {name}: {ratios[name]['tokensPerSecond']:.2f}x the speed, {ratios[name]['peakBytes']:.2f}x the memory")
+
+
+def write_page():
+    """Puts the results that are there into docs/benchmarks.md, between its two marks."""
+    lines = ["| workload | | tokens/s (range) | peak memory | start | ours against it: speed, memory |", "|---|---|---|---|---|---|"]
+    for name in WORKLOADS:
+        path = RESULTS / f"{name}.json"
+        if not path.exists():
+            continue
+        result = json.loads(path.read_text())
+        for program, values in result["median"].items():
+            rates = [run["tokensPerSecond"] for run in result["runs"][program]]
+            ratio = result["oursAgainst"].get(program)
+            against = f"{ratio['tokensPerSecond']:.2f}×, {ratio['peakBytes']:.2f}×" if ratio else ""
+            lines.append(f"| {name if program == 'ours' else ''} | {program} | {values['tokensPerSecond']:.0f} ({min(rates):.0f}–{max(rates):.0f}) | "
+                         f"{values['peakBytes'] / 2**20:.0f} MiB | {values['startSeconds']:.2f} s | {against} |")
+        machine = f"Measured on {result['cores']} cores of an {result['processor']}, medians of {result['rounds']} rounds."
+    page = REPOSITORY / "docs/benchmarks.md"
+    before, rest = page.read_text().split("<!-- results -->")
+    after = rest.split("<!-- end of results -->")[1]
+    page.write_text(before + "<!-- results -->\n" + "\n".join(lines) + f"\n\n{machine}\n<!-- end of results -->" + after)
 
 
 def main():
@@ -227,6 +248,7 @@ def main():
     if not arguments.peer:
         for workload in arguments.workload:
             measure(arguments.trainer, workload, arguments.rounds, arguments.steps)
+        write_page()
         return
     rows = [json.loads(line) for line in pathlib.Path(arguments.rows).read_text().splitlines()]
     _, batch, longest = WORKLOADS[arguments.workload[0]]

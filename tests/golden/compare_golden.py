@@ -1,4 +1,4 @@
-"""Compares two folders of golden values: every number of the JSON files within a relative tolerance.
+"""Compares two folders of golden values: every number of the JSON files, and every gradient, within a relative tolerance.
 
 Usage: compare_golden.py COMMITTED NEW
 """
@@ -6,6 +6,8 @@ Usage: compare_golden.py COMMITTED NEW
 import json
 import pathlib
 import sys
+
+from safetensors.torch import load_file
 
 TOLERANCE = 2e-4
 
@@ -30,6 +32,12 @@ def main():
         worst, path = max(differences(committed, new, name))
         assert worst <= TOLERANCE, f"{path} differs by {worst}"
         print(f"{name}: reproduced, largest relative difference {worst:.1e}")
+    for path in sorted(pathlib.Path(sys.argv[1]).glob("gradients-*.safetensors")):
+        committed, new = load_file(path), load_file(pathlib.Path(sys.argv[2], path.name))
+        assert committed.keys() == new.keys(), f"{path.name}: other tensors"
+        worst, name = max(((committed[name] - new[name]).abs().max() / committed[name].abs().max().clamp_min(1e-6), name) for name in new)
+        assert worst <= TOLERANCE, f"{path.name}: {name} differs by {worst}"
+        print(f"{path.name}: reproduced, largest relative difference {worst:.1e}")
 
 
 if __name__ == "__main__":

@@ -274,14 +274,35 @@ fn numbers_and_memory() {
 }
 
 #[test]
-fn a_full_disk_keeps_what_is_there() {
-    // A file-size limit makes every write beyond it fail, as a full disk would.
+fn a_full_disk_keeps_what_is_there_and_the_run_goes_on_once_there_is_space() {
+    let undisturbed = Job::new();
+    assert_eq!(undisturbed.run().code, Some(0));
     let job = Job::new();
-    let script =
-        format!("ulimit -f 8; trap '' XFSZ; exec taskset -c 0 {} run job.yaml", harness::trainer_binary().display());
+    let mut child = job.start();
+    let committed = || {
+        let is_whole = |path: &std::path::PathBuf| path.join("manifest.json").exists();
+        job.checkpoints().into_iter().filter(is_whole).collect::<Vec<_>>()
+    };
+    while committed().is_empty() {
+        assert!(child.try_wait().expect("a child of ours").is_none(), "it ended before its first checkpoint");
+        std::thread::yield_now();
+    }
+    child.kill().expect("a child of ours");
+    child.wait().expect("a child of ours");
+    let before = committed();
+    let moments = fs::metadata(before[0].join("optimizer.safetensors")).expect("there").len();
+    // A limit on the size of files makes the write beyond it fail, as a full disk would: here the moments' last KiB.
+    let script = format!(
+        "ulimit -f {}; trap '' XFSZ; exec taskset -c 0 {} run job.yaml",
+        moments / 1024 - 1,
+        harness::trainer_binary().display()
+    );
     let output =
         std::process::Command::new("bash").args(["-c", &script]).current_dir(job.folder()).output().expect("bash runs");
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(73), "{stderr}");
-    assert!(stderr.contains("cannot be written"), "{stderr}");
+    assert!(stderr.contains("cannot be written") && stderr.contains("older checkpoints are untouched"), "{stderr}");
+    assert_eq!(committed(), before);
+    assert_eq!(job.run().code, Some(0));
+    assert_eq!(job.adapter_digest(), undisturbed.adapter_digest());
 }

@@ -177,13 +177,17 @@ fn what_cannot_be_measured_is_refused_before_training() {
         json!({"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": "a"}]}).to_string()
     };
     check_refused(
-        |job| job.write("test.jsonl", long()),
+        |job| {
+            job.write("test.jsonl", long());
+            job.edit("batchSize", "maxSequenceLength: 60, batchSize");
+        },
         "spec.validation: no validation row has an answer token within the sequence length of",
     );
     check_refused(
         |job| {
             fs::write(job.path("general.jsonl"), long()).expect("writable");
             job.edit("baselines:", "forgetting: {dataset: {uri: file://general.jsonl}}, baselines:");
+            job.edit("batchSize", "maxSequenceLength: 60, batchSize");
         },
         "spec.validation: no row of forgetting.dataset has a token to measure within the sequence length of",
     );

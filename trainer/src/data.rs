@@ -250,8 +250,12 @@ pub fn tokenize(inputs: &Inputs) -> Result<Tokenized, Error> {
             tokenizer.special_tokens()["bos_token"]
         ));
     }
-    let (validation_examples, validation_rows) = held_out(validation.as_ref(), "validation", &tokeniser, &mut report)?;
-    let (forgetting_examples, _) = held_out(forgetting.as_ref(), "general", &tokeniser, &mut report)?;
+    // What is measured may be longer than what is trained, unless a length was asked for.
+    let wanted = config.hyperparameters.max_sequence_length.unwrap_or(inputs.max_context);
+    let limit = wanted.min(inputs.max_context);
+    let (validation_examples, validation_rows) =
+        held_out(validation.as_ref(), "validation", &tokeniser, limit, &mut report)?;
+    let (forgetting_examples, _) = held_out(forgetting.as_ref(), "general", &tokeniser, limit, &mut report)?;
     let generation = match &validation {
         Some(file) => {
             let context = inputs.max_context;
@@ -323,10 +327,10 @@ fn held_out(
     file: Option<&File>,
     name: &str,
     tokeniser: &Tokeniser,
+    limit: i64,
     report: &mut DataReport,
 ) -> Result<(Vec<Example>, Vec<usize>), Error> {
     let Some(file) = file else { return Ok((Vec::new(), Vec::new())) };
-    let limit = report.max_sequence_length;
     let mut examples = file.examples(tokeniser)?;
     let Fitted { cut, dropped } = File::fit(&mut examples, limit as usize);
     report.held_out_truncated += cut.len() as i64;

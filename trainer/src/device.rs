@@ -31,8 +31,9 @@ pub fn set_library_defaults() {
         // cuBLAS is deterministic with workspaces of its own only.
         ("CUBLAS_WORKSPACE_CONFIG", ":4096:8"),
         // oneDNN keeps a primitive for each shape, nearly a megabyte each, and packed rows have a new length every step:
-        // room for the shapes of one step is enough. The default of 1024 costs SmolLM2 a third of its peak memory.
-        ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64"),
+        // room for the shapes of one step is enough, and less than that makes every layer compile them anew. The default is
+        // 1024.
+        ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128"),
     ] {
         if std::env::var_os(name).is_none() {
             // SAFETY: no other thread reads the environment yet.
@@ -136,6 +137,12 @@ pub fn memory_limit(device: Device) -> Option<i64> {
     system.refresh_memory();
     let total = system.total_memory() as i64;
     Some(system.cgroup_limits().map_or(total, |limits| (limits.total_memory as i64).min(total)))
+}
+
+/// Resident bytes of this process; `None` where the machine does not tell.
+pub fn resident_memory() -> Option<i64> {
+    let kib = kernel_value(Path::new("/proc/self/status"), "VmRSS")?.split_whitespace().next()?.parse::<i64>().ok()?;
+    Some(kib * 1024)
 }
 
 /// Peak resident bytes of this process, or peak allocated bytes on the accelerator.

@@ -2,6 +2,8 @@
 //! separate pods run here one after another.
 
 mod evaluation;
+mod planning;
+mod publishing;
 mod surroundings;
 
 use std::io;
@@ -9,27 +11,25 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use crds::exit::ExitCode;
-use crds::report::{Artifact, Failure, PlanReport, Report, Stage, Usage};
-use crds::run::{Evaluate, Method, OutputFormat, RunConfig};
+use crds::report::{Failure, Report, Stage, Usage};
+use crds::run::{Evaluate, Method, RunConfig};
 use serde_json::json;
 
 use crate::checkpoint::{self, EquivalenceClass, Identity, Store, Stored, digest_of, write_atomically};
 use crate::data::example::Examples;
 use crate::data::generation::max_new_tokens;
-use crate::data::order::Order;
-use crate::device::{self, Chosen, EnergyMeter};
-use crate::evaluate::GENERATION_CACHE_TOKENS;
-use crate::export::{self, Weights, model_card, write_output};
+use crate::device::{self, EnergyMeter};
+use crate::export;
 use crate::history::History;
-use crate::model::{self, Built, Config, build, target_linears};
-use crate::optim::Parameters;
-use crate::plan::{self, Estimate, display_bytes};
-use crate::prepare::{self, Prepared, prepare};
+use crate::model::{self, Built, build};
+use crate::plan;
+use crate::prepare;
 use crate::record::{Event, Observer};
-use crate::schedule::Schedule;
 use crate::signal::Stop;
 use crate::source::HubSettings;
 use crate::train::{self, Outcome, TrainState, train};
+pub use planning::{Planned, plan_run};
+use publishing::publish;
 use surroundings::{Earlier, RunSurroundings};
 
 /// A run ended without a result.
@@ -169,238 +169,6 @@ pub fn finished(config: &RunConfig, run: &Path) -> Option<Report> {
         weights.is_some_and(|path| is_there(&path.to_string_lossy(), &artifact.digest))
     });
     (same_rows && output_is_there).then_some(report)
-}
-
-/// Device, prepared rows and plan: everything that is known before anything is trained.
-#[derive(Debug)]
-pub struct Planned {
-    /// Device, dtype, threads.
-    pub chosen: Chosen,
-    /// Rows and model folder.
-    pub prepared: Prepared,
-    /// Which examples make up each step.
-    pub order: Order,
-    /// Learning rates.
-    pub schedule: Schedule,
-    /// The configured method.
-    pub estimate: Estimate,
-    /// The other method, for comparison.
-    pub alternative: Estimate,
-    /// Bytes that there are.
-    pub memory: i64,
-}
-
-/// Prepares and plans a run; refuses one that cannot fit before anything is allocated.
-pub fn plan_run(config: &RunConfig, context: &Context, observer: &mut dyn Observer) -> Result<Planned, Error> {
-    let write = |source| Error::Write { path: context.run.into(), source };
-    std::fs::create_dir_all(context.run).map_err(write)?;
-    observer.observe(&Event::Stage(Stage::Preparing)).map_err(write)?;
-    let prepared = prepare(config, context.run, context.hub, context.stop)?;
-    observer.observe(&Event::Data(Box::new(prepared.report.clone()))).map_err(write)?;
-    let sample = Event::Sample { text: prepared.sample.clone(), path: prepared.sample_path.clone() };
-    observer.observe(&sample).map_err(write)?;
-    check_gates(config, &prepared)?;
-    let chosen = device::choose(config.hyperparameters.precision, config.resources.cpus, context.cuda);
-    let model = Config::read(&prepared.model)?;
-    let hyperparameters = &config.hyperparameters;
-    let batch_size = hyperparameters.batch_size.unsigned_abs() as usize;
-    let order = Order::new(hyperparameters.seed, prepared.train.digest(), prepared.train.len(), batch_size);
-    let total_steps = order.total_steps(hyperparameters.duration);
-    let schedule = Schedule::new(
-        hyperparameters.scheduler,
-        hyperparameters.learning_rate,
-        hyperparameters.warmup_ratio,
-        total_steps,
-    );
-    if config.resources.accelerator && !chosen.device.is_cuda() {
-        return Err(Error::NoAccelerator(chosen.device_reason));
-    }
-    let machine = device::memory_limit(chosen.device).unwrap_or(i64::MAX);
-    let memory = config.resources.memory_bytes.map_or(machine, |limit| limit.min(machine));
-    let longest = prepared.train.longest() as i64;
-    let inputs = plan::Inputs {
-        model: &model,
-        config,
-        kind: chosen.kind,
-        accelerator: chosen.device.is_cuda(),
-        longest,
-        step_tokens: (longest * hyperparameters.batch_size).min(prepared.train.total_tokens() as i64),
-        cache_tokens: if prepared.generation.is_empty() { 0 } else { GENERATION_CACHE_TOKENS },
-        epoch_tokens: prepared.train.total_tokens() as i64,
-        total_steps,
-        steps_per_epoch: order.steps_per_epoch(),
-        memory,
-        matmul_rate: plan::measure_matmul_rate(&model, chosen.kind, chosen.device),
-    };
-    let estimate = plan::plan(&inputs)?;
-    let alternative = plan::estimate(&inputs, &plan::other_method(&config.method));
-    Ok(Planned { chosen, prepared, order, schedule, estimate, alternative, memory })
-}
-
-/// What the verdict, early stopping or the best checkpoint would hang on and cannot be measured is refused before training,
-/// not after it.
-fn check_gates(config: &RunConfig, prepared: &Prepared) -> Result<(), Error> {
-    use crds::run::{Baseline, Gate, Metric, ValidationRows};
-    let refuse = |text: String| Err(Error::CannotValidate(text));
-    let validation = &config.validation;
-    if config.dataset.validation != ValidationRows::None && prepared.validation.is_empty() {
-        let text = format!(
-            "no validation row has an answer token within the sequence length of {}, so nothing could be judged; raise \
-             hyperparameters.maxSequenceLength or give other validation rows",
-            prepared.report.max_sequence_length
-        );
-        return refuse(text);
-    }
-    if validation.forgetting.is_some() && prepared.forgetting.is_empty() {
-        let text = format!(
-            "no row of forgetting.dataset has a token to measure within the sequence length of {}; give other rows or leave \
-             forgetting out",
-            prepared.report.max_sequence_length
-        );
-        return refuse(text);
-    }
-    let gated = |gate: &Gate| match gate {
-        Gate::AtMost { metric, .. } | Gate::AtLeast { metric, .. } | Gate::ImprovesOn { metric, .. } => *metric,
-    };
-    let metrics: Vec<Metric> = validation.gates.iter().map(gated).chain([validation.metric]).collect();
-    if metrics.contains(&Metric::ExactMatch) && prepared.generation.is_empty() {
-        return refuse("exactMatch needs validation rows with answers (messages, or prompt and completion)".into());
-    }
-    for gate in &validation.gates {
-        let Gate::ImprovesOn { metric, baseline, .. } = gate else { continue };
-        let metric_name = metric.name();
-        match baseline {
-            Baseline::Base if !validation.zero_shot => {
-                return refuse(format!(
-                    "a gate compares {metric_name} with the base model, which is not measured; set baselines.zeroShot: true"
-                ));
-            }
-            Baseline::FewShot if validation.few_shot_examples == 0 => {
-                return refuse(format!(
-                    "a gate compares {metric_name} with examples in the prompt, which is not measured; set \
-                     baselines.fewShot.examples to 1 or more"
-                ));
-            }
-            Baseline::FewShot => {
-                let measurable = match metric {
-                    Metric::ExactMatch => prepared.generation.iter().any(|row| row.few_shot_prompt.is_some()),
-                    Metric::EvalLoss | Metric::Perplexity | Metric::TokenAccuracy => {
-                        prepared.few_shot.total_tokens() > 0
-                    }
-                };
-                if !measurable {
-                    return refuse(format!(
-                        "a gate compares {metric_name} with examples in the prompt, and no validation row can be measured so: \
-                         with {} examples before it none fits into the model's context, or the training rows have another \
-                         shape; lower baselines.fewShot.examples",
-                        validation.few_shot_examples
-                    ));
-                }
-            }
-            Baseline::Base => {}
-        }
-    }
-    Ok(())
-}
-
-impl Planned {
-    /// The plan as the report has it.
-    pub fn report(&self) -> PlanReport {
-        PlanReport {
-            device: self.chosen.device_name.clone(),
-            precision: format!("{:?}", self.chosen.kind),
-            memory: self.estimate.memory,
-            memory_available: self.memory,
-            measured_peak: 0,
-            micro_batch_tokens: self.estimate.micro_batch_tokens,
-            total_steps: self.schedule.total_steps,
-            trainable_parameters: self.estimate.trainable_parameters,
-            total_parameters: self.estimate.base_parameters,
-            estimated_seconds: self.estimate.seconds,
-            measured_seconds: 0.0,
-        }
-    }
-
-    /// What was derived, and why.
-    pub fn derived(&self, config: &RunConfig) -> Vec<Event> {
-        let hyperparameters = &config.hyperparameters;
-        let chosen = &self.chosen;
-        let estimate = &self.estimate;
-        let derived = |name, value: String, reason: String| Event::Derived { name, value, reason };
-        let method = match &config.method {
-            Method::LoRA { lora } | Method::QLoRA { lora, .. } => {
-                format!("LoRA, rank {}, alpha {}", lora.rank, lora.alpha)
-            }
-            Method::Full {} => "full fine-tuning".to_owned(),
-        };
-        let share = 100.0 * estimate.trainable_parameters as f64 / estimate.base_parameters as f64;
-        vec![
-            derived("device", chosen.device_name.clone(), chosen.device_reason.clone()),
-            derived("precision", format!("{:?}", chosen.kind), chosen.kind_reason.clone()),
-            derived("threads", chosen.threads.to_string(), chosen.threads_reason.clone()),
-            derived(
-                "method",
-                method,
-                format!(
-                    "{} of {} parameters trained, {share:.2} %",
-                    estimate.trainable_parameters, estimate.base_parameters
-                ),
-            ),
-            derived(
-                "steps",
-                self.schedule.total_steps.to_string(),
-                format!(
-                    "{} rows / {} examples a step = {} steps a pass; {:?}",
-                    self.prepared.train.len(),
-                    hyperparameters.batch_size,
-                    self.order.steps_per_epoch(),
-                    hyperparameters.duration
-                ),
-            ),
-            derived(
-                "learning rate",
-                format!("{:e}", hyperparameters.learning_rate),
-                format!("{:?} after {} warm-up steps", hyperparameters.scheduler, self.schedule.warmup_steps),
-            ),
-            derived(
-                "micro-batch",
-                format!("{} tokens", estimate.micro_batch_tokens),
-                format!("backward pass recomputes: {:?}; the result does not depend on it", estimate.recompute),
-            ),
-            derived(
-                "estimated time",
-                crate::display::display_duration(estimate.seconds),
-                "from a measured matrix product".into(),
-            ),
-            Event::Plan(Box::new(self.report())),
-        ]
-    }
-
-    /// What `plan` prints: the configured method beside the other.
-    pub fn describe(&self, config: &RunConfig) -> String {
-        let cost = |seconds: f64| {
-            config
-                .resources
-                .price_per_hour
-                .map_or(String::new(), |price| format!(", cost {:.4}", seconds / 3600.0 * price))
-        };
-        let line = |name: &str, estimate: &Estimate| {
-            format!(
-                "{name:<6} {:>10} of memory{}, {:>9} trained parameters, about {} for {} steps{}",
-                display_bytes(estimate.memory.total),
-                if estimate.fits { "" } else { " (does not fit)" },
-                estimate.trainable_parameters,
-                crate::display::display_duration(estimate.seconds),
-                self.schedule.total_steps,
-                cost(estimate.seconds)
-            )
-        };
-        let (own, other) = match config.method {
-            Method::Full {} => ("Full", "LoRA"),
-            Method::LoRA { .. } | Method::QLoRA { .. } => ("LoRA", "Full"),
-        };
-        format!("{}\n{}", line(own, &self.estimate), line(other, &self.alternative))
-    }
 }
 
 /// Runs to the end, or to the next durable checkpoint after a stop was asked for. The report is on disk in either case.
@@ -624,52 +392,4 @@ fn usage(
         cost: cost(wall_seconds),
         full_fine_tuning_cost: full,
     }
-}
-
-fn publish(
-    config: &RunConfig,
-    context: &Context,
-    planned: &Planned,
-    parameters: &Parameters,
-    report: &Report,
-) -> Result<Artifact, Error> {
-    let output = context.run.join("output");
-    let (lora, kind) = match (&config.method, config.output.format) {
-        (Method::LoRA { lora } | Method::QLoRA { lora, .. }, format) => (Some(lora), format),
-        (Method::Full {}, _) => (None, OutputFormat::Merged),
-    };
-    let mut artifact = Artifact {
-        uri: format!("file://{}", output.display()),
-        digest: String::new(),
-        kind,
-        lora_rank: lora.filter(|_| kind == OutputFormat::Adapter).map(|lora| lora.rank),
-        base_model: config.model.uri.clone(),
-    };
-    let mut described = report.clone();
-    described.artifact = Some(artifact.clone());
-    let card = model_card(config, &described);
-    let prepared = &planned.prepared;
-    let plot = context.run.join("loss.svg");
-    artifact.digest = if let (Some(lora), OutputFormat::Adapter) = (lora, kind) {
-        let targets = target_linears(lora)?;
-        let tensors = surroundings::host_masters(parameters);
-        write_output(
-            &output,
-            &prepared.model,
-            &Weights::Adapter {
-                lora,
-                targets: &targets,
-                tensors: &surroundings::views(&tensors),
-                base_model: &config.model.uri,
-                revision: prepared.model_revision.as_deref(),
-            },
-            &card,
-            &plot,
-        )?
-    } else {
-        let tensors = model::merged(&prepared.model, parameters, lora)?;
-        let views = surroundings::views(&tensors);
-        write_output(&output, &prepared.model, &Weights::Model { tensors: &views }, &card, &plot)?
-    };
-    Ok(artifact)
 }

@@ -62,10 +62,13 @@ const NO_SHOTS: &str = "  validation: {baselines: {fewShot: {examples: 0}}}\n";
 fn cut_and_dropped_validation_rows_are_counted_and_named() {
     let long = "one two three one two three one two three";
     let validation = row("yes", "hi") + &row("yes", long) + &row(long, "hi");
-    let tokenized = prepare(&short_rows(), &validation, NO_SHOTS, 128).expect("tokens");
+    let whole = prepare(&short_rows(), &validation, NO_SHOTS, 128).expect("tokens").report;
+    assert_eq!((whole.held_out_truncated, whole.validation_rows), (0, 3), "longer than what is trained, and not cut");
+    let limit = whole.longest;
+    let rest = format!("{NO_SHOTS}  hyperparameters: {{maxSequenceLength: {limit}}}\n");
+    let tokenized = prepare(&short_rows(), &validation, &rest, 128).expect("tokens");
     let report = &tokenized.report;
     assert_eq!((report.held_out_truncated, report.held_out_untrained, report.validation_rows), (2, 1, 2));
-    let limit = report.max_sequence_length;
     assert_warned(
         &tokenized,
         &format!(

@@ -10,13 +10,13 @@ use tch::{Device, Kind, Tensor};
 use super::evaluation::{Answers, TUNED, measure};
 use super::{Context, Error, Planned};
 use crate::checkpoint::{Content, Store, Stored};
-use crate::device::EnergyMeter;
+use crate::device::{self, EnergyMeter};
 use crate::export::dtype;
 use crate::history::History;
 use crate::model::Llama;
 use crate::optim::Parameters;
 use crate::record::{CheckpointRecord, Event, Observer};
-use crate::shim::tensor_bytes;
+use crate::shim::{release_free_memory, tensor_bytes};
 use crate::train::{self, Surroundings, TrainState};
 use crate::weights::{MappedFile, TensorView, write_safetensors};
 
@@ -81,6 +81,10 @@ impl RunSurroundings<'_> {
 
     /// Hands an event to the record and to the observer.
     pub fn emit_event(&mut self, event: &Event) -> Result<(), Error> {
+        if matches!(event, Event::Stage(_)) {
+            // What one stage needed stands in the way of the next.
+            release_free_memory();
+        }
         let failed = |source| Error::Write { path: self.context.run.into(), source };
         self.history.observe(event).map_err(failed)?;
         self.observer.observe(event).map_err(failed)
@@ -89,10 +93,18 @@ impl RunSurroundings<'_> {
 
 impl Surroundings for RunSurroundings<'_> {
     fn emit(&mut self, event: Event) -> Result<(), crate::Error> {
+        // Rows of ever new lengths leave holes in the heap. They are kept for speed as long as the plan is kept.
+        if matches!(event, Event::Step(_))
+            && device::resident_memory().is_some_and(|bytes| bytes > self.planned.estimate.memory.total)
+        {
+            release_free_memory();
+        }
         self.emit_event(&event)
     }
 
     fn evaluate(&mut self, model: &Llama, micro_batch_tokens: i64) -> Result<Option<Scores>, crate::Error> {
+        // Training is between two steps: nearly all of its memory is free, and measuring needs other pieces of it.
+        release_free_memory();
         let answers =
             if self.config.validation.metric == Metric::ExactMatch { Answers::Asked } else { Answers::NotAsked };
         let measured = measure(
