@@ -280,7 +280,9 @@ fn a_full_disk_keeps_what_is_there_and_the_run_goes_on_once_there_is_space() {
     let job = Job::new();
     let mut child = job.start();
     let committed = || {
-        let is_whole = |path: &std::path::PathBuf| path.join("manifest.json").exists();
+        let is_whole = |path: &std::path::PathBuf| {
+            path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("step-"))
+        };
         job.checkpoints().into_iter().filter(is_whole).collect::<Vec<_>>()
     };
     while committed().is_empty() {
