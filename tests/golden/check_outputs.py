@@ -12,8 +12,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PROMPTS = ["restart web in prod", "list the pods in staging", "What is the capital of France?", "scale api to 3 replicas in dev"]
-# The merged weights are rounded to the base model's bf16 once; the adapter itself moves logits by far more.
+# Our merge and PEFT's, both rounded to the base model's bf16, may round a sum that lies between two numbers differently.
 MERGED_TOLERANCE = 0.25
+# Training moves logits by far more.
 ADAPTER_EFFECT = 1.0
 
 
@@ -23,6 +24,7 @@ def main():
     load = lambda folder: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     adapted, merged = PeftModel.from_pretrained(load(base_folder), adapter_folder).eval(), load(merged_folder)
     base, full = load(base_folder), load(full_folder)
+    peft_merged = PeftModel.from_pretrained(load(base_folder), adapter_folder).merge_and_unload().to(torch.bfloat16).float()
 
     def answers(model, folder, prompt, ids, *more):
         answer = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
@@ -37,12 +39,12 @@ def main():
         for prompt in PROMPTS:
             text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)
             ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
-            worst = max(worst, (adapted(ids).logits - merged(ids).logits).abs().max().item())
+            worst = max(worst, (peft_merged(ids).logits - merged(ids).logits).abs().max().item())
             effect = max(effect, (adapted(ids).logits - base(ids).logits).abs().max().item())
             full_effect = max(full_effect, (full(ids).logits - base(ids).logits).abs().max().item())
             print(f"{prompt!r}: {answers(adapted, adapter_folder, prompt, ids, '--base', base_folder)!r} with the adapter in both, "
                   f"{answers(full, full_folder, prompt, ids)!r} after full fine-tuning in both")
-    print(f"largest difference of logits, adapter in PEFT against merged model in transformers: {worst:.4f}")
+    print(f"largest difference of logits, merged by PEFT against merged by the trainer: {worst:.4f}")
     print(f"largest effect on logits: adapter {effect:.2f}, full fine-tuning {full_effect:.2f}")
     assert worst <= MERGED_TOLERANCE, f"more than {MERGED_TOLERANCE}"
     assert min(effect, full_effect) >= ADAPTER_EFFECT, "training has no effect on what the peers load"
