@@ -7,7 +7,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::exit::ExitCode;
-use crate::run::{Baseline, Gate, Metric};
+use crate::run::{Gate, Metric};
 
 /// What the trainer is doing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -194,16 +194,6 @@ pub struct ValidationReport {
     pub verdict: Verdict,
     /// The verdict in one plain sentence.
     pub summary: String,
-}
-
-impl ValidationReport {
-    /// The scores of a baseline, if it was measured.
-    pub const fn baseline(&self, baseline: Baseline) -> Option<&Scores> {
-        match baseline {
-            Baseline::Base => self.zero_shot.as_ref(),
-            Baseline::FewShot => self.few_shot.as_ref(),
-        }
-    }
 }
 
 /// What the data check found.

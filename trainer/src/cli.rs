@@ -24,7 +24,6 @@ use crate::serve::{Server, Telemetry};
 use crate::signal::Stop;
 use crate::source::HubSettings;
 use crate::tokenizer::Tokenizer;
-use crate::train::is_out_of_memory;
 
 /// Fine-tunes and validates a language model from a FineTuneJob file.
 #[derive(Debug, Parser)]
@@ -135,19 +134,10 @@ fn fail(exit: ExitCode, message: &str) -> ExitCode {
     exit
 }
 
-/// Reports a panic: a bug of ours, or exhausted memory that libtorch reports as one.
-pub fn report_panic(text: &str) -> ExitCode {
-    let first = text.lines().next().unwrap_or_default();
-    if is_out_of_memory(text) {
-        let message =
-            format!("out of memory ({first}); lower hyperparameters.maxSequenceLength or give the job more memory");
-        return fail(ExitCode::OutOfMemory, &message);
-    }
-    let message = format!(
-        "a bug in finetune-trainer {}: {first}; please report it with the FineTuneJob",
-        env!("CARGO_PKG_VERSION")
-    );
-    fail(ExitCode::InternalError, &message)
+/// Reports a panic that no run has reported.
+pub fn report_panic(payload: &(dyn std::any::Any + Send)) -> ExitCode {
+    let error = crate::Error::from_panic(payload);
+    fail(error.exit(), &error.to_string())
 }
 
 /// Executes a command.

@@ -17,9 +17,6 @@ fn main() -> ExitCode {
         Ok(arguments) => execute(&arguments, &environment),
         Err(code) => code,
     });
-    let code = code.unwrap_or_else(|payload| {
-        let text = payload.downcast_ref::<String>().map(String::as_str).or(payload.downcast_ref::<&str>().copied());
-        trainer::cli::report_panic(text.unwrap_or("no message"))
-    });
+    let code = code.unwrap_or_else(|payload| trainer::cli::report_panic(payload.as_ref()));
     ExitCode::from(code.code())
 }

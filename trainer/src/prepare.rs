@@ -18,23 +18,13 @@ use crate::data::generation::GenerationRow;
 use crate::data::{self, Inputs, Tokenized};
 use crate::model::Config;
 use crate::signal::Stop;
-use crate::source::{self, Fetched, HubSettings, fetch_model, fetch_rows};
+use crate::source::{self, Fetched, HubSettings, MODEL_TEXTS, fetch_model, fetch_rows};
 use crate::weights;
 
 const MANIFEST: &str = "manifest.json";
 /// Files and columns of the product; a product of another layout is made again.
 const LAYOUT: i32 = 2;
 const SOURCES: &str = "sources.json";
-/// What decides how a model's weights are used and a text is tokenised.
-const MODEL_TEXTS: [&str; 7] = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "additional_chat_templates/tool_use.jinja",
-];
 
 /// Preparation failed.
 #[derive(Debug, thiserror::Error)]

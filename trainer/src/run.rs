@@ -94,6 +94,13 @@ pub enum Error {
 }
 
 impl Error {
+    /// What a panic means: libtorch reports exhausted memory as one, everything else is a bug.
+    pub fn from_panic(payload: &(dyn std::any::Any + Send)) -> Self {
+        let text = train::panic_text(payload).unwrap_or("no message");
+        let first = text.lines().next().unwrap_or_default().to_owned();
+        if train::is_out_of_memory(text) { Self::OutOfMemory(first) } else { Self::Bug { message: first } }
+    }
+
     /// The exit code that this error ends the trainer with.
     pub fn exit(&self) -> ExitCode {
         match self {
@@ -194,7 +201,7 @@ pub fn run(config: &RunConfig, context: &Context, observer: &mut dyn Observer) -
     };
     // The last word is written whatever happens, a panic included.
     let attempted = std::panic::AssertUnwindSafe(|| stages(config, context, observer, &mut report));
-    let result = std::panic::catch_unwind(attempted).unwrap_or_else(|payload| Err(panicked(payload.as_ref())));
+    let result = std::panic::catch_unwind(attempted).unwrap_or_else(|payload| Err(Error::from_panic(payload.as_ref())));
     if let Err(error) = &result {
         report.failure = Some(Failure::new(error.exit(), error.to_string()));
         if error.exit() != ExitCode::Preempted {
@@ -206,14 +213,6 @@ pub fn run(config: &RunConfig, context: &Context, observer: &mut dyn Observer) -
     result?;
     written.map_err(|source| Error::Write { path: context.run.into(), source })?;
     Ok(report)
-}
-
-/// What a panic means: libtorch reports exhausted memory as one, everything else is a bug.
-fn panicked(payload: &(dyn std::any::Any + Send)) -> Error {
-    let text = payload.downcast_ref::<String>().map(String::as_str).or(payload.downcast_ref::<&str>().copied());
-    let text = text.unwrap_or("no message");
-    let first = text.lines().next().unwrap_or_default().to_owned();
-    if train::is_out_of_memory(text) { Error::OutOfMemory(first) } else { Error::Bug { message: first } }
 }
 
 fn stages(

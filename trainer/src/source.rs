@@ -9,6 +9,17 @@ use crds::exit::ExitCode;
 
 pub use hub::HubSettings;
 
+/// What decides how a model's weights are used and a text is tokenised: read beside the weights, as far as it is there.
+pub const MODEL_TEXTS: [&str; 7] = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "additional_chat_templates/tool_use.jinja",
+];
+
 /// A source could not be used.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {

@@ -14,20 +14,11 @@ use hf_hub::progress::{DownloadEvent, ProgressEvent, ProgressHandler};
 use hf_hub::repository::RepoTreeEntry;
 use hf_hub::{HFClientSync, HFError, HFRepositorySync, RepoType};
 
-use super::Fetched;
+use super::{Fetched, MODEL_TEXTS};
 use crate::checkpoint::{digest_file, write_atomically};
 
-/// Single files of a model that are read; its weights besides, see [`is_read`].
-const MODEL_FILES: [&str; 8] = [
-    "model.safetensors.index.json",
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "additional_chat_templates/tool_use.jinja",
-];
+/// Which file holds which tensor, where there are several.
+const WEIGHTS_INDEX: &str = "model.safetensors.index.json";
 
 /// How the hub is reached. The token is not printed.
 #[derive(Clone)]
@@ -203,7 +194,7 @@ fn is_weights(path: &str) -> bool {
 }
 
 fn is_read(path: &str) -> bool {
-    MODEL_FILES.contains(&path) || is_weights(path)
+    path == WEIGHTS_INDEX || MODEL_TEXTS.contains(&path) || is_weights(path)
 }
 
 /// A file as the hub lists it.
