@@ -215,6 +215,7 @@ impl Resolver<'_> {
             }),
             output: output(job),
             resources: self.resources(job),
+            storage: None,
         }
     }
 
@@ -304,6 +305,7 @@ fn output(job: &FineTuneJob) -> OutputConfig {
     OutputConfig {
         format: spec.format.unwrap_or(default),
         publish_always: spec.publish_when == Some(PublishWhen::Always),
+        uri: None,
     }
 }
 

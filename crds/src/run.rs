@@ -38,6 +38,21 @@ pub struct RunConfig {
     pub output: OutputConfig,
     /// What the job may use.
     pub resources: ResourceLimits,
+    /// Where the volumes are; absent in local runs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub storage: Option<StorageConfig>,
+}
+
+/// Where a pod finds its volumes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct StorageConfig {
+    /// The run directory: everything that the stages leave for each other.
+    pub directory: String,
+    /// What `directory` is called outside of the pod: `pvc://claim` or `pvc://claim/path`.
+    pub uri: String,
+    /// Folder where each claim is mounted that a `pvc://` URI of this configuration names.
+    pub claims: std::collections::BTreeMap<String, String>,
 }
 
 /// Which job and attempt a run belongs to; checked against every checkpoint before it is trusted.
@@ -437,6 +452,9 @@ pub struct OutputConfig {
     pub format: OutputFormat,
     /// Write the output even if validation failed.
     pub publish_always: bool,
+    /// Where it is copied to: `pvc://claim/path`; `None`: it stays in the run directory.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub uri: Option<String>,
 }
 
 /// What the job may use. In a cluster the kubelet enforces it; a local run has no scheduler and no enforcer, so it holds
