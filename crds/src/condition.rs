@@ -46,6 +46,10 @@ pub mod reason {
         RESOURCE_LIMIT_EXCEEDED = "ResourceLimitExceeded";
         /// Accepted: a source lies outside of what the profile allows.
         SOURCE_NOT_ALLOWED = "SourceNotAllowed";
+        /// Accepted: the profile does not allow a toleration, node selector, priority class or queue.
+        SCHEDULING_NOT_ALLOWED = "SchedulingNotAllowed";
+        /// Accepted: something is asked for that this version does not do.
+        NOT_SUPPORTED = "NotSupported";
         /// Accepted: an object of another owner has the name that a child would get.
         CHILD_NAME_TAKEN = "ChildNameTaken";
 
@@ -104,6 +108,14 @@ pub mod reason {
         DEADLINE_EXCEEDED = "DeadlineExceeded";
         /// Failed: `startDeadlineSeconds` went by before a training pod ran.
         START_DEADLINE_EXCEEDED = "StartDeadlineExceeded";
+        /// An attempt ended and left neither a pod nor a report.
+        REPORT_MISSING = "ReportMissing";
+        /// An attempt was killed: no condition says by whom.
+        KILLED = "Killed";
+        /// The Job of an attempt was deleted by someone else.
+        JOB_DELETED = "JobDeleted";
+        /// An attempt was held by `spec.suspend`.
+        HELD = "Held";
         /// Failed: several attempts in a row left no new checkpoint.
         NO_PROGRESS = "NoProgress";
     }
@@ -122,6 +134,10 @@ pub mod event {
         TRAINING_STARTED = "TrainingStarted";
         /// A checkpoint was committed.
         CHECKPOINT_SAVED = "CheckpointSaved";
+        /// The job cannot run as it is written.
+        NOT_ACCEPTED = "NotAccepted";
+        /// An attempt failed.
+        ATTEMPT_FAILED = "AttemptFailed";
         /// An attempt gave way.
         PREEMPTED = "Preempted";
         /// An attempt continues a checkpoint.

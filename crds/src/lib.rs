@@ -13,6 +13,7 @@ pub mod condition;
 pub mod exit;
 pub mod finetunejob;
 pub mod profile;
+pub mod quantity;
 pub mod report;
 pub mod resolve;
 pub mod run;

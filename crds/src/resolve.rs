@@ -3,14 +3,18 @@
 //! What the trainer does not honour yet is refused here, by name; what can do no harm here is warned about, by name. A
 //! setting is never ignored.
 
+mod cluster;
 mod resources;
 #[cfg(test)]
 mod tests;
 
-use std::path::Path;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
-use serde_json::Value;
+pub use cluster::{VolumeClaim, claim_of, hyperparameters_spec, volume_claim};
+pub use resources::{accelerators, training_resources};
 
+use crate::condition::reason;
 use crate::finetunejob::{
     FineTuneJob, GateOperator, GateSpec, HyperparametersSpec, LoraSpec, MethodType, OnFailure, PublishWhen, Resume,
     RowSource, Uri,
@@ -25,6 +29,8 @@ use crate::run::{
 /// Something to tell about a field.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Finding {
+    /// Why, as the reason of a condition.
+    pub reason: &'static str,
     /// Path of the field, as the API server writes it.
     pub field: String,
     /// What is wrong with it and what to do.
@@ -43,33 +49,40 @@ pub struct Resolved {
 /// Where the job runs.
 #[derive(Clone, Copy, Debug)]
 pub enum Target<'a> {
-    /// On this machine; relative `file://` sources start from this folder.
+    /// On this machine.
     Local {
-        /// The folder of the YAML file.
+        /// The folder of the YAML file, from which relative `file://` sources start.
         folder: &'a Path,
+        /// Folders that stand for the claims of `pvc://` sources.
+        claims: &'a BTreeMap<String, PathBuf>,
     },
+    /// In pods of the job's namespace.
+    Cluster,
 }
 
-/// Fields that are not honoured yet: JSON pointer below `spec`, and the value that is as good as absent.
-const NOT_SUPPORTED: [(&str, Value); 18] = [
-    ("/model/secretRef", Value::Null),
-    ("/dataset/train/secretRef", Value::Null),
-    ("/dataset/train/columnMap", Value::Null),
-    ("/dataset/validation/secretRef", Value::Null),
-    ("/dataset/validation/columnMap", Value::Null),
-    ("/validation/forgetting/dataset/secretRef", Value::Null),
-    ("/validation/forgetting/dataset/columnMap", Value::Null),
-    ("/scheduling", Value::Null),
-    ("/checkpoint/resumeFrom", Value::Null),
-    ("/checkpoint/storage", Value::Null),
-    ("/output/uri", Value::Null),
-    ("/output/secretRef", Value::Null),
-    ("/failurePolicy", Value::Null),
-    ("/startDeadlineSeconds", Value::Null),
-    ("/activeDeadlineSeconds", Value::Null),
-    ("/ttlSecondsAfterFinished", Value::Null),
-    ("/managedBy", Value::Null),
-    ("/suspend", Value::Bool(false)),
+/// Fields that are not honoured yet: JSON pointer below `spec`.
+const NOT_SUPPORTED: [&str; 9] = [
+    "/model/secretRef",
+    "/dataset/train/secretRef",
+    "/dataset/train/columnMap",
+    "/dataset/validation/secretRef",
+    "/dataset/validation/columnMap",
+    "/validation/forgetting/dataset/secretRef",
+    "/validation/forgetting/dataset/columnMap",
+    "/checkpoint/resumeFrom",
+    "/output/secretRef",
+];
+
+/// Fields that mean nothing without a cluster: JSON pointer below `spec`, and what holds instead.
+const CLUSTER_ONLY: [(&str, &str); 8] = [
+    ("/scheduling", "a local run has no scheduler"),
+    ("/checkpoint/storage", "a local run keeps its checkpoints in the run directory (--dir)"),
+    ("/output/uri", "a local run leaves its output in the run directory (--dir)"),
+    ("/failurePolicy", "a local run is started again by hand, and continues"),
+    ("/startDeadlineSeconds", "a local run starts at once"),
+    ("/activeDeadlineSeconds", "a local run trains until it is done or stopped"),
+    ("/ttlSecondsAfterFinished", "a local run leaves its directory"),
+    ("/managedBy", "a local run has no controller"),
 ];
 
 /// Resolves a job, by the profile that it names, for `target`.
@@ -77,9 +90,8 @@ pub fn resolve(job: &FineTuneJob, profiles: &Profiles, target: Target) -> Result
     let name = job.spec.profile.as_deref().unwrap_or(profile::DEFAULT);
     let Some(profile) = profiles.get(name) else {
         let known: Vec<&str> = profiles.keys().map(String::as_str).collect();
-        let message =
-            format!("no profile {name}, expected one of {}; --profiles FILE gives other ones", known.join(", "));
-        return Err(vec![Finding { field: "spec.profile".into(), message }]);
+        let message = format!("no profile {name}, expected one of {}{}", known.join(", "), target.where_profiles_are());
+        return Err(vec![Finding { reason: reason::PROFILE_NOT_FOUND, field: "spec.profile".into(), message }]);
     };
     let mut resolver = Resolver { profile, target, problems: Vec::new(), warnings: Vec::new() };
     let config = resolver.resolve(job);
@@ -87,6 +99,15 @@ pub fn resolve(job: &FineTuneJob, profiles: &Profiles, target: Target) -> Result
         Ok(Resolved { config, warnings: resolver.warnings })
     } else {
         Err(resolver.problems)
+    }
+}
+
+impl Target<'_> {
+    const fn where_profiles_are(self) -> &'static str {
+        match self {
+            Self::Local { .. } => "; --profiles FILE gives other ones",
+            Self::Cluster => "; the administrator of the operator defines them",
+        }
     }
 }
 
@@ -99,23 +120,34 @@ struct Resolver<'a> {
 
 impl Resolver<'_> {
     fn refuse(&mut self, field: &str, message: impl Into<String>) {
-        self.problems.push(Finding { field: field.into(), message: message.into() });
+        self.refuse_because(reason::NOT_SUPPORTED, field, message);
+    }
+
+    fn refuse_because(&mut self, reason: &'static str, field: &str, message: impl Into<String>) {
+        self.problems.push(Finding { reason, field: field.into(), message: message.into() });
     }
 
     fn warn(&mut self, field: &str, message: impl Into<String>) {
-        self.warnings.push(Finding { field: field.into(), message: message.into() });
+        self.warnings.push(Finding { reason: reason::NOT_SUPPORTED, field: field.into(), message: message.into() });
     }
 
     fn refuse_unsupported(&mut self, job: &FineTuneJob) {
         let spec = serde_json::to_value(&job.spec).expect("a spec is JSON");
-        for (pointer, absent) in &NOT_SUPPORTED {
-            if spec.pointer(pointer).is_some_and(|value| value != absent && !value.is_null()) {
-                let field = format!("spec{}", pointer.replace('/', "."));
-                self.refuse(&field, "not supported yet by local runs: remove it");
-            }
+        let is_set = |pointer: &str| spec.pointer(pointer).is_some_and(|value| !value.is_null());
+        let field = |pointer: &str| format!("spec{}", pointer.replace('/', "."));
+        for pointer in NOT_SUPPORTED.into_iter().filter(|pointer| is_set(pointer)) {
+            self.refuse(&field(pointer), "not supported yet: remove it");
         }
-        if job.spec.stop_requested {
-            self.refuse("spec.stopRequested", "not supported yet by local runs: press Ctrl-C instead");
+        if matches!(self.target, Target::Local { .. }) {
+            for (pointer, instead) in CLUSTER_ONLY.into_iter().filter(|(pointer, _)| is_set(pointer)) {
+                self.warn(&field(pointer), format!("has no effect: {instead}"));
+            }
+            if job.spec.suspend {
+                self.refuse("spec.suspend", "a suspended job does not run: remove it");
+            }
+            if job.spec.stop_requested {
+                self.refuse("spec.stopRequested", "a local run is stopped by Ctrl-C: remove it");
+            }
         }
         if job.spec.nodes != 1 {
             self.refuse("spec.nodes", "not supported yet: more than one node");
@@ -128,23 +160,34 @@ impl Resolver<'_> {
     /// A source that this version fetches, with a relative path made absolute.
     fn source(&mut self, field: &str, uri: &Uri) -> String {
         let uri = uri.0.as_str();
-        if !self.profile.allowed_source_prefixes.is_empty()
-            && !self.profile.allowed_source_prefixes.iter().any(|prefix| uri.starts_with(prefix.as_str()))
-        {
-            let allowed = self.profile.allowed_source_prefixes.join(", ");
-            self.refuse(field, format!("the profile allows sources that begin with {allowed}"));
-        }
-        let Target::Local { folder } = self.target;
-        match uri.split_once("://") {
-            Some(("file", path)) => {
+        self.allowed(field, uri);
+        match (uri.split_once("://"), self.target) {
+            (Some(("hf", _)) | None, _) | (Some(("pvc", _)), Target::Cluster) => uri.to_owned(),
+            (Some(("file", path)), Target::Local { folder, .. }) => {
                 let path = Path::new(path);
                 format!("file://{}", if path.is_absolute() { path.into() } else { folder.join(path) }.display())
             }
-            Some(("hf", _)) | None => uri.to_owned(),
-            Some((scheme, _)) => {
-                self.refuse(field, format!("not supported yet: {scheme}:// sources; use hf:// or file://"));
+            (Some(("pvc", path)), Target::Local { folder, claims }) => {
+                let (claim, path) = path.split_once('/').unwrap_or((path, ""));
+                if let Some(stand_in) = claims.get(claim) {
+                    return format!("file://{}", folder.join(stand_in).join(path).display());
+                }
+                self.refuse(field, format!("no folder stands for the claim {claim}: add --claim {claim}=FOLDER"));
                 uri.to_owned()
             }
+            (Some((scheme, _)), target) => {
+                let known = if matches!(target, Target::Cluster) { "pvc://" } else { "file://" };
+                self.refuse(field, format!("not supported yet: {scheme}:// sources; use hf:// or {known}"));
+                uri.to_owned()
+            }
+        }
+    }
+
+    fn allowed(&mut self, field: &str, uri: &str) {
+        let prefixes = &self.profile.allowed.source_prefixes;
+        if !profile::allows_prefix(prefixes, uri) {
+            let message = format!("the profile allows sources that begin with {}", prefixes.join(", "));
+            self.refuse_because(reason::SOURCE_NOT_ALLOWED, field, message);
         }
     }
 
@@ -174,8 +217,8 @@ impl Resolver<'_> {
             (None, Some(percent)) => ValidationRows::SplitPercent(percent),
             (None, None) => ValidationRows::None,
         };
-        if spec.model.revision.is_some() && spec.model.uri.0.starts_with("file://") {
-            self.refuse("spec.model.revision", "a file:// model has no revisions: remove it, or use hf://");
+        if spec.model.revision.is_some() && !spec.model.uri.0.starts_with("hf://") {
+            self.refuse("spec.model.revision", "only a hf:// model has revisions: remove it");
         }
         if validation_rows == ValidationRows::None
             && spec.checkpoint.as_ref().and_then(|checkpoint| checkpoint.keep.as_ref()?.best).is_some()
@@ -190,7 +233,15 @@ impl Resolver<'_> {
         let has_validation = validation_rows != ValidationRows::None;
         RunConfig {
             version: RUN_CONFIG_VERSION,
-            job: JobIdentity { uid: local_uid(&name), name, namespace: job.metadata.namespace.clone(), attempt: None },
+            job: JobIdentity {
+                uid: match self.target {
+                    Target::Local { .. } => local_uid(&name),
+                    Target::Cluster => job.metadata.uid.clone().unwrap_or_default(),
+                },
+                name,
+                namespace: job.metadata.namespace.clone(),
+                attempt: None,
+            },
             model: ModelSource {
                 uri: self.source("spec.model.uri", &spec.model.uri),
                 revision: spec.model.revision.clone(),
@@ -213,9 +264,9 @@ impl Resolver<'_> {
                 patience: stopping.patience.into(),
                 min_delta: stopping.min_delta.as_ref().map_or(0.0, crate::finetunejob::Decimal::value),
             }),
-            output: output(job),
+            output: self.output(job),
             resources: self.resources(job),
-            storage: None,
+            storage: self.storage(job),
         }
     }
 
@@ -235,6 +286,26 @@ impl Resolver<'_> {
             gates: validation.gates.iter().filter_map(gate).collect(),
             forgetting,
             fail_on_gate: validation.on_failure != Some(OnFailure::Complete),
+        }
+    }
+}
+
+impl Resolver<'_> {
+    fn output(&mut self, job: &FineTuneJob) -> OutputConfig {
+        let spec = job.spec.output.clone().unwrap_or_default();
+        let is_full = job.spec.method.method_type == MethodType::Full;
+        let uri = spec.uri.map(|uri| uri.0).filter(|_| matches!(self.target, Target::Cluster));
+        if let Some(uri) = &uri {
+            let field = "spec.output.uri";
+            self.allowed(field, uri);
+            if claim_of(uri).is_none_or(|(_, path)| path.is_empty()) {
+                self.refuse(field, format!("not supported yet: {uri}; use pvc://claim/path, or leave it out"));
+            }
+        }
+        OutputConfig {
+            format: spec.format.unwrap_or(if is_full { OutputFormat::Merged } else { OutputFormat::Adapter }),
+            publish_always: spec.publish_when == Some(PublishWhen::Always),
+            uri,
         }
     }
 }
@@ -295,17 +366,6 @@ fn checkpoint(job: &FineTuneJob) -> CheckpointConfig {
         keep_latest: keep.and_then(|keep| keep.latest).map_or(2, i64::from),
         keep_best: keep.and_then(|keep| keep.best).map_or(1, i64::from),
         resume: spec.resume != Some(Resume::Never),
-    }
-}
-
-fn output(job: &FineTuneJob) -> OutputConfig {
-    let spec = job.spec.output.clone().unwrap_or_default();
-    let default =
-        if job.spec.method.method_type == MethodType::Full { OutputFormat::Merged } else { OutputFormat::Adapter };
-    OutputConfig {
-        format: spec.format.unwrap_or(default),
-        publish_always: spec.publish_when == Some(PublishWhen::Always),
-        uri: None,
     }
 }
 

@@ -5,7 +5,7 @@ use kube::KubeSchema;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::run::{Metric, OutputFormat};
+use crate::run::{Baseline, Metric, OutputFormat, PodStage};
 
 /// Where a job is, for people; derived from the conditions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -51,9 +51,9 @@ pub struct FineTuneJobStatus {
     /// When the job ended.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub completion_time: Option<Time>,
-    /// Stage that runs: prepare, train, publish.
+    /// Stage that runs.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub stage: Option<String>,
+    pub stage: Option<PodStage>,
     /// How far training is.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub progress: Option<ProgressStatus>,
@@ -90,10 +90,52 @@ pub struct FineTuneJobStatus {
     /// What the job used.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub usage: Option<UsageStatus>,
-    /// Names of the stage Jobs.
+    /// The newest attempts, each a Job, newest last. An attempt is listed before its Job is made.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[schemars(length(max = 64))]
-    pub job_refs: Vec<String>,
+    #[schemars(length(max = 16))]
+    pub job_refs: Vec<JobReference>,
+}
+
+/// One attempt of one stage: a Job that is made once.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct JobReference {
+    /// `metadata.name` of the Job.
+    pub name: String,
+    /// Stage of the job.
+    pub stage: PodStage,
+    /// Counted from 1 in each stage.
+    pub attempt: i32,
+    /// `metadata.uid` of the Job, once it was seen.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub uid: Option<String>,
+    /// When its pod began to run.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub start_time: Option<Time>,
+    /// When it ended.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub completion_time: Option<Time>,
+    /// How it ended; absent while it has not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub outcome: Option<AttemptOutcome>,
+    /// Why: the reason of its exit code, or what became of its pod.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+}
+
+/// How an attempt ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum AttemptOutcome {
+    /// Its stage is done.
+    Done,
+    /// It gave way; counted in `failurePolicy.maxPreemptions`.
+    Preempted,
+    /// It failed, and another one may not; counted in `failurePolicy.maxRetries`.
+    Failed,
+    /// It failed, and so would every other.
+    Final,
+    /// It was held; counted in neither.
+    Suspended,
 }
 
 /// How far training is.
@@ -207,6 +249,12 @@ pub struct GateStatus {
     /// The bound.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub value: Option<String>,
+    /// Whose value is to be beaten.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub baseline: Option<Baseline>,
+    /// By how much.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub by: Option<String>,
     /// What was found.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub observed: Option<String>,
@@ -237,6 +285,9 @@ pub struct ValidationStatus {
     /// Better, NotWorthIt, GateFailed or NotValidated.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub verdict: Option<String>,
+    /// The verdict in one sentence.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub summary: Option<String>,
 }
 
 /// What the data check found.
@@ -287,6 +338,9 @@ pub struct ResolvedStatus {
     /// Image of the trainer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub image: Option<String>,
+    /// The volume of the run.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub claim: Option<String>,
 }
 
 /// How many attempts there were.
@@ -302,6 +356,12 @@ pub struct AttemptsStatus {
     /// Step that the last one continued from.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub resumed_from_step: Option<i64>,
+    /// Training attempts in a row that left no new checkpoint.
+    #[serde(default)]
+    pub without_checkpoint: i32,
+    /// Newest step that a checkpoint is known of.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub checkpoint_step: Option<i64>,
 }
 
 /// Why the last attempt failed.
@@ -339,7 +399,10 @@ pub struct ArtifactStatus {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct UsageStatus {
-    /// Seconds of accelerators.
+    /// Seconds of training pods over all ended attempts.
+    #[serde(default)]
+    pub train_seconds: i64,
+    /// Of these, seconds times accelerators.
     pub gpu_seconds: i64,
     /// At the profile's price, a decimal.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -1,17 +1,53 @@
-//! Resource requirements, as far as one machine without a scheduler can keep them.
+//! Resource requirements: the job's over the profile's, within the profile's maximum.
 
 use std::collections::BTreeMap;
 
+use k8s_openapi::api::core::v1::ResourceRequirements;
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
-use super::Resolver;
+use super::{Resolver, Target};
+use crate::condition::reason;
 use crate::finetunejob::FineTuneJob;
+use crate::quantity::value;
 use crate::run::ResourceLimits;
+
+/// What a training pod asks for: the profile's requirements with each that the job names in its place. A limit of the job
+/// does away with the profile's request of the same resource, which could be above it.
+pub fn training_resources(job: &FineTuneJob, profile: &ResourceRequirements) -> ResourceRequirements {
+    let own = job.spec.resources.clone().unwrap_or_default().0;
+    let (own_limits, own_requests) = (own.limits.unwrap_or_default(), own.requests.unwrap_or_default());
+    let mut limits = profile.limits.clone().unwrap_or_default();
+    let mut requests = profile.requests.clone().unwrap_or_default();
+    requests.retain(|name, _| !own_limits.contains_key(name));
+    limits.extend(own_limits);
+    requests.extend(own_requests);
+    ResourceRequirements {
+        limits: Some(limits).filter(|limits| !limits.is_empty()),
+        requests: Some(requests).filter(|requests| !requests.is_empty()),
+        claims: None,
+    }
+}
+
+/// Whether a resource is an accelerator: all that Kubernetes does not know itself.
+pub fn is_accelerator(resource: &str) -> bool {
+    resource.contains('/')
+}
+
+/// Accelerators of a pod.
+pub fn accelerators(resources: &ResourceRequirements) -> i64 {
+    let limits = resources.limits.iter().flatten().filter(|(name, _)| is_accelerator(name));
+    limits.filter_map(|(_, quantity)| value(&quantity.0)).sum::<f64>() as i64
+}
 
 impl Resolver<'_> {
     pub(super) fn resources(&mut self, job: &FineTuneJob) -> ResourceLimits {
         let mut resolved = ResourceLimits { price_per_hour: self.profile.price_per_hour, ..ResourceLimits::default() };
-        let resources = job.spec.resources.clone().unwrap_or_default().0;
+        let local = matches!(self.target, Target::Local { .. });
+        let own = job.spec.resources.clone().unwrap_or_default().0;
+        self.within_maximum("limits", own.limits.as_ref());
+        self.within_maximum("requests", own.requests.as_ref());
+        // A laptop is not what the profile describes.
+        let resources = if local { own } else { training_resources(job, &self.profile.resources) };
         for (name, quantity) in resources.limits.iter().flatten() {
             let field = format!("spec.resources.limits{}", member(name));
             match name.as_str() {
@@ -20,21 +56,37 @@ impl Resolver<'_> {
                         self.amount(&field, quantity, "16Gi", |bytes| bytes >= 1.0).map(|b| b as i64);
                 }
                 "cpu" => resolved.cpus = self.amount(&field, quantity, "2", |cpus| cpus > 0.0),
-                _ if name.contains('/') => {
+                _ if is_accelerator(name) => {
                     let count = self.amount(&field, quantity, "1", |count| count.fract() == 0.0).unwrap_or_default();
                     if count > 1.0 || (count > 0.0 && resolved.accelerator) {
                         self.refuse(&field, "not supported yet: more than one accelerator");
                     }
                     resolved.accelerator |= count > 0.0;
                 }
-                _ => self.warn(&field, "a local run does not enforce this limit"),
+                _ if local => self.warn(&field, "a local run does not enforce this limit"),
+                _ => {}
             }
         }
-        for name in resources.requests.as_ref().unwrap_or(&BTreeMap::new()).keys() {
-            let field = format!("spec.resources.requests{}", member(name));
-            self.warn(&field, "a local run has no scheduler: nothing is reserved");
+        if local {
+            for name in resources.requests.as_ref().unwrap_or(&BTreeMap::new()).keys() {
+                let field = format!("spec.resources.requests{}", member(name));
+                self.warn(&field, "a local run has no scheduler: nothing is reserved");
+            }
+        } else if self.profile.fall_back_to_cpu {
+            resolved.accelerator = false;
         }
         resolved
+    }
+
+    fn within_maximum(&mut self, kind: &str, asked: Option<&BTreeMap<String, Quantity>>) {
+        for (name, quantity) in asked.into_iter().flatten() {
+            let Some(maximum) = self.profile.max_resources.get(name) else { continue };
+            if value(&quantity.0).zip(value(&maximum.0)).is_some_and(|(asked, most)| asked > most) {
+                let field = format!("spec.resources.{kind}{}", member(name));
+                let message = format!("found {}, the profile allows at most {}", quantity.0, maximum.0);
+                self.refuse_because(reason::RESOURCE_LIMIT_EXCEEDED, &field, message);
+            }
+        }
     }
 
     fn amount(&mut self, field: &str, quantity: &Quantity, example: &str, fits: fn(f64) -> bool) -> Option<f64> {
@@ -49,49 +101,4 @@ impl Resolver<'_> {
 /// The step from a map to a name, as the API server writes it.
 fn member(name: &str) -> String {
     if name.contains(['.', '/']) { format!("[{name}]") } else { format!(".{name}") }
-}
-
-/// The number that a Kubernetes quantity stands for.
-fn value(text: &str) -> Option<f64> {
-    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
-    let number: f64 = text[..digits].parse().ok()?;
-    let factor = match &text[digits..] {
-        "m" => 1e-3,
-        "" => 1.0,
-        "k" => 1e3,
-        "M" => 1e6,
-        "G" => 1e9,
-        "T" => 1e12,
-        "P" => 1e15,
-        "E" => 1e18,
-        "Ki" => 2f64.powi(10),
-        "Mi" => 2f64.powi(20),
-        "Gi" => 2f64.powi(30),
-        "Ti" => 2f64.powi(40),
-        "Pi" => 2f64.powi(50),
-        "Ei" => 2f64.powi(60),
-        _ => return None,
-    };
-    Some(number * factor)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::value;
-
-    #[test]
-    fn quantities_are_numbers() {
-        for (text, expected) in [
-            ("16Gi", Some(17_179_869_184.0)),
-            ("1.5G", Some(1_500_000_000.0)),
-            ("1Pi", Some(1_125_899_906_842_624.0)),
-            ("12", Some(12.0)),
-            ("500m", Some(0.5)),
-            ("x", None),
-            ("-1", None),
-            ("1.5.2", None),
-        ] {
-            assert_eq!(value(text), expected, "{text}");
-        }
-    }
 }

@@ -2,10 +2,11 @@
 
 use std::collections::BTreeSet;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::*;
 use crate::check::{Scope, check};
+use crate::run::StorageConfig;
 
 /// What becomes of a field.
 enum Fate {
@@ -56,7 +57,8 @@ fn resolved(patch: &Value) -> Result<Resolved, Vec<Finding>> {
     let checked = check(&job.to_string(), Scope::Local).unwrap_or_else(|problems| panic!("{patch}: {problems:?}"));
     let mut profiles = profile::built_in();
     profiles.insert("a100".into(), Profile { price_per_hour: Some(2.5), ..Profile::default() });
-    resolve(&checked.job, &profiles, Target::Local { folder: Path::new("/here") })
+    let claims = BTreeMap::from([("models".to_owned(), PathBuf::from("volumes/models"))]);
+    resolve(&checked.job, &profiles, Target::Local { folder: Path::new("/here"), claims: &claims })
 }
 
 /// Paths of the schema's leaves: `gates[].by`, `columnMap{}`. With a value, only of those that it sets.
@@ -131,6 +133,12 @@ fn every_field_is_honoured_or_refused_or_warned_about() {
         ("profile", json!({"profile": "h100"}), Refused("spec.profile")),
         ("model.uri", json!({"model": {"uri": "hf://other/model"}}), Honoured("/model/uri", json!("hf://other/model"))),
         ("model.uri", json!({"model": {"uri": "s3://bucket/model"}}), Refused("spec.model.uri")),
+        (
+            "model.uri",
+            json!({"model": {"uri": "pvc://models/tiny"}}),
+            Honoured("/model/uri", json!("file:///here/volumes/models/tiny")),
+        ),
+        ("model.uri", json!({"model": {"uri": "pvc://others/tiny"}}), Refused("spec.model.uri")),
         ("model.revision", json!({"model": {"revision": "v2"}}), Honoured("/model/revision", json!("v2"))),
         ("model.revision", json!({"model": {"uri": "file://model", "revision": "v2"}}), Refused("spec.model.revision")),
         ("model.secretRef.name", json!({"model": {"secretRef": secret}}), Refused("spec.model.secretRef")),
@@ -305,14 +313,14 @@ fn every_field_is_honoured_or_refused_or_warned_about() {
             Warned("spec.resources.requests.cpu"),
         ),
         ("nodes", json!({"nodes": 2}), Refused("spec.nodes")),
-        ("scheduling.queueName", json!({"scheduling": {"queueName": "q"}}), Refused("spec.scheduling")),
-        ("scheduling.priorityClassName", json!({"scheduling": {"priorityClassName": "p"}}), Refused("spec.scheduling")),
-        ("scheduling.nodeSelector{}", json!({"scheduling": {"nodeSelector": {"a": "b"}}}), Refused("spec.scheduling")),
-        ("scheduling.tolerations[].key", toleration.clone(), Refused("spec.scheduling")),
-        ("scheduling.tolerations[].operator", toleration.clone(), Refused("spec.scheduling")),
-        ("scheduling.tolerations[].value", toleration.clone(), Refused("spec.scheduling")),
-        ("scheduling.tolerations[].effect", toleration.clone(), Refused("spec.scheduling")),
-        ("scheduling.tolerations[].tolerationSeconds", toleration, Refused("spec.scheduling")),
+        ("scheduling.queueName", json!({"scheduling": {"queueName": "q"}}), Warned("spec.scheduling")),
+        ("scheduling.priorityClassName", json!({"scheduling": {"priorityClassName": "p"}}), Warned("spec.scheduling")),
+        ("scheduling.nodeSelector{}", json!({"scheduling": {"nodeSelector": {"a": "b"}}}), Warned("spec.scheduling")),
+        ("scheduling.tolerations[].key", toleration.clone(), Warned("spec.scheduling")),
+        ("scheduling.tolerations[].operator", toleration.clone(), Warned("spec.scheduling")),
+        ("scheduling.tolerations[].value", toleration.clone(), Warned("spec.scheduling")),
+        ("scheduling.tolerations[].effect", toleration.clone(), Warned("spec.scheduling")),
+        ("scheduling.tolerations[].tolerationSeconds", toleration, Warned("spec.scheduling")),
         (
             "checkpoint.everySteps",
             json!({"checkpoint": {"everySteps": 5}}),
@@ -352,16 +360,16 @@ fn every_field_is_honoured_or_refused_or_warned_about() {
         (
             "checkpoint.storage.claim",
             json!({"checkpoint": {"storage": {"claim": "c"}}}),
-            Refused("spec.checkpoint.storage"),
+            Warned("spec.checkpoint.storage"),
         ),
         (
             "checkpoint.storage.path",
             json!({"checkpoint": {"storage": {"claim": "c", "path": "p"}}}),
-            Refused("spec.checkpoint.storage"),
+            Warned("spec.checkpoint.storage"),
         ),
-        ("checkpoint.storage.size", storage.clone(), Refused("spec.checkpoint.storage")),
-        ("checkpoint.storage.storageClassName", storage.clone(), Refused("spec.checkpoint.storage")),
-        ("checkpoint.storage.whenDeleted", storage, Refused("spec.checkpoint.storage")),
+        ("checkpoint.storage.size", storage.clone(), Warned("spec.checkpoint.storage")),
+        ("checkpoint.storage.storageClassName", storage.clone(), Warned("spec.checkpoint.storage")),
+        ("checkpoint.storage.whenDeleted", storage, Warned("spec.checkpoint.storage")),
         (
             "validation.everySteps",
             json!({"validation": {"everySteps": 5}}),
@@ -432,7 +440,7 @@ fn every_field_is_honoured_or_refused_or_warned_about() {
             json!({"earlyStopping": {"patience": 2, "minDelta": "0.1"}}),
             Honoured("/earlyStopping/minDelta", json!(0.1)),
         ),
-        ("output.uri", json!({"output": {"uri": "s3://b/k"}}), Refused("spec.output.uri")),
+        ("output.uri", json!({"output": {"uri": "s3://b/k"}}), Warned("spec.output.uri")),
         ("output.secretRef.name", json!({"output": {"secretRef": secret}}), Refused("spec.output.secretRef")),
         ("output.format", json!({"output": {"format": "Merged"}}), Honoured("/output/format", json!("Merged"))),
         (
@@ -440,18 +448,14 @@ fn every_field_is_honoured_or_refused_or_warned_about() {
             json!({"output": {"publishWhen": "Always"}}),
             Honoured("/output/publishAlways", json!(true)),
         ),
-        ("failurePolicy.maxRetries", json!({"failurePolicy": {"maxRetries": 1}}), Refused("spec.failurePolicy")),
-        (
-            "failurePolicy.maxPreemptions",
-            json!({"failurePolicy": {"maxPreemptions": 1}}),
-            Refused("spec.failurePolicy"),
-        ),
+        ("failurePolicy.maxRetries", json!({"failurePolicy": {"maxRetries": 1}}), Warned("spec.failurePolicy")),
+        ("failurePolicy.maxPreemptions", json!({"failurePolicy": {"maxPreemptions": 1}}), Warned("spec.failurePolicy")),
         ("suspend", json!({"suspend": true}), Refused("spec.suspend")),
         ("stopRequested", json!({"stopRequested": true}), Refused("spec.stopRequested")),
-        ("startDeadlineSeconds", json!({"startDeadlineSeconds": 5}), Refused("spec.startDeadlineSeconds")),
-        ("activeDeadlineSeconds", json!({"activeDeadlineSeconds": 5}), Refused("spec.activeDeadlineSeconds")),
-        ("ttlSecondsAfterFinished", json!({"ttlSecondsAfterFinished": 5}), Refused("spec.ttlSecondsAfterFinished")),
-        ("managedBy", json!({"managedBy": "other"}), Refused("spec.managedBy")),
+        ("startDeadlineSeconds", json!({"startDeadlineSeconds": 5}), Warned("spec.startDeadlineSeconds")),
+        ("activeDeadlineSeconds", json!({"activeDeadlineSeconds": 5}), Warned("spec.activeDeadlineSeconds")),
+        ("ttlSecondsAfterFinished", json!({"ttlSecondsAfterFinished": 5}), Warned("spec.ttlSecondsAfterFinished")),
+        ("managedBy", json!({"managedBy": "other"}), Warned("spec.managedBy")),
     ];
 
     let crd = serde_json::to_value(<FineTuneJob as kube::CustomResourceExt>::crd()).expect("the CRD is JSON");
@@ -524,12 +528,111 @@ fn all_problems_are_told_at_once() {
 #[test]
 fn a_profile_limits_the_sources() {
     let checked = check(&base().to_string(), Scope::Local).unwrap_or_else(|problems| panic!("{problems:?}"));
-    let profile = Profile { allowed_source_prefixes: vec!["file://".into()], ..Profile::default() };
-    let profiles = Profiles::from([(profile::DEFAULT.to_owned(), profile)]);
-    let problems = resolve(&checked.job, &profiles, Target::Local { folder: Path::new("/here") }).expect_err("limited");
+    let allowed = profile::Allowed { source_prefixes: vec!["file://".into()], ..profile::Allowed::default() };
+    let profiles = Profiles::from([(profile::DEFAULT.to_owned(), Profile { allowed, ..Profile::default() })]);
+    let target = Target::Local { folder: Path::new("/here"), claims: &BTreeMap::new() };
+    let problems = resolve(&checked.job, &profiles, target).expect_err("limited");
     let expected = Finding {
+        reason: reason::SOURCE_NOT_ALLOWED,
         field: "spec.model.uri".into(),
         message: "the profile allows sources that begin with file://".into(),
     };
     assert_eq!(problems, [expected]);
+}
+
+/// Resolves for a cluster, by a profile as an administrator would write it.
+fn in_cluster(patch: &Value) -> Result<RunConfig, Vec<(&'static str, String)>> {
+    let mut job = base();
+    job["metadata"] = json!({"name": "bot", "namespace": "team", "uid": "0b8e1c9e-0d5c-4f7e-9a53-3a2b7b1f0a11"});
+    merge(&mut job["spec"], &json!({"dataset": {"train": {"uri": "pvc://rows/train.jsonl"}}}));
+    merge(&mut job["spec"], patch);
+    let checked = check(&job.to_string(), Scope::Cluster).unwrap_or_else(|problems| panic!("{patch}: {problems:?}"));
+    let profiles = profile::parse(
+        "default:
+  resources: {limits: {memory: 64Gi, nvidia.com/gpu: '1'}, requests: {cpu: '4', memory: 32Gi}}
+  maxResources: {memory: 128Gi, nvidia.com/gpu: '8'}
+  allowed: {sourcePrefixes: ['hf://', 'pvc://', 's3://acme/']}
+cpu: {fallBackToCpu: true, resources: {limits: {nvidia.com/gpu: '1'}}}
+",
+    )
+    .expect("valid");
+    let resolved = resolve(&checked.job, &profiles, Target::Cluster);
+    resolved
+        .map(|resolved| resolved.config)
+        .map_err(|findings| findings.into_iter().map(|finding| (finding.reason, finding.field)).collect())
+}
+
+#[test]
+fn a_cluster_run_knows_its_volumes_and_the_resources_of_its_profile() {
+    let config = in_cluster(&json!({})).expect("supported");
+    assert_eq!(config.job.uid, "0b8e1c9e-0d5c-4f7e-9a53-3a2b7b1f0a11");
+    assert_eq!(config.resources.memory_bytes, Some(64 << 30));
+    assert!(config.resources.accelerator, "the profile gives one");
+    let expected = StorageConfig {
+        directory: "/data".into(),
+        uri: "pvc://bot-0b8e1c9e".into(),
+        claims: [("rows".to_owned(), "/sources/rows".to_owned())].into(),
+    };
+    assert_eq!(config.storage, Some(expected));
+
+    let shared = json!({"checkpoint": {"storage": {"claim": "rows"}}, "output": {"uri": "pvc://models/bot"}});
+    let config = in_cluster(&shared).expect("supported");
+    let expected = StorageConfig {
+        directory: "/data/bot-0b8e1c9e".into(),
+        uri: "pvc://rows/bot-0b8e1c9e".into(),
+        claims: [("models", "/sources/models"), ("rows", "/data")]
+            .map(|(name, folder)| (name.to_owned(), folder.to_owned()))
+            .into(),
+    };
+    assert_eq!((config.storage, config.output.uri.as_deref()), (Some(expected), Some("pvc://models/bot")));
+    let cpu = in_cluster(&json!({"profile": "cpu"})).expect("supported");
+    assert!(!cpu.resources.accelerator, "the administrator lets such a pod train on the CPU");
+}
+
+#[test]
+fn a_cluster_refuses_with_the_reason_of_the_condition() {
+    let limit = |name: &str, value: &str| json!({"resources": {"limits": {name: value}}});
+    for (patch, expected_reason, field) in [
+        (json!({"profile": "h100"}), reason::PROFILE_NOT_FOUND, "spec.profile"),
+        (limit("memory", "200Gi"), reason::RESOURCE_LIMIT_EXCEEDED, "spec.resources.limits.memory"),
+        (limit("nvidia.com/gpu", "9"), reason::RESOURCE_LIMIT_EXCEEDED, "spec.resources.limits[nvidia.com/gpu]"),
+        (json!({"model": {"uri": "https://a/b"}}), reason::SOURCE_NOT_ALLOWED, "spec.model.uri"),
+        (json!({"output": {"uri": "gs://b/k"}}), reason::SOURCE_NOT_ALLOWED, "spec.output.uri"),
+        (json!({"output": {"uri": "s3://acme/k"}}), reason::NOT_SUPPORTED, "spec.output.uri"),
+        (json!({"model": {"secretRef": {"name": "s"}}}), reason::NOT_SUPPORTED, "spec.model.secretRef"),
+        (
+            json!({"checkpoint": {"storage": {"claim": "c", "path": "a/../../b"}}}),
+            reason::NOT_SUPPORTED,
+            "spec.checkpoint.storage.path",
+        ),
+    ] {
+        let findings = in_cluster(&patch).expect_err("refused");
+        assert!(findings.contains(&(expected_reason, field.to_owned())), "{patch}: {findings:?}");
+    }
+}
+
+#[test]
+fn a_limit_of_the_job_does_away_with_the_request_of_the_profile() {
+    let mut job = base();
+    job["spec"]["resources"] = json!({"limits": {"memory": "16Gi"}});
+    let job: FineTuneJob = serde_json::from_value(job).expect("valid");
+    let profile = serde_json::from_value(json!({
+        "limits": {"memory": "64Gi", "nvidia.com/gpu": "2"}, "requests": {"cpu": "4", "memory": "32Gi"}
+    }));
+    let resources = training_resources(&job, &profile.expect("valid"));
+    let expected = json!({"limits": {"memory": "16Gi", "nvidia.com/gpu": "2"}, "requests": {"cpu": "4"}});
+    assert_eq!(serde_json::to_value(&resources).expect("JSON"), expected);
+    assert_eq!(accelerators(&resources), 2);
+}
+
+/// What a status echoes may be copied into the next job.
+#[test]
+fn echoed_hyperparameters_resolve_to_themselves() {
+    let parameters = json!({"hyperparameters": {"maxSteps": 7, "learningRate": "3e-5", "neftuneAlpha": "5"}});
+    for patch in [json!({}), parameters] {
+        let config = in_cluster(&patch).expect("supported");
+        let echoed = serde_json::to_value(hyperparameters_spec(&config.hyperparameters)).expect("JSON");
+        let again = in_cluster(&json!({"hyperparameters": echoed})).expect("valid");
+        assert_eq!(again.hyperparameters, config.hyperparameters);
+    }
 }

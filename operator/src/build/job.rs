@@ -1,0 +1,283 @@
+//! The batch/v1 Jobs: one an attempt, made once. Pods pass Pod Security *restricted* and carry no API token.
+
+use crds::FineTuneJob;
+use crds::finetunejob::JobReference;
+use crds::run::PodStage;
+use k8s_openapi::api::batch::v1::{
+    Job, JobSpec, PodFailurePolicy, PodFailurePolicyOnExitCodesRequirement, PodFailurePolicyOnPodConditionsPattern,
+    PodFailurePolicyRule,
+};
+use k8s_openapi::api::core::v1::{
+    Capabilities, ConfigMapProjection, Container, ContainerPort, EmptyDirVolumeSource, EnvVar, EnvVarSource,
+    ObjectFieldSelector, PersistentVolumeClaimVolumeSource, PodSecurityContext, PodSpec, PodTemplateSpec,
+    ProjectedVolumeSource, SeccompProfile, SecurityContext, Volume, VolumeMount, VolumeProjection,
+};
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+
+use super::config_map::CONTROL_FILE;
+use super::{ATTEMPT_LABEL, RUN_FILE, config_map_name, control_name, labels, metadata, report_job_name};
+use crate::validate::Plan;
+
+/// The container that is read.
+pub const CONTAINER: &str = "trainer";
+/// Where a trainer serves `/status` and `/metrics`.
+pub const TRAINER_PORT: i32 = 9464;
+/// Kueue holds a Job that has it.
+pub const QUEUE_LABEL: &str = "kueue.x-k8s.io/queue-name";
+const CONFIG_FOLDER: &str = "/etc/finetune";
+const RUN_VOLUME: &str = "/data";
+const TERMINATION_MESSAGE: &str = "/dev/termination-log";
+/// Nobody: a user that owns nothing in the image.
+const USER: i64 = 65532;
+/// Seconds that reading a report from a volume may take, the volume's mounting included.
+const REPORT_DEADLINE_SECONDS: i64 = 300;
+
+/// The Job of one attempt.
+pub fn build_stage_job(job: &FineTuneJob, plan: &Plan, attempt: &JobReference) -> Job {
+    let train = attempt.stage == PodStage::Train;
+    let mut args: Vec<String> = trainer_args(attempt.stage, attempt.attempt);
+    args.extend(["--control".into(), format!("{CONFIG_FOLDER}/{CONTROL_FILE}")]);
+    args.extend(["--listen".into(), format!("0.0.0.0:{TRAINER_PORT}")]);
+    let mut pod = pod_spec(job, plan, attempt.stage, args);
+    pod.priority_class_name.clone_from(&plan.pods.priority_class_name);
+    if train {
+        pod.runtime_class_name.clone_from(&plan.pods.runtime_class_name);
+        pod.node_selector = Some(plan.pods.node_selector.clone()).filter(|labels| !labels.is_empty());
+        pod.tolerations = Some(plan.pods.tolerations.clone()).filter(|taints| !taints.is_empty());
+        pod.containers[0].resources = Some(plan.pods.resources.clone());
+    }
+    let queue = if train { &plan.pods.queue_name } else { &plan.pods.cpu_queue_name };
+    let mut built = assemble(job, attempt, attempt.stage, pod);
+    built.metadata.name = Some(attempt.name.clone());
+    let spec = built.spec.get_or_insert_default();
+    spec.backoff_limit = Some(0);
+    spec.pod_failure_policy = Some(failure_policy());
+    if let Some(queue) = queue {
+        // Kueue opens it; without Kueue it stays closed, and the status says so.
+        spec.suspend = Some(true);
+        built.metadata.labels.get_or_insert_default().insert(QUEUE_LABEL.into(), queue.clone());
+    }
+    built
+}
+
+/// The Job that hands on what an attempt left on the volume.
+pub fn build_report_job(job: &FineTuneJob, plan: &Plan, of: &JobReference) -> Job {
+    let mut args = trainer_args(PodStage::Report, of.attempt);
+    args.extend(["--of".into(), of.stage.name().into()]);
+    let mut pod = pod_spec(job, plan, PodStage::Report, args);
+    for mount in pod.containers[0].volume_mounts.iter_mut().flatten() {
+        mount.read_only = (mount.mount_path == RUN_VOLUME || mount.mount_path == CONFIG_FOLDER).then_some(true);
+    }
+    let mut built = assemble(job, of, PodStage::Report, pod);
+    built.metadata.name = Some(report_job_name(job, of));
+    let spec = built.spec.get_or_insert_default();
+    spec.backoff_limit = Some(2);
+    spec.active_deadline_seconds = Some(REPORT_DEADLINE_SECONDS);
+    built
+}
+
+fn trainer_args(stage: PodStage, attempt: i32) -> Vec<String> {
+    let config = format!("{CONFIG_FOLDER}/{RUN_FILE}");
+    let attempt = attempt.to_string();
+    ["run", "--config", &config, "--stage", stage.name(), "--attempt", &attempt]
+        .into_iter()
+        .chain(["--termination-message", TERMINATION_MESSAGE])
+        .map(str::to_owned)
+        .collect()
+}
+
+/// Only for the cause in the Job's condition, which can be read when the pod is gone. Codes are not distinguished here: the
+/// operator decides.
+fn failure_policy() -> PodFailurePolicy {
+    let fail = |on_pod_conditions, on_exit_codes| PodFailurePolicyRule {
+        action: "FailJob".into(),
+        on_exit_codes,
+        on_pod_conditions,
+    };
+    PodFailurePolicy {
+        rules: vec![
+            fail(
+                Some(vec![PodFailurePolicyOnPodConditionsPattern {
+                    type_: "DisruptionTarget".into(),
+                    status: Some("True".into()),
+                }]),
+                None,
+            ),
+            fail(
+                None,
+                Some(PodFailurePolicyOnExitCodesRequirement {
+                    container_name: Some(CONTAINER.into()),
+                    operator: "NotIn".into(),
+                    values: vec![0],
+                }),
+            ),
+        ],
+    }
+}
+
+fn assemble(job: &FineTuneJob, attempt: &JobReference, component: PodStage, pod: PodSpec) -> Job {
+    let mut labels = labels(job);
+    labels.insert("app.kubernetes.io/component".into(), component.name().into());
+    labels.insert(ATTEMPT_LABEL.into(), attempt.attempt.to_string());
+    let annotations = [("kubectl.kubernetes.io/default-container".to_owned(), CONTAINER.to_owned())];
+    Job {
+        metadata: ObjectMeta { labels: Some(labels.clone()), ..metadata(job, String::new()) },
+        spec: Some(JobSpec {
+            pod_replacement_policy: Some("Failed".into()),
+            template: PodTemplateSpec {
+                metadata: Some(ObjectMeta {
+                    labels: Some(labels),
+                    annotations: Some(annotations.into()),
+                    ..ObjectMeta::default()
+                }),
+                spec: Some(pod),
+            },
+            ..JobSpec::default()
+        }),
+        status: None,
+    }
+}
+
+fn pod_spec(job: &FineTuneJob, plan: &Plan, stage: PodStage, args: Vec<String>) -> PodSpec {
+    let storage = plan.run.storage.as_ref();
+    let output = plan.run.output.uri.as_deref().and_then(crds::resolve::claim_of).map(|(name, _)| name);
+    let mut volumes = vec![
+        config_volume(job),
+        claim_volume("data", plan.claim.name(), false),
+        scratch("tmp", None, "1Gi"),
+        scratch("shm", Some("Memory"), "1Gi"),
+    ];
+    let mut mounts = vec![
+        mount("config", CONFIG_FOLDER, true),
+        mount("data", RUN_VOLUME, false),
+        mount("tmp", "/tmp", false),
+        mount("shm", "/dev/shm", false),
+    ];
+    let others = storage.map(|storage| &storage.claims).into_iter().flatten();
+    let others = others.filter(|(name, _)| *name != plan.claim.name() && stage != PodStage::Report);
+    for (index, (name, folder)) in others.enumerate() {
+        let written = stage == PodStage::Publish && output == Some(name);
+        let volume = format!("source-{index}");
+        volumes.push(claim_volume(&volume, name, !written));
+        mounts.push(mount(&volume, folder, !written));
+    }
+    PodSpec {
+        restart_policy: Some("Never".into()),
+        automount_service_account_token: Some(false),
+        enable_service_links: Some(false),
+        termination_grace_period_seconds: Some(plan.pods.termination_grace_period_seconds),
+        image_pull_secrets: Some(plan.pods.image_pull_secrets.clone()).filter(|secrets| !secrets.is_empty()),
+        security_context: Some(PodSecurityContext {
+            run_as_non_root: Some(true),
+            run_as_user: Some(USER),
+            run_as_group: Some(USER),
+            fs_group: Some(USER),
+            fs_group_change_policy: Some("OnRootMismatch".into()),
+            seccomp_profile: Some(SeccompProfile { type_: "RuntimeDefault".into(), localhost_profile: None }),
+            ..PodSecurityContext::default()
+        }),
+        containers: vec![Container {
+            name: CONTAINER.into(),
+            image: Some(plan.pods.image.clone()),
+            image_pull_policy: plan.pods.image_pull_policy.clone(),
+            args: Some(args),
+            env: Some(environment(plan)),
+            ports: Some(vec![ContainerPort {
+                name: Some("http".into()),
+                container_port: TRAINER_PORT,
+                ..ContainerPort::default()
+            }]),
+            resources: Some(plan.pods.cpu_resources.clone()),
+            termination_message_path: Some(TERMINATION_MESSAGE.into()),
+            termination_message_policy: Some("FallbackToLogsOnError".into()),
+            security_context: Some(SecurityContext {
+                allow_privilege_escalation: Some(false),
+                read_only_root_filesystem: Some(true),
+                capabilities: Some(Capabilities { drop: Some(vec!["ALL".into()]), add: None }),
+                ..SecurityContext::default()
+            }),
+            volume_mounts: Some(mounts),
+            ..Container::default()
+        }],
+        volumes: Some(volumes),
+        ..PodSpec::default()
+    }
+}
+
+fn environment(plan: &Plan) -> Vec<EnvVar> {
+    let value = |name: &str, value: &str| EnvVar { name: name.into(), value: Some(value.into()), value_from: None };
+    let mut variables = vec![
+        EnvVar {
+            name: "POD_UID".into(),
+            value: None,
+            value_from: Some(EnvVarSource {
+                field_ref: Some(ObjectFieldSelector { api_version: None, field_path: "metadata.uid".into() }),
+                ..EnvVarSource::default()
+            }),
+        },
+        // Downloads are shared by the runs of a volume, and kept for the next attempt.
+        value("HF_HOME", &format!("{RUN_VOLUME}/.huggingface")),
+    ];
+    if let Some(endpoint) = &plan.pods.hub_endpoint {
+        variables.push(value("HF_ENDPOINT", endpoint));
+    }
+    variables
+}
+
+fn config_volume(job: &FineTuneJob) -> Volume {
+    let source = |name: String, optional: Option<bool>, items: &str| VolumeProjection {
+        config_map: Some(ConfigMapProjection {
+            name,
+            optional,
+            items: Some(vec![k8s_openapi::api::core::v1::KeyToPath {
+                key: items.into(),
+                path: items.into(),
+                mode: None,
+            }]),
+        }),
+        ..VolumeProjection::default()
+    };
+    Volume {
+        name: "config".into(),
+        projected: Some(ProjectedVolumeSource {
+            sources: Some(vec![
+                source(config_map_name(job), None, RUN_FILE),
+                source(control_name(job), Some(true), CONTROL_FILE),
+            ]),
+            default_mode: None,
+        }),
+        ..Volume::default()
+    }
+}
+
+fn claim_volume(volume: &str, claim: &str, read_only: bool) -> Volume {
+    Volume {
+        name: volume.into(),
+        persistent_volume_claim: Some(PersistentVolumeClaimVolumeSource {
+            claim_name: claim.into(),
+            read_only: read_only.then_some(true),
+        }),
+        ..Volume::default()
+    }
+}
+
+fn scratch(volume: &str, medium: Option<&str>, size: &str) -> Volume {
+    Volume {
+        name: volume.into(),
+        empty_dir: Some(EmptyDirVolumeSource {
+            medium: medium.map(str::to_owned),
+            size_limit: Some(Quantity(size.into())),
+        }),
+        ..Volume::default()
+    }
+}
+
+fn mount(volume: &str, path: &str, read_only: bool) -> VolumeMount {
+    VolumeMount {
+        name: volume.into(),
+        mount_path: path.into(),
+        read_only: read_only.then_some(true),
+        ..VolumeMount::default()
+    }
+}

@@ -1,0 +1,379 @@
+//! The watches and the pass over one job: observe → validate → build → apply → status. See [`crate`] for what must hold.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use crds::profile::Profiles;
+use crds::{FineTuneJob, FineTuneJobStatus};
+use futures::StreamExt;
+use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::jiff::Timestamp;
+use kube::api::{Api, Patch, PatchParams};
+use kube::core::DeserializeGuard;
+use kube::core::NamespaceResourceScope;
+use kube::runtime::controller::{Action, Config, Controller};
+use kube::runtime::events::Recorder;
+use kube::runtime::reflector::{self, ObjectRef, Store};
+use kube::runtime::{WatchStreamExt, watcher};
+use kube::{Client, Resource, ResourceExt};
+use serde_json::json;
+
+use crate::apply::{self, acts, apply};
+use crate::build::{JOB_NAME_LABEL, MANAGED_BY_LABEL, MANAGER};
+use crate::events::events;
+use crate::observe::progress::{Intervals, ProgressBoard, poll};
+use crate::observe::{self, Caches, Observed, observe};
+use crate::status::{Applied, Timing, is_terminal, next_status};
+use crate::telemetry::Telemetry;
+use crate::validate::{Invalid, Plan, validate};
+
+/// Jobs that are looked at at once.
+const CONCURRENCY: u16 = 16;
+/// Changes of one job within this time are one.
+const DEBOUNCE: Duration = Duration::from_millis(50);
+/// A watch that hears nothing asks anew: balancers drop connections that idle for four minutes.
+const WATCH_TIMEOUT_SECONDS: u32 = 200;
+/// Objects of one page of a list.
+const PAGE: u32 = 500;
+/// A running job is looked at again so often, whatever the watches say.
+const RESYNC: Duration = Duration::from_secs(480);
+/// After an error that time can mend.
+const RETRY: Duration = Duration::from_secs(10);
+/// What the cache of jobs lacks of our own last write arrives within.
+const CACHE_DELAY: Duration = Duration::from_secs(1);
+/// Owner of `status` in server-side apply.
+const STATUS_MANAGER: &str = "finetune-operator/status";
+
+/// What the watches of one namespace, or of all, deliver; a job that does not parse stalls no other.
+pub type Guarded = DeserializeGuard<FineTuneJob>;
+
+/// What a pass needs.
+pub struct Context {
+    /// The API server.
+    pub client: Client,
+    /// What administrators decided.
+    pub profiles: Profiles,
+    /// Waiting times.
+    pub timing: Timing,
+    /// Between questions to trainers, and between writes of their answers.
+    pub intervals: Intervals,
+    /// Writes events.
+    pub recorder: Recorder,
+    /// Counts.
+    pub telemetry: Arc<Telemetry>,
+    caches: Caches,
+    board: Arc<ProgressBoard>,
+    memory: Mutex<HashMap<String, Remembered>>,
+}
+
+/// What is known of a job besides what the API server holds; losing it costs a request.
+#[derive(Clone, Debug, Default)]
+struct Remembered {
+    /// The plan never changes.
+    plan: Option<Plan>,
+    /// `resourceVersion` of our own last write.
+    written: Option<u64>,
+}
+
+/// A pass failed for reasons outside of the job.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Something could not be looked at.
+    #[error(transparent)]
+    Observe(#[from] observe::Error),
+    /// Something could not be made or taken away.
+    #[error("cannot write a child")]
+    Apply(#[source] Box<kube::Error>),
+    /// The status could not be written.
+    #[error("cannot write the status")]
+    Status(#[source] Box<kube::Error>),
+}
+
+impl Error {
+    /// For a metric.
+    pub const fn reason(&self) -> &'static str {
+        match self {
+            Self::Observe(_) => "observe",
+            Self::Apply(_) => "apply",
+            Self::Status(_) => "status",
+        }
+    }
+
+    /// Somebody wrote in between: the next pass sees it.
+    fn is_conflict(&self) -> bool {
+        matches!(self, Self::Status(error) if matches!(&**error, kube::Error::Api(status) if status.is_conflict()))
+    }
+}
+
+/// What is the same for all watched namespaces.
+#[derive(Clone)]
+pub struct Shared {
+    /// See [`Context`].
+    pub client: Client,
+    /// See [`Context`].
+    pub profiles: Profiles,
+    /// See [`Context`].
+    pub timing: Timing,
+    /// See [`Context`].
+    pub intervals: Intervals,
+    /// See [`Context`].
+    pub recorder: Recorder,
+    /// See [`Context`].
+    pub telemetry: Arc<Telemetry>,
+}
+
+/// Reconciles the jobs of a namespace, or of all, until it is dropped. Nothing of it is left then.
+pub async fn run(shared: Shared, namespace: Option<String>) {
+    let Shared { client, profiles, timing, intervals, recorder, telemetry } = shared;
+    let config = || watcher::Config::default().timeout(WATCH_TIMEOUT_SECONDS).page_size(PAGE);
+    let ours = || config().labels(&format!("{MANAGED_BY_LABEL}={MANAGER}"));
+    let (job_store, job_writer) = reflector::store::<Job>();
+    let (pod_store, pod_writer) = reflector::store::<Pod>();
+    let children = watcher(api::<Job>(&client, namespace.as_deref()), ours())
+        .default_backoff()
+        .modify(prune_job)
+        .reflect(job_writer)
+        .touched_objects();
+    let pods = watcher(api::<Pod>(&client, namespace.as_deref()), ours())
+        .default_backoff()
+        .modify(prune_pod)
+        .reflect(pod_writer)
+        .touched_objects();
+    let (tell, told) = tokio::sync::mpsc::unbounded_channel();
+    let told = futures::stream::unfold(told, async |mut told| told.recv().await.map(|job| (job, told)));
+    let board = Arc::new(ProgressBoard::default());
+    let polling = poll(pod_store.clone(), Arc::clone(&board), intervals, tell);
+
+    let jobs = Api::<Guarded>::all(client.clone());
+    let jobs = namespace.as_deref().map_or(jobs, |namespace| Api::namespaced(client.clone(), namespace));
+    let controller = Controller::new(jobs, config())
+        .with_config(Config::default().concurrency(CONCURRENCY).debounce(DEBOUNCE))
+        .owns_stream(children)
+        .watches_stream(pods, |pod| job_of(&pod))
+        .reconcile_on(told);
+    telemetry.add_store(namespace.clone(), controller.store());
+    let context = Arc::new(Context {
+        client,
+        profiles,
+        timing,
+        intervals,
+        recorder,
+        telemetry,
+        caches: Caches { jobs: job_store, pods: pod_store },
+        board,
+        memory: Mutex::default(),
+    });
+    let passes = controller.run(reconcile, error_policy, Arc::clone(&context)).for_each(async |pass| {
+        if let Err(error) = pass {
+            // A watch that failed is asked again by itself; a pass that failed was told by the error policy.
+            tracing::debug!("{error}");
+        }
+    });
+    tokio::select! {
+        () = passes => {}
+        () = polling => {}
+    }
+}
+
+fn api<K>(client: &Client, namespace: Option<&str>) -> Api<K>
+where
+    K: Resource<Scope = NamespaceResourceScope, DynamicType = ()>,
+{
+    namespace.map_or_else(|| Api::all(client.clone()), |namespace| Api::namespaced(client.clone(), namespace))
+}
+
+/// The cache holds what is read of a Job, for thousands of them.
+fn prune_job(job: &mut Job) {
+    job.metadata.managed_fields = None;
+    job.metadata.annotations = None;
+    if let Some(spec) = &mut job.spec {
+        spec.template = k8s_openapi::api::core::v1::PodTemplateSpec::default();
+        spec.pod_failure_policy = None;
+    }
+}
+
+/// The cache holds what is read of a pod.
+fn prune_pod(pod: &mut Pod) {
+    pod.metadata.managed_fields = None;
+    pod.metadata.annotations = None;
+    pod.spec = None;
+}
+
+fn job_of(pod: &Pod) -> Option<ObjectRef<Guarded>> {
+    let name = pod.labels().get(JOB_NAME_LABEL)?;
+    Some(ObjectRef::new(name).within(pod.metadata.namespace.as_deref()?))
+}
+
+fn error_policy(guarded: Arc<Guarded>, error: &Error, context: Arc<Context>) -> Action {
+    let name = ObjectRef::from_obj(&*guarded);
+    if error.is_conflict() {
+        tracing::debug!("{name}: somebody wrote in between, looking again");
+        return Action::requeue(CACHE_DELAY);
+    }
+    context.telemetry.count_error(error.reason());
+    let cause = std::error::Error::source(error).map(|cause| format!(": {cause}")).unwrap_or_default();
+    tracing::warn!("{name}: {error}{cause}");
+    Action::requeue(RETRY)
+}
+
+/// One pass: look, decide, act, report. Only what reaches the API server can fail, and for reasons outside of the job.
+async fn reconcile(guarded: Arc<Guarded>, context: Arc<Context>) -> Result<Action, Error> {
+    let started = std::time::Instant::now();
+    let result = match &guarded.0 {
+        Ok(job) => pass(job, &context).await,
+        Err(invalid) => {
+            let name = ObjectRef::from_obj(&*guarded);
+            tracing::warn!("{name} is not a FineTuneJob of this version, and is left alone: {invalid}");
+            Ok(Action::await_change())
+        }
+    };
+    context.telemetry.count_pass(result.is_ok(), started.elapsed());
+    result
+}
+
+async fn pass(job: &FineTuneJob, context: &Context) -> Result<Action, Error> {
+    if job.spec.managed_by.as_deref().is_some_and(|manager| manager != MANAGER) {
+        return Ok(Action::await_change());
+    }
+    if job.metadata.deletion_timestamp.is_some() {
+        context.forget(job);
+        return Ok(Action::await_change());
+    }
+    if context.is_behind(job) {
+        return Ok(Action::requeue(CACHE_DELAY));
+    }
+    let before = job.status.clone().unwrap_or_default();
+    let progress = context.board.get(&job.uid().unwrap_or_default());
+    let observed = observe(&context.client, &context.caches, job, context.known_plan(job), progress).await?; // I/O
+    let plan = plan(job, context, &observed);
+    let applied = match &plan {
+        Ok(plan) => {
+            context.remember_plan(job, plan, &observed);
+            let wanted = acts(job, plan, &observed);
+            apply(&context.client, job, wanted).await.map_err(|error| Error::Apply(Box::new(error)))? // I/O
+        }
+        Err(_) => Applied::default(),
+    };
+    let next = next_status(job, plan.as_ref(), &observed, &applied, context.timing, Timestamp::now());
+    if next.status != before {
+        publish(job, &before, &next.status, context).await?; // I/O
+    }
+    if is_terminal(&next.status) {
+        context.forget_plan(job);
+        return match next.wake {
+            Some(Duration::ZERO) => {
+                let deleted = apply::delete_finetunejob(&context.client, job).await; // I/O
+                deleted.map_err(|error| Error::Apply(Box::new(error)))?;
+                Ok(Action::await_change())
+            }
+            Some(wake) => Ok(Action::requeue(wake)),
+            None => Ok(Action::await_change()),
+        };
+    }
+    // What was created in this pass is seen by its watch.
+    Ok(match next.wake {
+        Some(wake) => Action::requeue(wake),
+        None if plan.is_err() || job.spec.suspend => Action::await_change(),
+        None => Action::requeue(RESYNC.mul_f64(jitter(job))),
+    })
+}
+
+/// The plan that the job was accepted with, else one by today's profiles.
+fn plan(job: &FineTuneJob, context: &Context, observed: &Observed) -> Result<Plan, Invalid> {
+    observed.plan.clone().map_or_else(|| validate(job, &context.profiles), Ok)
+}
+
+/// From 0.75 to 1.25, the same for the same job: a restart does not bring all jobs back at once for ever.
+fn jitter(job: &FineTuneJob) -> f64 {
+    let sum: u32 = job.uid().unwrap_or_default().bytes().map(u32::from).sum();
+    0.75 + f64::from(sum % 100) / 200.0
+}
+
+/// Writes the status, then tells what changed. The version goes along: a status that was computed from an old one is refused.
+async fn publish(
+    job: &FineTuneJob,
+    before: &FineTuneJobStatus,
+    after: &FineTuneJobStatus,
+    context: &Context,
+) -> Result<(), Error> {
+    let namespace = job.namespace().unwrap_or_default();
+    let jobs: Api<FineTuneJob> = Api::namespaced(context.client.clone(), &namespace);
+    let patch = json!({
+        "apiVersion": FineTuneJob::api_version(&()),
+        "kind": FineTuneJob::kind(&()),
+        "metadata": {"name": job.name_any(), "namespace": namespace, "resourceVersion": job.resource_version()},
+        "status": after,
+    });
+    let parameters = PatchParams::apply(STATUS_MANAGER).force();
+    let written = jobs.patch_status(&job.name_any(), &parameters, &Patch::Apply(&patch)).await;
+    let written = match written {
+        // It was deleted meanwhile.
+        Err(kube::Error::Api(status)) if status.is_not_found() => return Ok(()),
+        written => written.map_err(|error| Error::Status(Box::new(error)))?,
+    };
+    context.remember_write(&written);
+    let about = job.object_ref(&());
+    for event in events(before, after) {
+        if let Err(error) = context.recorder.publish(&event, &about).await {
+            // The status says it too; an event is for people who watch.
+            tracing::warn!("{namespace}/{}: the event {} was not written: {error}", job.name_any(), event.reason);
+        }
+    }
+    Ok(())
+}
+
+impl Context {
+    fn memory(&self) -> std::sync::MutexGuard<'_, HashMap<String, Remembered>> {
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn known_plan(&self, job: &FineTuneJob) -> Option<Plan> {
+        self.memory().get(&job.uid()?)?.plan.clone()
+    }
+
+    /// A plan is kept once the ConfigMap that holds it was seen, or is about to be made of it.
+    fn remember_plan(&self, job: &FineTuneJob, plan: &Plan, observed: &Observed) {
+        let is_recorded = observed.plan.is_some();
+        if let (true, Some(uid)) = (is_recorded, job.uid()) {
+            let mut memory = self.memory();
+            let remembered = memory.entry(uid).or_default();
+            if remembered.plan.is_none() {
+                remembered.plan = Some(plan.clone());
+            }
+        }
+    }
+
+    fn remember_write(&self, written: &FineTuneJob) {
+        let version = written.resource_version().and_then(|version| version.parse().ok());
+        if let Some(uid) = written.uid() {
+            self.memory().entry(uid).or_default().written = version;
+        }
+    }
+
+    /// Whether the cache has not seen our own last write. Versions of one kind of object are ordered.
+    fn is_behind(&self, job: &FineTuneJob) -> bool {
+        let Some(uid) = job.uid() else { return false };
+        let written = self.memory().get(&uid).and_then(|remembered| remembered.written);
+        let seen = job.resource_version().and_then(|version| version.parse::<u64>().ok());
+        written.zip(seen).is_some_and(|(written, seen)| seen < written)
+    }
+
+    fn forget_plan(&self, job: &FineTuneJob) {
+        if let Some(uid) = job.uid()
+            && let Some(remembered) = self.memory().get_mut(&uid)
+        {
+            remembered.plan = None;
+        }
+    }
+
+    fn forget(&self, job: &FineTuneJob) {
+        if let Some(uid) = job.uid() {
+            self.memory().remove(&uid);
+        }
+    }
+}
+
+/// The jobs that a controller knows.
+pub type JobStore = Store<Guarded>;

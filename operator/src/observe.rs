@@ -1,0 +1,341 @@
+//! What there is of a job: its plan, the newest attempt's Job and pods, and what was heard from them. From caches, with two
+//! exceptions: an object that the caches lack is asked for before it is called missing, and Kueue's Workload is not cached.
+
+pub mod progress;
+
+use crds::finetunejob::{FineTuneJob, JobReference};
+use crds::report::{Progress, Report};
+use crds::run::PodStage;
+use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::core::v1::{ConfigMap, ContainerStatus, Pod};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use kube::api::{Api, DynamicObject, ListParams};
+use kube::core::{ApiResource, GroupVersionKind};
+use kube::runtime::reflector::{ObjectRef, Store};
+use kube::{Client, ResourceExt};
+
+use crate::build::{self, CONTAINER};
+use crate::validate::Plan;
+
+/// Everything that a decision about a job may depend on, besides the job itself and the time.
+#[derive(Clone, Debug, Default)]
+pub struct Observed {
+    /// The plan that was made when the job was accepted.
+    pub plan: Option<Plan>,
+    /// The newest attempt of `status.jobRefs`.
+    pub attempt: Option<AttemptSeen>,
+    /// The Job that reads an attempt's report from the volume, if it was made.
+    pub report_job: Option<AttemptSeen>,
+    /// What a running trainer told last.
+    pub progress: Option<Progress>,
+    /// What the queue says of a Job that it holds.
+    pub queue: Option<QueueSeen>,
+}
+
+/// A Job and its pods.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct AttemptSeen {
+    /// The Job.
+    pub job: JobSeen,
+    /// Its pods, newest last.
+    pub pods: Vec<PodSeen>,
+}
+
+/// What became of a Job.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub enum JobSeen {
+    /// There is none.
+    #[default]
+    Missing,
+    /// Somebody else's object has its name.
+    Foreign,
+    /// It is there.
+    Present {
+        /// `metadata.uid`.
+        uid: String,
+        /// `metadata.creationTimestamp`
+        created: Option<Time>,
+        /// Held by its `spec.suspend`.
+        suspended: bool,
+        /// It is complete or failed, or being deleted.
+        finished: bool,
+        /// Reason and message of its condition `Failed`.
+        failure: Option<(String, String)>,
+    },
+}
+
+/// What a pod shows.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct PodSeen {
+    /// `metadata.name`
+    pub name: String,
+    /// `metadata.uid`
+    pub uid: String,
+    /// `metadata.creationTimestamp`
+    pub created: Option<Time>,
+    /// It has not ended: its containers may still write.
+    pub live: bool,
+    /// It was asked to end.
+    pub terminating: bool,
+    /// No node can take it: the scheduler's sentence.
+    pub unschedulable: Option<String>,
+    /// Its container cannot start: the kubelet's reason and sentence.
+    pub waiting: Option<(String, String)>,
+    /// When its container began to run.
+    pub started: Option<Time>,
+    /// Its container runs.
+    pub running: bool,
+    /// How its container ended.
+    pub terminated: Option<Terminated>,
+    /// Something took it away (`DisruptionTarget`): the condition's reason.
+    pub disrupted: Option<String>,
+}
+
+/// How a container ended.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Terminated {
+    /// 128 and more: by a signal.
+    pub exit_code: i32,
+    /// It exceeded its memory limit, or its node ran out.
+    pub oom_killed: bool,
+    /// Its termination message, unread.
+    pub message: Option<String>,
+    /// When it ended.
+    pub finished: Option<Time>,
+}
+
+impl AttemptSeen {
+    /// The pod that was made last.
+    pub fn newest_pod(&self) -> Option<&PodSeen> {
+        self.pods.last()
+    }
+
+    /// Whether a container of it may still write.
+    pub fn is_live(&self) -> bool {
+        self.pods.iter().any(|pod| pod.live)
+    }
+
+    /// Whether nothing of it will run any more.
+    pub fn has_ended(&self) -> bool {
+        let job_is_done = match &self.job {
+            JobSeen::Missing => true,
+            JobSeen::Foreign => false,
+            JobSeen::Present { finished, .. } => *finished,
+        };
+        job_is_done && !self.is_live()
+    }
+
+    /// The last word of its newest pod, if it is one of this attempt.
+    pub fn report(&self, job_uid: &str, stage: PodStage, attempt: i32) -> Option<Report> {
+        let message = self.newest_pod()?.terminated.as_ref()?.message.as_deref()?;
+        // Whatever does not parse may be a piece of log, and is never copied anywhere.
+        let report: Report = serde_json::from_str(message).ok()?;
+        report.is_of(job_uid, stage, attempt).then_some(report)
+    }
+}
+
+/// What Kueue says of a Job.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum QueueSeen {
+    /// Nobody serves queues here.
+    ControllerMissing,
+    /// The Job waits: the Workload's reason and message.
+    Waiting(String),
+    /// Its quota was taken back.
+    Evicted(String),
+}
+
+/// An object could not be looked at.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The API server refused or could not be reached.
+    #[error("cannot read {kind} {name}")]
+    Get {
+        /// For example `Job`.
+        kind: &'static str,
+        /// Its name.
+        name: String,
+        /// Why.
+        source: Box<kube::Error>,
+    },
+    /// The ConfigMap of a job does not hold what it was made with.
+    #[error("ConfigMap {name}: plan.yaml is not a plan of this operator ({message}); it must not be edited")]
+    Plan {
+        /// Its name.
+        name: String,
+        /// What is wrong with it.
+        message: String,
+    },
+}
+
+/// What observing reads from.
+#[derive(Clone, Debug)]
+pub struct Caches {
+    /// Jobs that this operator made.
+    pub jobs: Store<Job>,
+    /// Their pods, metadata and status only.
+    pub pods: Store<Pod>,
+}
+
+/// Looks at the newest attempt of a job.
+pub async fn observe(
+    client: &Client,
+    caches: &Caches,
+    job: &FineTuneJob,
+    known_plan: Option<Plan>,
+    progress: Option<Progress>,
+) -> Result<Observed, Error> {
+    let status = job.status.clone().unwrap_or_default();
+    let Some(current) = status.job_refs.last() else { return Ok(Observed::default()) };
+    let plan = match known_plan {
+        Some(plan) => Some(plan),
+        None => recorded_plan(client, job).await?,
+    };
+    let attempt = attempt(client, caches, job, current).await?;
+    let report_name = build::report_job_name(job, current);
+    let report_job = match find_job(caches, job, &report_name) {
+        Some(found) => Some(AttemptSeen { pods: pods_of(caches, job, &report_name), job: job_seen(&found, job) }),
+        None => None,
+    };
+    let queued = matches!(attempt.job, JobSeen::Present { suspended: true, finished: false, .. });
+    let queue = match (&attempt.job, queued) {
+        (JobSeen::Present { uid, .. }, true) => Some(queue(client, job, uid).await?),
+        _ => None,
+    };
+    Ok(Observed { plan, attempt: Some(attempt), report_job, progress, queue })
+}
+
+async fn recorded_plan(client: &Client, job: &FineTuneJob) -> Result<Option<Plan>, Error> {
+    let name = build::config_map_name(job);
+    let maps: Api<ConfigMap> = Api::namespaced(client.clone(), &job.namespace().unwrap_or_default());
+    let failed = |source| Error::Get { kind: "ConfigMap", name: name.clone(), source: Box::new(source) };
+    let Some(map) = maps.get_opt(&name).await.map_err(failed)? else { return Ok(None) };
+    if !build::is_owned_by(&map.metadata, job) {
+        return Ok(None);
+    }
+    let text = map.data.as_ref().and_then(|data| data.get(build::PLAN_FILE)).map_or("", String::as_str);
+    match serde_saphyr::from_str(text) {
+        Ok(plan) => Ok(Some(plan)),
+        Err(error) => Err(Error::Plan { name, message: error.without_snippet().to_string() }),
+    }
+}
+
+async fn attempt(
+    client: &Client,
+    caches: &Caches,
+    job: &FineTuneJob,
+    current: &JobReference,
+) -> Result<AttemptSeen, Error> {
+    let pods = pods_of(caches, job, &current.name);
+    if let Some(found) = find_job(caches, job, &current.name) {
+        return Ok(AttemptSeen { job: job_seen(&found, job), pods });
+    }
+    // A Job that was seen before and is in no cache: the cache may be behind, or the Job is gone.
+    if current.uid.is_none() || current.outcome.is_some() {
+        return Ok(AttemptSeen { job: JobSeen::Missing, pods });
+    }
+    let jobs: Api<Job> = Api::namespaced(client.clone(), &job.namespace().unwrap_or_default());
+    let failed = |source| Error::Get { kind: "Job", name: current.name.clone(), source: Box::new(source) };
+    let found = jobs.get_opt(&current.name).await.map_err(failed)?;
+    Ok(AttemptSeen { job: found.map_or(JobSeen::Missing, |found| job_seen(&found, job)), pods })
+}
+
+fn find_job(caches: &Caches, job: &FineTuneJob, name: &str) -> Option<std::sync::Arc<Job>> {
+    caches.jobs.get(&ObjectRef::new(name).within(&job.namespace().unwrap_or_default()))
+}
+
+fn job_seen(found: &Job, job: &FineTuneJob) -> JobSeen {
+    if !build::is_owned_by(&found.metadata, job) {
+        return JobSeen::Foreign;
+    }
+    let conditions = found.status.as_ref().and_then(|status| status.conditions.as_deref()).unwrap_or_default();
+    let is_true =
+        |name: &str| conditions.iter().find(|condition| condition.type_ == name && condition.status == "True");
+    let failed = is_true("Failed");
+    JobSeen::Present {
+        uid: found.uid().unwrap_or_default(),
+        created: found.metadata.creation_timestamp.clone(),
+        suspended: found.spec.as_ref().and_then(|spec| spec.suspend).unwrap_or(false),
+        finished: failed.is_some() || is_true("Complete").is_some() || found.metadata.deletion_timestamp.is_some(),
+        failure: failed.map(|condition| {
+            (condition.reason.clone().unwrap_or_default(), condition.message.clone().unwrap_or_default())
+        }),
+    }
+}
+
+/// Pods of a Job of this job, oldest first.
+fn pods_of(caches: &Caches, job: &FineTuneJob, name: &str) -> Vec<PodSeen> {
+    let (namespace, uid) = (job.namespace(), job.uid().unwrap_or_default());
+    let is_of = |pod: &Pod| {
+        let labels = pod.labels();
+        pod.metadata.namespace == namespace
+            && labels.get(build::JOB_UID_LABEL) == Some(&uid)
+            && labels.get("batch.kubernetes.io/job-name").is_some_and(|of| of == name)
+    };
+    let mut pods: Vec<PodSeen> = caches.pods.state_filter(is_of).iter().map(|pod| pod_seen(pod)).collect();
+    pods.sort_by(|a, b| (&a.created, &a.name).cmp(&(&b.created, &b.name)));
+    pods
+}
+
+/// What a pod shows, of its trainer container.
+pub fn pod_seen(pod: &Pod) -> PodSeen {
+    let status = pod.status.clone().unwrap_or_default();
+    let condition = |name: &str| status.conditions.iter().flatten().find(|condition| condition.type_ == name);
+    let container: Option<&ContainerStatus> =
+        status.container_statuses.iter().flatten().find(|container| container.name == CONTAINER);
+    let state = container.and_then(|container| container.state.clone()).unwrap_or_default();
+    let phase = status.phase.as_deref().unwrap_or_default();
+    PodSeen {
+        name: pod.name_any(),
+        uid: pod.uid().unwrap_or_default(),
+        created: pod.metadata.creation_timestamp.clone(),
+        live: !matches!(phase, "Succeeded" | "Failed"),
+        terminating: pod.metadata.deletion_timestamp.is_some(),
+        unschedulable: condition("PodScheduled")
+            .filter(|condition| condition.status == "False" && condition.reason.as_deref() == Some("Unschedulable"))
+            .and_then(|condition| condition.message.clone()),
+        // What goes by itself has no message.
+        waiting: state.waiting.and_then(|waiting| Some((waiting.reason?, waiting.message?))),
+        started: state
+            .running
+            .as_ref()
+            .and_then(|running| running.started_at.clone())
+            .or_else(|| state.terminated.as_ref().and_then(|terminated| terminated.started_at.clone())),
+        running: state.running.is_some(),
+        terminated: state.terminated.map(|terminated| Terminated {
+            exit_code: terminated.exit_code,
+            oom_killed: terminated.reason.as_deref() == Some("OOMKilled"),
+            message: terminated.message,
+            finished: terminated.finished_at,
+        }),
+        disrupted: condition("DisruptionTarget")
+            .filter(|condition| condition.status == "True")
+            .map(|condition| condition.reason.clone().unwrap_or_default()),
+    }
+}
+
+/// What Kueue's Workload of a Job says. There is no watch on Workloads: their kind may not exist, and the Job, which is
+/// watched, changes when the Workload is admitted.
+async fn queue(client: &Client, job: &FineTuneJob, child_uid: &str) -> Result<QueueSeen, Error> {
+    let kind = ApiResource::from_gvk(&GroupVersionKind::gvk("kueue.x-k8s.io", "v1beta1", "Workload"));
+    let workloads: Api<DynamicObject> =
+        Api::namespaced_with(client.clone(), &job.namespace().unwrap_or_default(), &kind);
+    let by_job = ListParams::default().labels(&format!("kueue.x-k8s.io/job-uid={child_uid}"));
+    let found = match workloads.list(&by_job).await {
+        Ok(found) => found,
+        Err(kube::Error::Api(status)) if status.is_not_found() => return Ok(QueueSeen::ControllerMissing),
+        Err(source) => return Err(Error::Get { kind: "Workload", name: job.name_any(), source: Box::new(source) }),
+    };
+    let Some(workload) = found.items.first() else { return Ok(QueueSeen::ControllerMissing) };
+    let conditions = workload.data["status"]["conditions"].as_array().cloned().unwrap_or_default();
+    let message = |name: &str, status: &str| {
+        let condition =
+            conditions.iter().find(|condition| condition["type"] == name && condition["status"] == status)?;
+        let text = |field: &str| condition[field].as_str().unwrap_or_default().to_owned();
+        Some(format!("{}: {}", text("reason"), text("message")))
+    };
+    Ok(match (message("Evicted", "True"), message("QuotaReserved", "False")) {
+        (Some(evicted), _) => QueueSeen::Evicted(evicted),
+        (None, waiting) => QueueSeen::Waiting(waiting.unwrap_or_default()),
+    })
+}

@@ -1,0 +1,37 @@
+//! What a training report means for the job.
+
+use crds::condition::{ConditionStatus, reason};
+use crds::report::{ValidationReport, Verdict};
+
+/// The condition `ValidationPassed`, and whether a gate failed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Judgement {
+    /// Of the condition.
+    pub status: ConditionStatus,
+    /// Of the condition.
+    pub reason: &'static str,
+    /// Of the condition.
+    pub message: String,
+    /// A gate, or the tolerance for forgetting, does not hold.
+    pub gate_failed: bool,
+}
+
+/// Judges what validation found.
+pub fn judge(validation: Option<&ValidationReport>) -> Judgement {
+    let Some(validation) = validation else {
+        let message = "nothing was validated".to_owned();
+        return Judgement { status: ConditionStatus::Unknown, reason: reason::NO_GATES, message, gate_failed: false };
+    };
+    let message = validation.summary.clone();
+    let has_gates = !validation.gates.is_empty() || validation.forgetting.is_some();
+    if validation.verdict == Verdict::GateFailed {
+        // A metric that is NaN or infinite is never reported: its gate has nothing to show.
+        let unseen = validation.gates.iter().any(|gate| !gate.passed && gate.observed.is_none());
+        let reason = if unseen { reason::NON_FINITE_METRIC } else { reason::GATE_FAILED };
+        return Judgement { status: ConditionStatus::False, reason, message, gate_failed: true };
+    }
+    if has_gates {
+        return Judgement { status: ConditionStatus::True, reason: reason::GATES_PASSED, message, gate_failed: false };
+    }
+    Judgement { status: ConditionStatus::Unknown, reason: reason::NO_GATES, message, gate_failed: false }
+}

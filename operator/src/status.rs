@@ -1,0 +1,604 @@
+//! The next status of a job, from its last one and what was observed. Pure. Everything that a decision depends on later is
+//! recorded here first: an attempt is listed before its Job is made, and how it ended before the next one is listed.
+
+pub mod convert;
+#[cfg(test)]
+mod tests;
+
+use std::time::Duration;
+
+use crds::condition::{self, ConditionStatus, reason, set_condition};
+use crds::exit::ExitCode;
+use crds::finetunejob::{
+    AttemptOutcome, AttemptsStatus, JobReference, LastFailure, Phase, ResolvedStatus, UsageStatus,
+};
+use crds::report::{Report, Stage};
+use crds::run::PodStage;
+use crds::{FineTuneJob, FineTuneJobStatus};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::jiff::Timestamp;
+use kube::ResourceExt;
+
+use crate::build;
+use crate::observe::{JobSeen, Observed, PodSeen, QueueSeen};
+use crate::policy::backoff::backoff;
+use crate::policy::deadline::{Deadline, deadline, seconds_between, time_to_live};
+use crate::policy::failure::{Ended, Reading, read};
+use crate::policy::verdict::judge;
+use crate::validate::{Invalid, Plan};
+
+/// Attempts that the status lists.
+const LISTED_ATTEMPTS: usize = 16;
+/// Training attempts in a row without a new checkpoint that end a job.
+const LIVES: i32 = 3;
+/// Attempts that may run out of memory: the limit does not grow by itself.
+const OUT_OF_MEMORY_ATTEMPTS: usize = 2;
+/// Between two looks at a queue's Workload.
+const QUEUE_INTERVAL: Duration = Duration::from_secs(15);
+/// A Job whose pod the API server refuses (quota, admission) shows no more than that it has none.
+const POD_PATIENCE: Duration = Duration::from_secs(20);
+
+/// What became of the objects that this pass tried to make.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Applied {
+    /// Kind and name of an object of somebody else that is in the way.
+    pub name_taken: Option<String>,
+    /// What the API server said when it refused an object.
+    pub refused: Option<String>,
+    /// UID of the Job that was made for the newest attempt.
+    pub created_uid: Option<String>,
+}
+
+/// The next status, and when to look again without a change.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Next {
+    /// Equal to the last one if nothing is new.
+    pub status: FineTuneJobStatus,
+    /// `None`: only a change can matter.
+    pub wake: Option<Duration>,
+}
+
+/// Whether a job has ended.
+pub fn is_terminal(status: &FineTuneJobStatus) -> bool {
+    [condition::COMPLETE, condition::FAILED].into_iter().any(|name| is_true(status, name))
+}
+
+fn is_true(status: &FineTuneJobStatus, name: &str) -> bool {
+    status.conditions.iter().any(|condition| condition.type_ == name && condition.status == "True")
+}
+
+/// Whether the last word of the newest attempt is to be read from the volume.
+pub fn needs_report_job(job: &FineTuneJob, observed: &Observed) -> bool {
+    let status = job.status.clone().unwrap_or_default();
+    let Some(current) = status.job_refs.last().filter(|current| current.outcome.is_none()) else { return false };
+    let Some(attempt) = &observed.attempt else { return false };
+    !job.spec.suspend
+        && current.uid.is_some()
+        && attempt.has_ended()
+        && reading(job, observed, current).is_some_and(|read| read == Reading::AskTheVolume)
+}
+
+/// What is known of how the newest attempt ended.
+fn reading(job: &FineTuneJob, observed: &Observed, current: &JobReference) -> Option<Reading> {
+    let attempt = observed.attempt.as_ref()?;
+    let uid = job.uid().unwrap_or_default();
+    let own = attempt.report(&uid, current.stage, current.attempt);
+    let from_volume = observed.report_job.as_ref().and_then(|read| read.report(&uid, current.stage, current.attempt));
+    let volume_was_read = observed.report_job.as_ref().is_some_and(|read| read.has_ended());
+    Some(read(attempt, own.or(from_volume), volume_was_read))
+}
+
+/// How long the operator waits after the first failed attempt.
+#[derive(Clone, Copy, Debug)]
+pub struct Timing {
+    /// Each further failure doubles it.
+    pub first_backoff: Duration,
+}
+
+/// The next status of a job.
+pub fn next_status(
+    job: &FineTuneJob,
+    plan: Result<&Plan, &Invalid>,
+    observed: &Observed,
+    applied: &Applied,
+    timing: Timing,
+    now: Timestamp,
+) -> Next {
+    let mut status = job.status.clone().unwrap_or_default();
+    status.observed_generation = job.metadata.generation;
+    if is_terminal(&status) {
+        let wake = time_to_live(&job.spec, &status, now);
+        return Next { status, wake };
+    }
+    let mut transition = Transition { job, observed, timing, now, status, wake: None };
+    transition.run(plan, applied);
+    Next { status: transition.status, wake: transition.wake.map(|wake| wake.max(Duration::from_secs(1))) }
+}
+
+struct Transition<'a> {
+    job: &'a FineTuneJob,
+    observed: &'a Observed,
+    timing: Timing,
+    now: Timestamp,
+    status: FineTuneJobStatus,
+    wake: Option<Duration>,
+}
+
+impl Transition<'_> {
+    fn set(&mut self, name: &str, status: ConditionStatus, reason: &str, message: &str) {
+        let generation = self.job.metadata.generation;
+        set_condition(&mut self.status.conditions, name, status, reason, message, generation, Time(self.now));
+    }
+
+    fn wake_in(&mut self, after: Duration) {
+        self.wake = Some(self.wake.map_or(after, |wake| wake.min(after)));
+    }
+
+    fn run(&mut self, plan: Result<&Plan, &Invalid>, applied: &Applied) {
+        for name in condition::TYPES {
+            if !self.status.conditions.iter().any(|condition| condition.type_ == name) {
+                self.set(name, ConditionStatus::Unknown, reason::PENDING, "");
+            }
+        }
+        self.refresh_generations();
+        let plan = match plan {
+            Ok(plan) => plan,
+            Err(invalid) => {
+                self.status.phase = Some(Phase::Pending);
+                self.set(condition::ACCEPTED, ConditionStatus::False, invalid.reason, &invalid.message);
+                return;
+            }
+        };
+        if let Some(taken) = &applied.name_taken {
+            let message = format!("{taken} belongs to somebody else; delete it, or give the job another name");
+            self.status.phase = Some(Phase::Pending);
+            self.set(condition::ACCEPTED, ConditionStatus::False, reason::CHILD_NAME_TAKEN, &message);
+            self.wake_in(QUEUE_INTERVAL);
+            return;
+        }
+        self.accept(plan);
+        self.note_attempt(applied);
+        if self.check_deadlines() {
+            return;
+        }
+        let ended = self.note_end(plan);
+        if let Some(ended) = ended
+            && self.conclude(&ended)
+        {
+            return;
+        }
+        self.hold_or_go_on();
+        self.describe(applied);
+    }
+
+    /// Every condition is about the newest generation, also where nothing else about it is new.
+    fn refresh_generations(&mut self) {
+        for condition in &mut self.status.conditions {
+            condition.observed_generation = self.job.metadata.generation;
+        }
+    }
+
+    fn accept(&mut self, plan: &Plan) {
+        self.set(condition::ACCEPTED, ConditionStatus::True, reason::RESOLVED, "");
+        let resolved = self.status.resolved.get_or_insert_with(ResolvedStatus::default);
+        resolved.hyperparameters.get_or_insert_with(|| crds::resolve::hyperparameters_spec(&plan.run.hyperparameters));
+        resolved.image.get_or_insert_with(|| plan.pods.image.clone());
+        resolved.claim.get_or_insert_with(|| plan.claim.name().to_owned());
+        if plan.run.output.uri.is_none() && is_unknown(&self.status, condition::PUBLISHED) {
+            self.set(
+                condition::PUBLISHED,
+                ConditionStatus::Unknown,
+                reason::NOT_REQUESTED,
+                "the output stays on the volume of the run",
+            );
+        }
+        if plan.pods.queue_name.is_none() && plan.pods.cpu_queue_name.is_none() {
+            self.set(condition::ADMITTED, ConditionStatus::True, reason::NO_QUEUE, "");
+        }
+    }
+
+    /// What is seen of the attempt that runs: its Job's UID, its start, its progress.
+    fn note_attempt(&mut self, applied: &Applied) {
+        let Some(seen) = &self.observed.attempt else { return };
+        let Some(current) = self.status.job_refs.last_mut().filter(|current| current.outcome.is_none()) else { return };
+        if current.uid.is_none() {
+            current.uid = match &seen.job {
+                JobSeen::Present { uid, .. } => Some(uid.clone()),
+                JobSeen::Missing | JobSeen::Foreign => applied.created_uid.clone(),
+            };
+        }
+        // A Job that a queue closed and opened again has several pods.
+        let started = seen.pods.iter().find_map(|pod| pod.started.clone());
+        if current.start_time.is_none() {
+            current.start_time = started;
+        }
+        let (stage, attempt, first_start) = (current.stage, current.attempt, current.start_time.clone());
+        if self.status.start_time.is_none() {
+            self.status.start_time = first_start;
+        }
+        self.status.stage = Some(stage);
+        if let Some(progress) = &self.observed.progress
+            && progress.pod_stage == Some(stage)
+            && progress.attempt == attempt
+        {
+            convert::note_progress(&mut self.status, progress);
+        }
+    }
+
+    fn newest_pod(&self) -> Option<&PodSeen> {
+        self.observed.attempt.as_ref().and_then(|attempt| attempt.newest_pod())
+    }
+
+    fn current(&self) -> Option<&JobReference> {
+        self.status.job_refs.last()
+    }
+
+    fn check_deadlines(&mut self) -> bool {
+        let trains =
+            self.current().is_some_and(|current| current.stage == PodStage::Train && current.outcome.is_none());
+        let running_since = self
+            .newest_pod()
+            .filter(|pod| trains && pod.running)
+            .and_then(|pod| pod.started.as_ref())
+            .map(|started| started.0);
+        let created = self.job.metadata.creation_timestamp.as_ref().map_or(self.now, |created| created.0);
+        let has_trained = self.status.job_refs.iter().any(|attempt| {
+            attempt.stage == PodStage::Publish || (attempt.stage == PodStage::Train && attempt.start_time.is_some())
+        }) || self.status.usage.as_ref().is_some_and(|usage| usage.train_seconds > 0);
+        match deadline(&self.job.spec, &self.status, created, has_trained, running_since, self.now) {
+            Deadline::Over { reason, message } => {
+                self.finish(condition::FAILED, reason, &message);
+                true
+            }
+            Deadline::In(left) => {
+                self.wake_in(left);
+                false
+            }
+            Deadline::None => false,
+        }
+    }
+
+    /// Records how the newest attempt ended, once it has.
+    fn note_end(&mut self, plan: &Plan) -> Option<Ended> {
+        let current = self.current().filter(|current| current.outcome.is_none())?.clone();
+        let attempt = self.observed.attempt.as_ref()?;
+        // Before this pass recorded that the Job was made, nothing can have ended.
+        let was_made =
+            self.job.status.as_ref().and_then(|status| status.job_refs.last()).is_some_and(|last| last.uid.is_some());
+        if !was_made || !attempt.has_ended() {
+            return None;
+        }
+        let mut ended = match reading(self.job, self.observed, &current)? {
+            Reading::Ended(ended) => ended,
+            // A held job makes no pod, not even one that reads a volume. Work that was done is found when it goes on.
+            Reading::AskTheVolume if self.job.spec.suspend => Box::new(Ended::held()),
+            Reading::AskTheVolume => return None,
+        };
+        if self.job.spec.suspend && !matches!(ended.outcome, AttemptOutcome::Done | AttemptOutcome::Final) {
+            *ended = Ended { report: ended.report.take(), ..Ended::held() };
+        }
+        let finished =
+            attempt.newest_pod().and_then(|pod| pod.terminated.as_ref()?.finished.clone()).unwrap_or(Time(self.now));
+        self.count(plan, &current, &ended, &finished);
+        let recorded = self.status.job_refs.last_mut().expect("there is a current one");
+        recorded.outcome = Some(ended.outcome);
+        recorded.reason = Some(ended.reason.clone());
+        recorded.completion_time = Some(finished);
+        Some(*ended)
+    }
+
+    fn count(&mut self, plan: &Plan, current: &JobReference, ended: &Ended, finished: &Time) {
+        let attempts = self.status.attempts.get_or_insert_with(AttemptsStatus::default);
+        match ended.outcome {
+            AttemptOutcome::Failed => attempts.failed += 1,
+            AttemptOutcome::Preempted => attempts.preempted += 1,
+            AttemptOutcome::Done | AttemptOutcome::Final | AttemptOutcome::Suspended => {}
+        }
+        if current.stage == PodStage::Train {
+            count_progress(attempts, ended, self.observed);
+            let usage = self.status.usage.get_or_insert_with(UsageStatus::default);
+            let seconds = current.start_time.as_ref().map_or(0, |start| seconds_between(start.0, finished.0));
+            usage.train_seconds += seconds;
+            usage.gpu_seconds += seconds * plan.pods.accelerators();
+            let price = plan.run.resources.price_per_hour;
+            // Where there is no accelerator the price is the machine's.
+            let priced = usage.train_seconds * plan.pods.accelerators().max(1);
+            usage.cost = price.map(|price| convert::decimal(price * priced as f64 / 3600.0));
+        }
+        if matches!(ended.outcome, AttemptOutcome::Failed | AttemptOutcome::Final) {
+            let mut message = ended.message.clone();
+            convert::shorten(&mut message);
+            self.status.last_failure =
+                Some(LastFailure { reason: ended.reason.clone(), exit_code: ended.exit_code, message });
+        }
+        if let Some(report) = &ended.report {
+            convert::note_report(&mut self.status, current.stage, report);
+        }
+    }
+
+    /// What the end of an attempt means for the job; true when the job has ended.
+    fn conclude(&mut self, ended: &Ended) -> bool {
+        let policy = self.job.spec.failure_policy.clone();
+        let max_retries = policy.as_ref().and_then(|policy| policy.max_retries).unwrap_or(3);
+        let max_preemptions = policy.and_then(|policy| policy.max_preemptions).unwrap_or(20);
+        let attempts = self.status.attempts.clone().unwrap_or_default();
+        let stage = self.current().map_or(PodStage::Prepare, |current| current.stage);
+        let out_of_memory = ExitCode::OutOfMemory.reason();
+        let exhausted =
+            self.status.job_refs.iter().filter(|attempt| attempt.reason.as_deref() == Some(out_of_memory)).count();
+        let told = |limit: &str| format!("{limit}; the last attempt: {}: {}", ended.reason, ended.message);
+        let (reason, message) = match ended.outcome {
+            AttemptOutcome::Done => return self.stage_done(stage, ended.report.as_ref()),
+            AttemptOutcome::Suspended => return false,
+            AttemptOutcome::Final => (ended.reason.clone(), ended.message.clone()),
+            AttemptOutcome::Failed if ended.reason == out_of_memory && exhausted >= OUT_OF_MEMORY_ATTEMPTS => {
+                (ended.reason.clone(), ended.message.clone())
+            }
+            _ if stage == PodStage::Train && attempts.without_checkpoint >= LIVES => {
+                let message = told(&format!("{LIVES} attempts in a row left no new checkpoint"));
+                (reason::NO_PROGRESS.to_owned(), message)
+            }
+            AttemptOutcome::Failed if attempts.failed > max_retries => {
+                let message = told(&format!("{} attempts failed, maxRetries is {max_retries}", attempts.failed));
+                (reason::BACKOFF_LIMIT_EXCEEDED.to_owned(), message)
+            }
+            AttemptOutcome::Preempted if attempts.preempted > max_preemptions => {
+                let limit =
+                    format!("{} attempts were preempted, maxPreemptions is {max_preemptions}", attempts.preempted);
+                (reason::PREEMPTION_LIMIT_EXCEEDED.to_owned(), told(&limit))
+            }
+            AttemptOutcome::Failed | AttemptOutcome::Preempted => return false,
+        };
+        if stage == PodStage::Publish {
+            self.set(condition::PUBLISHED, ConditionStatus::False, reason::PUBLISH_FAILED, &message);
+        }
+        self.finish(condition::FAILED, &reason, &message);
+        true
+    }
+
+    fn stage_done(&mut self, stage: PodStage, report: Option<&Report>) -> bool {
+        match stage {
+            PodStage::Prepare | PodStage::Report => false,
+            PodStage::Train => {
+                let judgement = judge(report.and_then(|report| report.validation.as_ref()));
+                self.set(condition::VALIDATION_PASSED, judgement.status, judgement.reason, &judgement.message);
+                let publish_always = self.job.spec.output.as_ref().and_then(|output| output.publish_when)
+                    == Some(crds::finetunejob::PublishWhen::Always);
+                if !judgement.gate_failed || publish_always {
+                    return false;
+                }
+                self.set(condition::PUBLISHED, ConditionStatus::False, reason::GATE_FAILED, &judgement.message);
+                self.finish_by_verdict();
+                true
+            }
+            PodStage::Publish => {
+                if let Some(artifact) = &self.status.artifact {
+                    let message = format!("{} at {}", artifact.digest, artifact.uri);
+                    self.set(condition::PUBLISHED, ConditionStatus::True, reason::ARTIFACT_VERIFIED, &message);
+                }
+                self.finish_by_verdict();
+                true
+            }
+        }
+    }
+
+    fn finish_by_verdict(&mut self) {
+        let validation = self.job.spec.validation.as_ref().and_then(|validation| validation.on_failure);
+        let fails = validation != Some(crds::finetunejob::OnFailure::Complete);
+        let found = self.status.conditions.iter().find(|condition| condition.type_ == condition::VALIDATION_PASSED);
+        let (failed, message) =
+            found.map_or((false, String::new()), |found| (found.status == "False", found.message.clone()));
+        if failed && fails {
+            self.finish(condition::FAILED, reason::VALIDATION_FAILED, &message);
+        } else {
+            self.finish(condition::COMPLETE, ExitCode::Done.reason(), &message);
+        }
+    }
+
+    fn finish(&mut self, name: &str, reason: &str, message: &str) {
+        let mut message = message.to_owned();
+        convert::shorten(&mut message);
+        let other = if name == condition::COMPLETE { condition::FAILED } else { condition::COMPLETE };
+        self.set(other, ConditionStatus::False, reason, "");
+        self.set(condition::RUNNING, ConditionStatus::False, reason, "");
+        self.set(name, ConditionStatus::True, reason, &message);
+        self.status.phase = Some(if name == condition::COMPLETE { Phase::Succeeded } else { Phase::Failed });
+        self.status.completion_time = Some(Time(self.now));
+        self.status.stage = None;
+        if let Some(progress) = &mut self.status.progress {
+            progress.eta = None;
+            progress.estimated_remaining_seconds = None;
+        }
+        self.wake = time_to_live(&self.job.spec, &self.status, self.now);
+    }
+
+    /// Lists the next attempt when it is due.
+    fn hold_or_go_on(&mut self) {
+        if self.job.spec.suspend {
+            self.set(condition::SUSPENDED, ConditionStatus::True, reason::SUSPENDED_BY_USER, "spec.suspend is true");
+            return;
+        }
+        if is_true(&self.status, condition::SUSPENDED) {
+            self.set(condition::SUSPENDED, ConditionStatus::False, reason::RESUMED, "");
+        }
+        let Some(last) = self.current().cloned() else { return self.list(PodStage::Prepare, 1) };
+        let Some(outcome) = last.outcome else { return };
+        let (stage, attempt) = match (outcome, last.stage) {
+            (AttemptOutcome::Done, PodStage::Prepare) => (PodStage::Train, 1),
+            (AttemptOutcome::Done, _) => (PodStage::Publish, 1),
+            _ => (last.stage, last.attempt + 1),
+        };
+        let failed = self.status.attempts.as_ref().map_or(0, |attempts| attempts.failed);
+        let wait = backoff(outcome, failed, self.timing.first_backoff, &format!("{:?}", (self.job.uid(), &last.name)));
+        let ended = last.completion_time.as_ref().map_or(self.now, |ended| ended.0);
+        let waited = self.now.duration_since(ended).unsigned_abs();
+        if waited < wait {
+            self.wake_in(wait - waited);
+        } else {
+            self.list(stage, attempt);
+        }
+    }
+
+    fn list(&mut self, stage: PodStage, attempt: i32) {
+        if stage == PodStage::Train {
+            self.status.attempts.get_or_insert_with(AttemptsStatus::default).total += 1;
+        }
+        self.status.stage = Some(stage);
+        self.status.job_refs.push(JobReference {
+            name: build::stage_job_name(self.job, stage, attempt),
+            stage,
+            attempt,
+            uid: None,
+            start_time: None,
+            completion_time: None,
+            outcome: None,
+            reason: None,
+        });
+        let excess = self.status.job_refs.len().saturating_sub(LISTED_ATTEMPTS);
+        self.status.job_refs.drain(..excess);
+    }
+
+    /// Running, Admitted and the phase.
+    fn describe(&mut self, applied: &Applied) {
+        self.describe_queue();
+        let current = self.current().cloned();
+        let (status, reason, message) = self.running(applied);
+        self.set(condition::RUNNING, status, reason, &message);
+        let is_queued = self
+            .status
+            .conditions
+            .iter()
+            .any(|condition| condition.type_ == condition::ADMITTED && condition.status == "False");
+        let stuck = matches!(reason, reason::UNSCHEDULABLE | reason::IMAGE_PULL_FAILED | reason::CHILD_CREATION_FAILED);
+        let evaluates = self.observed.progress.as_ref().is_some_and(|progress| progress.stage == Stage::Evaluating);
+        self.status.phase = Some(if self.job.spec.suspend {
+            Phase::Suspended
+        } else if is_queued {
+            Phase::Queued
+        } else if stuck {
+            Phase::Pending
+        } else {
+            match current.map(|current| current.stage) {
+                None => Phase::Pending,
+                Some(PodStage::Prepare) if self.status.start_time.is_none() => Phase::Pending,
+                Some(PodStage::Prepare) => Phase::Preparing,
+                Some(PodStage::Train) if evaluates => Phase::Evaluating,
+                Some(PodStage::Train) => Phase::Training,
+                Some(PodStage::Publish | PodStage::Report) => Phase::Publishing,
+            }
+        });
+    }
+
+    fn describe_queue(&mut self) {
+        let was_admitted = self
+            .status
+            .conditions
+            .iter()
+            .any(|condition| condition.type_ == condition::ADMITTED && condition.reason == reason::QUOTA_RESERVED);
+        match &self.observed.queue {
+            Some(QueueSeen::ControllerMissing) => {
+                let message = "the Job is held for a queue, and nobody serves queues here; \
+                               install Kueue, or remove scheduling.queueName";
+                self.set(condition::ADMITTED, ConditionStatus::False, reason::QUEUE_CONTROLLER_MISSING, message);
+                self.wake_in(QUEUE_INTERVAL);
+            }
+            Some(QueueSeen::Waiting(message)) => {
+                self.set(condition::ADMITTED, ConditionStatus::False, reason::WAITING_FOR_QUOTA, &message.clone());
+                self.wake_in(QUEUE_INTERVAL);
+            }
+            Some(QueueSeen::Evicted(message)) => {
+                self.set(condition::ADMITTED, ConditionStatus::False, reason::EVICTED, &message.clone());
+                self.wake_in(QUEUE_INTERVAL);
+            }
+            None => {
+                let opened = self
+                    .observed
+                    .attempt
+                    .as_ref()
+                    .is_some_and(|attempt| matches!(attempt.job, JobSeen::Present { suspended: false, .. }));
+                let is_true =
+                    self.status.conditions.iter().any(|condition| {
+                        condition.type_ == condition::ADMITTED && condition.reason == reason::NO_QUEUE
+                    });
+                if opened && !is_true {
+                    self.set(condition::ADMITTED, ConditionStatus::True, reason::QUOTA_RESERVED, "");
+                }
+                return;
+            }
+        }
+        if was_admitted {
+            // The same Job comes back when it is admitted again: nothing ended, and yet its pod was taken away.
+            self.status.attempts.get_or_insert_with(AttemptsStatus::default).preempted += 1;
+        }
+    }
+
+    fn running(&mut self, applied: &Applied) -> (ConditionStatus, &'static str, String) {
+        use ConditionStatus::{False, True, Unknown};
+        if let Some(refused) = &applied.refused {
+            return (False, reason::CHILD_CREATION_FAILED, refused.clone());
+        }
+        if self.job.spec.suspend {
+            return (False, reason::SUSPENDED_BY_USER, String::new());
+        }
+        let Some(current) = self.current().cloned() else { return (Unknown, reason::PENDING, String::new()) };
+        if let Some(outcome) = current.outcome {
+            let reason = if outcome == AttemptOutcome::Preempted { reason::PREEMPTED } else { reason::PENDING };
+            return (False, reason, "waiting for the next attempt".into());
+        }
+        let Some(attempt) = &self.observed.attempt else { return (Unknown, reason::PENDING, String::new()) };
+        if attempt.job == JobSeen::Foreign {
+            return (False, reason::CHILD_NAME_TAKEN, format!("the Job {} belongs to somebody else", current.name));
+        }
+        let Some(pod) = attempt.newest_pod() else {
+            let JobSeen::Present { created: Some(created), suspended: false, .. } = &attempt.job else {
+                return (False, reason::PENDING, String::new());
+            };
+            let waited = self.now.duration_since(created.0).unsigned_abs();
+            if waited < POD_PATIENCE {
+                self.wake_in(POD_PATIENCE - waited);
+                return (False, reason::PENDING, String::new());
+            }
+            let name = &current.name;
+            let message =
+                format!("the Job {name} has no pod: a quota or a policy may refuse it; kubectl describe job {name}");
+            return (False, reason::CHILD_CREATION_FAILED, message);
+        };
+        if let Some(message) = &pod.unschedulable {
+            return (False, reason::UNSCHEDULABLE, message.clone());
+        }
+        if let Some((why, message)) = &pod.waiting {
+            // Other reasons pass, or are told by how the pod ends.
+            let is_pull = why.contains("Image") || why == "ErrImagePull";
+            let reason = if is_pull { reason::IMAGE_PULL_FAILED } else { reason::CHILD_CREATION_FAILED };
+            return (False, reason, format!("{why}: {message}"));
+        }
+        if pod.terminating && pod.live {
+            let message = "the pod is being taken away; the next attempt begins when it is gone for certain";
+            return (False, reason::PREEMPTED, message.into());
+        }
+        if pod.running { (True, reason::POD_RUNNING, String::new()) } else { (False, reason::PENDING, String::new()) }
+    }
+}
+
+fn is_unknown(status: &FineTuneJobStatus, name: &str) -> bool {
+    status.conditions.iter().any(|condition| condition.type_ == name && condition.status == "Unknown")
+}
+
+/// Whether a training attempt left a checkpoint that none before it had left.
+fn count_progress(attempts: &mut AttemptsStatus, ended: &Ended, observed: &Observed) {
+    let report = ended.report.as_ref();
+    let progress = observed.progress.as_ref();
+    let told = [
+        report.and_then(|report| report.last_checkpoint_step),
+        progress.and_then(|progress| progress.checkpoints.last()).map(|checkpoint| checkpoint.step),
+        report.and_then(|report| report.resumed_from_step),
+        progress.and_then(|progress| progress.resumed_from_step),
+    ];
+    let newest = told.into_iter().flatten().max();
+    if newest > attempts.checkpoint_step {
+        attempts.checkpoint_step = newest;
+        attempts.without_checkpoint = 0;
+    } else if !matches!(ended.outcome, AttemptOutcome::Done | AttemptOutcome::Suspended) {
+        attempts.without_checkpoint += 1;
+    }
+}

@@ -1,0 +1,415 @@
+//! Logs, `/metrics`, `/healthz` and `/readyz`. The series of jobs are read from the caches when they are asked for: a job that is
+//! gone has none.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::routing::get;
+use crds::FineTuneJob;
+use crds::condition;
+use crds::finetunejob::Phase;
+use k8s_openapi::jiff::Timestamp;
+use kube::ResourceExt;
+use prometheus::{Gauge, GaugeVec, Histogram, HistogramOpts, IntCounterVec, IntGauge, Opts, Registry, TextEncoder};
+
+use crate::controller::JobStore;
+
+/// Kinds that are watched; each has to be heard of.
+pub const WATCHED: [&str; 3] = ["finetunejobs", "jobs", "pods"];
+/// A watch asks anew every 200 s. One that has had no answer for so long is stuck.
+pub const STUCK_AFTER: Duration = Duration::from_secs(600);
+/// A process that cannot mend its watches for so long is to be replaced.
+const DEAD_AFTER: Duration = Duration::from_secs(1200);
+const PHASES: [Phase; 9] = [
+    Phase::Pending,
+    Phase::Queued,
+    Phase::Preparing,
+    Phase::Training,
+    Phase::Evaluating,
+    Phase::Publishing,
+    Phase::Suspended,
+    Phase::Succeeded,
+    Phase::Failed,
+];
+
+/// What the operator tells about itself and its jobs.
+pub struct Telemetry {
+    registry: Registry,
+    passes: IntCounterVec,
+    pass_duration: Histogram,
+    errors: IntCounterVec,
+    leader: IntGauge,
+    heard: GaugeVec,
+    last_heard: Mutex<HashMap<&'static str, Instant>>,
+    leads: AtomicBool,
+    started: Instant,
+    stores: Mutex<HashMap<Option<String>, JobStore>>,
+}
+
+impl Telemetry {
+    /// Registers the series.
+    pub fn new() -> Result<Arc<Self>, prometheus::Error> {
+        let registry = Registry::new_custom(Some("finetune_operator".into()), None)?;
+        let counters = |name: &str, help: &str, label: &str| {
+            let counters = IntCounterVec::new(Opts::new(name, help), &[label])?;
+            registry.register(Box::new(counters.clone())).map(|()| counters)
+        };
+        let passes = counters("reconcile_total", "Passes over a job by result", "result")?;
+        let errors = counters("reconcile_errors_total", "Passes that failed, by what could not be done", "reason")?;
+        let pass_duration = Histogram::with_opts(
+            HistogramOpts::new("reconcile_duration_seconds", "Seconds of a pass over a job")
+                .buckets(prometheus::exponential_buckets(0.001, 2.0, 14)?),
+        )?;
+        registry.register(Box::new(pass_duration.clone()))?;
+        let leader = IntGauge::new("leader", "1 if this replica leads")?;
+        registry.register(Box::new(leader.clone()))?;
+        let heard = GaugeVec::new(
+            Opts::new("watch_last_success_timestamp_seconds", "When a list or watch last began well, by kind"),
+            &["kind"],
+        )?;
+        registry.register(Box::new(heard.clone()))?;
+        let build = GaugeVec::new(Opts::new("build_info", "1, with the version as label"), &["version"])?;
+        build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1.0);
+        registry.register(Box::new(build))?;
+        // A ratio of errors needs both before the first error.
+        passes.with_label_values(&["success"]);
+        passes.with_label_values(&["error"]);
+        for reason in ["observe", "apply", "status"] {
+            errors.with_label_values(&[reason]);
+        }
+        Ok(Arc::new(Self {
+            registry,
+            passes,
+            pass_duration,
+            errors,
+            leader,
+            heard,
+            last_heard: Mutex::default(),
+            leads: AtomicBool::new(false),
+            started: Instant::now(),
+            stores: Mutex::default(),
+        }))
+    }
+
+    /// A pass over a job ended.
+    pub fn count_pass(&self, ok: bool, took: Duration) {
+        self.passes.with_label_values(&[if ok { "success" } else { "error" }]).inc();
+        self.pass_duration.observe(took.as_secs_f64());
+    }
+
+    /// A pass failed.
+    pub fn count_error(&self, reason: &str) {
+        self.errors.with_label_values(&[reason]).inc();
+    }
+
+    /// This replica leads, or no longer.
+    pub fn set_leader(&self, leads: bool) {
+        self.leader.set(i64::from(leads));
+        self.leads.store(leads, Ordering::Relaxed);
+        if !leads {
+            self.stores().clear();
+            self.last_heard().clear();
+        }
+    }
+
+    /// The jobs whose series are told.
+    pub fn add_store(&self, namespace: Option<String>, store: JobStore) {
+        self.stores().insert(namespace, store);
+    }
+
+    fn stores(&self) -> MutexGuard<'_, HashMap<Option<String>, JobStore>> {
+        self.stores.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn last_heard(&self) -> MutexGuard<'_, HashMap<&'static str, Instant>> {
+        self.last_heard.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn hear(&self, kind: &'static str) {
+        self.heard.with_label_values(&[kind]).set(Timestamp::now().as_second() as f64);
+        self.last_heard().insert(kind, Instant::now());
+    }
+
+    /// The longest silence of a kind that is watched, since this replica leads.
+    pub fn silence(&self) -> Duration {
+        let heard = self.last_heard();
+        if !self.leads.load(Ordering::Relaxed) || heard.is_empty() {
+            return Duration::ZERO;
+        }
+        WATCHED.iter().filter_map(|kind| heard.get(kind)).map(Instant::elapsed).max().unwrap_or_default()
+    }
+
+    /// Whether every kind was heard of, or another replica leads.
+    fn is_ready(&self) -> bool {
+        let heard = self.last_heard();
+        !self.leads.load(Ordering::Relaxed) || WATCHED.iter().all(|kind| heard.contains_key(kind))
+    }
+
+    fn text(&self) -> Result<String, prometheus::Error> {
+        let mut families = self.registry.gather();
+        families.extend(self.job_families()?);
+        families.extend(prometheus::gather());
+        TextEncoder::new().encode_to_string(&families)
+    }
+
+    fn job_families(&self) -> Result<Vec<prometheus::proto::MetricFamily>, prometheus::Error> {
+        let registry = Registry::new_custom(Some("finetunejob".into()), None)?;
+        let series = JobSeries::register(&registry)?;
+        let stores: Vec<JobStore> = self.stores().values().cloned().collect();
+        for guarded in stores.iter().flat_map(kube::runtime::reflector::Store::state) {
+            if let Ok(job) = &guarded.0 {
+                series.tell(job);
+            }
+        }
+        Ok(registry.gather())
+    }
+}
+
+/// One value of every job.
+struct JobSeries {
+    info: GaugeVec,
+    phase: GaugeVec,
+    condition: GaugeVec,
+    progress: GaugeVec,
+    train_loss: GaugeVec,
+    attempts: GaugeVec,
+    created: GaugeVec,
+    started: GaugeVec,
+    completed: GaugeVec,
+}
+
+impl JobSeries {
+    fn register(registry: &Registry) -> Result<Self, prometheus::Error> {
+        let gauges = |name: &str, help: &str, more: &[&str]| {
+            let labels: Vec<&str> = ["namespace", "finetunejob"].iter().chain(more).copied().collect();
+            let gauges = GaugeVec::new(Opts::new(name, help), &labels)?;
+            registry.register(Box::new(gauges.clone())).map(|()| gauges)
+        };
+        Ok(Self {
+            info: gauges("info", "1, with what is trained as labels", &["method", "base_model", "profile", "queue"])?,
+            phase: gauges("status_phase", "1 for the phase that a job is in", &["phase"])?,
+            condition: gauges("status_condition", "1 for the status of a condition", &["condition", "status"])?,
+            progress: gauges("status_progress_ratio", "Completed share of the optimizer steps", &[])?,
+            train_loss: gauges("status_train_loss", "Mean loss per trained token, nats", &[])?,
+            attempts: gauges("status_attempts", "Attempts by kind", &["kind"])?,
+            created: gauges("created_timestamp_seconds", "When the job was created", &[])?,
+            started: gauges("start_timestamp_seconds", "When its first pod ran", &[])?,
+            completed: gauges("completion_timestamp_seconds", "When it ended", &[])?,
+        })
+    }
+
+    fn tell(&self, job: &FineTuneJob) {
+        let (namespace, name) = (job.namespace().unwrap_or_default(), job.name_any());
+        let set = |gauges: &GaugeVec, more: &[&str], value: f64| {
+            let labels: Vec<&str> =
+                [namespace.as_str(), name.as_str()].into_iter().chain(more.iter().copied()).collect();
+            let gauge: Gauge = gauges.with_label_values(&labels);
+            gauge.set(value);
+        };
+        let spec = &job.spec;
+        let queue =
+            spec.scheduling.as_ref().and_then(|scheduling| scheduling.queue_name.as_deref()).unwrap_or_default();
+        let method = format!("{:?}", spec.method.method_type);
+        // A query may be a presigned one, and is nobody's label.
+        let model = spec.model.uri.0.split('?').next().unwrap_or_default();
+        let profile = spec.profile.as_deref().unwrap_or(crds::profile::DEFAULT);
+        set(&self.info, &[&method, model, profile, queue], 1.0);
+        if let Some(created) = &job.metadata.creation_timestamp {
+            set(&self.created, &[], created.0.as_second() as f64);
+        }
+        let Some(status) = &job.status else { return };
+        for phase in PHASES {
+            set(&self.phase, &[&format!("{phase:?}")], f64::from(u8::from(status.phase == Some(phase))));
+        }
+        for found in status.conditions.iter().filter(|found| condition::TYPES.contains(&found.type_.as_str())) {
+            for value in ["True", "False", "Unknown"] {
+                set(&self.condition, &[&found.type_, value], f64::from(u8::from(found.status == value)));
+            }
+        }
+        if let Some(progress) = status.progress.as_ref().filter(|progress| progress.total_steps > 0) {
+            set(&self.progress, &[], progress.step as f64 / progress.total_steps as f64);
+        }
+        let loss = status.metrics.iter().find(|metric| metric.name == "trainLoss");
+        if let Some(loss) = loss.and_then(|metric| metric.value.parse().ok()) {
+            set(&self.train_loss, &[], loss);
+        }
+        let attempts = status.attempts.clone().unwrap_or_default();
+        for (kind, count) in [("total", attempts.total), ("failed", attempts.failed), ("preempted", attempts.preempted)]
+        {
+            set(&self.attempts, &[kind], f64::from(count));
+        }
+        for (gauges, time) in [(&self.started, &status.start_time), (&self.completed, &status.completion_time)] {
+            if let Some(time) = time {
+                set(gauges, &[], time.0.as_second() as f64);
+            }
+        }
+    }
+}
+
+/// Serves until the process ends.
+pub async fn serve(address: SocketAddr, telemetry: Arc<Telemetry>) -> std::io::Result<()> {
+    let router = Router::new()
+        .route("/metrics", get(metrics))
+        .route("/healthz", get(healthz))
+        .route("/readyz", get(readyz))
+        .with_state(telemetry);
+    let listener = tokio::net::TcpListener::bind(address).await?;
+    axum::serve(listener, router).await
+}
+
+async fn metrics(State(telemetry): State<Arc<Telemetry>>) -> Result<String, StatusCode> {
+    telemetry.text().map_err(|error| {
+        tracing::warn!("the metrics cannot be told: {error}");
+        StatusCode::INTERNAL_SERVER_ERROR
+    })
+}
+
+/// Progress, not mere life: a process that hears nothing does not heal by waiting.
+async fn healthz(State(telemetry): State<Arc<Telemetry>>) -> (StatusCode, String) {
+    let silence = telemetry.silence();
+    if silence > DEAD_AFTER {
+        return (StatusCode::SERVICE_UNAVAILABLE, format!("no watch began well for {} s\n", silence.as_secs()));
+    }
+    (StatusCode::OK, "ok\n".into())
+}
+
+async fn readyz(State(telemetry): State<Arc<Telemetry>>) -> (StatusCode, String) {
+    if telemetry.is_ready() {
+        return (StatusCode::OK, "ok\n".into());
+    }
+    let waited = telemetry.started.elapsed().as_secs();
+    (StatusCode::SERVICE_UNAVAILABLE, format!("not every kind was heard of, {waited} s after the start\n"))
+}
+
+/// Notes every list and watch that the API server answers well: the only place where a watch that is silent for good can be
+/// told from one that has nothing to say.
+#[derive(Clone)]
+pub struct HearingLayer(pub Arc<Telemetry>);
+
+impl<S> tower::Layer<S> for HearingLayer {
+    type Service = Hearing<S>;
+
+    fn layer(&self, inner: S) -> Hearing<S> {
+        Hearing { inner, telemetry: Arc::clone(&self.0) }
+    }
+}
+
+/// See [`HearingLayer`].
+#[derive(Clone)]
+pub struct Hearing<S> {
+    inner: S,
+    telemetry: Arc<Telemetry>,
+}
+
+impl<S, A, B> tower::Service<http::Request<A>> for Hearing<S>
+where
+    S: tower::Service<http::Request<A>, Response = http::Response<B>>,
+    S::Future: Send + 'static,
+    B: Send + 'static,
+{
+    type Response = S::Response;
+    type Error = S::Error;
+    type Future = std::pin::Pin<Box<dyn Future<Output = Result<S::Response, S::Error>> + Send>>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.inner.poll_ready(context)
+    }
+
+    fn call(&mut self, request: http::Request<A>) -> Self::Future {
+        // A collection: its path ends in the kind.
+        let kind =
+            request.uri().path().rsplit('/').next().and_then(|last| WATCHED.into_iter().find(|kind| *kind == last));
+        let kind = kind.filter(|_| request.method() == http::Method::GET);
+        let (telemetry, answer) = (Arc::clone(&self.telemetry), self.inner.call(request));
+        Box::pin(async move {
+            let answer = answer.await?;
+            if let Some(kind) = kind.filter(|_| answer.status().is_success()) {
+                telemetry.hear(kind);
+            }
+            Ok(answer)
+        })
+    }
+}
+
+/// How logs are written.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Writes logs to standard error. `level` is a level, or a filter as tracing-subscriber has them.
+pub fn start_logs(format: LogFormat, level: &str) -> Result<(), anyhow::Error> {
+    use tracing_subscriber::EnvFilter;
+    let filter = EnvFilter::try_new(level)
+        .map_err(|error| anyhow::anyhow!("--log-level: found {level:?} ({error}), expected for example info"))?;
+    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match format {
+        LogFormat::Text => logs.init(),
+        LogFormat::Json => logs.json().init(),
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_job_has_series_and_a_job_that_is_gone_has_none() {
+        let telemetry = Telemetry::new().expect("series register");
+        let (store, mut writer) = kube::runtime::reflector::store();
+        telemetry.add_store(None, store);
+        let job: FineTuneJob = serde_json::from_value(serde_json::json!({
+            "apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob",
+            "metadata": {"name": "bot", "namespace": "team", "uid": "u"},
+            "spec": {"model": {"uri": "https://host/m?token=1"}, "dataset": {"train": {"uri": "hf://a/b"}},
+                     "method": {"type": "LoRA"}},
+            "status": {"phase": "Training", "attempts": {"total": 3, "failed": 1, "preempted": 1},
+                       "progress": {"step": 5, "totalSteps": 20, "summary": "5/20"},
+                       "metrics": [{"name": "trainLoss", "value": "1.5"}]},
+        }))
+        .expect("a job");
+        let guarded = kube::core::DeserializeGuard(Ok(job));
+        writer.apply_watcher_event(&kube::runtime::watcher::Event::Apply(guarded.clone()));
+        let text = telemetry.text().expect("text");
+        for line in [
+            "finetunejob_status_phase{finetunejob=\"bot\",namespace=\"team\",phase=\"Training\"} 1",
+            "finetunejob_status_phase{finetunejob=\"bot\",namespace=\"team\",phase=\"Failed\"} 0",
+            "finetunejob_status_attempts{finetunejob=\"bot\",kind=\"failed\",namespace=\"team\"} 1",
+            "finetunejob_status_progress_ratio{finetunejob=\"bot\",namespace=\"team\"} 0.25",
+            "finetunejob_status_train_loss{finetunejob=\"bot\",namespace=\"team\"} 1.5",
+            "base_model=\"https://host/m\"",
+            "finetune_operator_reconcile_total{result=\"error\"} 0",
+            "finetune_operator_leader 0",
+        ] {
+            assert!(text.contains(line), "{line}\n{text}");
+        }
+        writer.apply_watcher_event(&kube::runtime::watcher::Event::Delete(guarded));
+        assert!(!telemetry.text().expect("text").contains("finetunejob_"), "its series go with it");
+    }
+
+    #[test]
+    fn health_is_hearing() {
+        let telemetry = Telemetry::new().expect("series register");
+        assert!(telemetry.is_ready(), "a standby waits");
+        telemetry.set_leader(true);
+        assert!(!telemetry.is_ready());
+        WATCHED.into_iter().for_each(|kind| telemetry.hear(kind));
+        assert!(telemetry.is_ready() && telemetry.silence() < Duration::from_secs(5));
+        let long_ago = Instant::now().checked_sub(Duration::from_secs(900)).expect("a machine that runs for longer");
+        telemetry.last_heard().insert("pods", long_ago);
+        assert!(telemetry.silence() > STUCK_AFTER, "one kind that is silent is enough");
+        telemetry.set_leader(false);
+        assert_eq!(telemetry.silence(), Duration::ZERO);
+    }
+}

@@ -1,0 +1,160 @@
+//! From a job and its profile to a complete plan. Pure. Nothing later reads the raw spec, except for what may be edited while
+//! the job runs: `suspend`, `stopRequested`, deadlines and the TTL.
+
+use std::collections::BTreeMap;
+
+use crds::FineTuneJob;
+use crds::condition::reason;
+use crds::profile::{self, Profile, Profiles, allows};
+use crds::resolve::{Finding, Target, VolumeClaim, accelerators, resolve, training_resources, volume_claim};
+use crds::run::RunConfig;
+use k8s_openapi::api::core::v1::{LocalObjectReference, ResourceRequirements, Toleration};
+use serde::{Deserialize, Serialize};
+
+/// What is done for a job: resolved once, when it is accepted, and kept in its ConfigMap. Later changes of a profile touch
+/// no job that runs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Plan {
+    /// What the trainer does.
+    pub run: RunConfig,
+    /// Where it does it.
+    pub pods: PodPlan,
+    /// On what volume.
+    pub claim: VolumeClaim,
+}
+
+/// What the pods of a job are made of, besides what is the same for all jobs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct PodPlan {
+    /// Image of the trainer.
+    pub image: String,
+    /// Absent: Kubernetes' default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image_pull_policy: Option<String>,
+    /// Secrets that pull the image.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub image_pull_secrets: Vec<LocalObjectReference>,
+    /// Of training pods.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub runtime_class_name: Option<String>,
+    /// Of training pods.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub node_selector: BTreeMap<String, String>,
+    /// Of training pods.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tolerations: Vec<Toleration>,
+    /// Of training pods.
+    pub resources: ResourceRequirements,
+    /// Of the pods that prepare, publish and report.
+    pub cpu_resources: ResourceRequirements,
+    /// Of all pods.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub priority_class_name: Option<String>,
+    /// Queue of the training Jobs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queue_name: Option<String>,
+    /// Queue of the other Jobs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_queue_name: Option<String>,
+    /// The hub that `hf://` means.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hub_endpoint: Option<String>,
+    /// Seconds from SIGTERM to SIGKILL.
+    pub termination_grace_period_seconds: i64,
+}
+
+impl PodPlan {
+    /// Accelerators of a training pod.
+    pub fn accelerators(&self) -> i64 {
+        accelerators(&self.resources)
+    }
+}
+
+/// Why a job is not accepted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Invalid {
+    /// Of the condition `Accepted`.
+    pub reason: &'static str,
+    /// Field by field.
+    pub message: String,
+}
+
+/// Seconds from SIGTERM to SIGKILL where the profile is silent: a checkpoint takes at most ten.
+const GRACE_PERIOD_SECONDS: i64 = 120;
+
+/// The plan of a job by the profile that it names.
+pub fn validate(job: &FineTuneJob, profiles: &Profiles) -> Result<Plan, Invalid> {
+    let run = resolve(job, profiles, Target::Cluster).map_err(|findings| invalid(&findings))?.config;
+    let name = job.spec.profile.as_deref().unwrap_or(profile::DEFAULT);
+    let profile = &profiles[name];
+    let findings = scheduling_findings(job, profile);
+    if !findings.is_empty() {
+        return Err(invalid(&findings));
+    }
+    let Some(image) = profile.image.clone() else {
+        let message = format!("the profile {name} names no image; its administrator must set one");
+        return Err(Invalid { reason: reason::PROFILE_NOT_FOUND, message });
+    };
+    let scheduling = job.spec.scheduling.clone().unwrap_or_default();
+    let mut node_selector = profile.node_selector.clone();
+    node_selector.extend(scheduling.node_selector);
+    let mut tolerations = profile.tolerations.clone();
+    tolerations.extend(scheduling.tolerations.into_iter().map(|toleration| toleration.0));
+    let pods = PodPlan {
+        image,
+        image_pull_policy: profile.image_pull_policy.clone(),
+        image_pull_secrets: profile.image_pull_secrets.clone(),
+        runtime_class_name: profile.runtime_class_name.clone(),
+        node_selector,
+        tolerations,
+        resources: training_resources(job, &profile.resources),
+        cpu_resources: profile.cpu_resources.clone(),
+        priority_class_name: scheduling.priority_class_name,
+        queue_name: scheduling.queue_name,
+        cpu_queue_name: profile.cpu_queue_name.clone(),
+        hub_endpoint: profile.hub.endpoint.clone(),
+        termination_grace_period_seconds: profile.termination_grace_period_seconds.unwrap_or(GRACE_PERIOD_SECONDS),
+    };
+    Ok(Plan { run, pods, claim: volume_claim(job, profile) })
+}
+
+/// Every finding in one message, under the reason of the first.
+fn invalid(findings: &[Finding]) -> Invalid {
+    let sentences: Vec<String> =
+        findings.iter().map(|finding| format!("{}: {}", finding.field, finding.message)).collect();
+    Invalid {
+        reason: findings.first().map_or(reason::NOT_SUPPORTED, |finding| finding.reason),
+        message: sentences.join("; "),
+    }
+}
+
+/// What the job asks of the scheduler and the profile does not allow.
+fn scheduling_findings(job: &FineTuneJob, profile: &Profile) -> Vec<Finding> {
+    let scheduling = job.spec.scheduling.clone().unwrap_or_default();
+    let mut findings = Vec::new();
+    let mut ask = |field: String, found: &str, allowed: &[String]| {
+        if !allows(allowed, found) {
+            let expected =
+                if allowed.is_empty() { "none".to_owned() } else { format!("one of {}", allowed.join(", ")) };
+            let message = format!("found {found}, the profile allows {expected}");
+            findings.push(Finding { reason: reason::SCHEDULING_NOT_ALLOWED, field, message });
+        }
+    };
+    let field = |name: &str| format!("spec.scheduling.{name}");
+    if let Some(queue) = &scheduling.queue_name {
+        ask(field("queueName"), queue, &profile.allowed.queues);
+    }
+    if let Some(class) = &scheduling.priority_class_name {
+        ask(field("priorityClassName"), class, &profile.allowed.priority_classes);
+    }
+    for key in scheduling.node_selector.keys() {
+        ask(field("nodeSelector"), key, &profile.allowed.node_selector_keys);
+    }
+    for (index, toleration) in scheduling.tolerations.iter().enumerate() {
+        let key = toleration.0.key.as_deref().unwrap_or_default();
+        ask(field(&format!("tolerations[{index}].key")), key, &profile.allowed.toleration_keys);
+    }
+    findings
+}
