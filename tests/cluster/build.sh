@@ -17,6 +17,8 @@ DEBIAN_PACKAGES=(containerd runc containernetworking-plugins iptables nftables b
 
 say() { printf '==> %s\n' "$*" >&2; }
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }
+# Exit 3: this machine lacks something.
+lacks() { printf 'error: %s\n' "$*" >&2; exit 3; }
 digest() { sha256sum | cut -c1-12; }
 
 # go_key MODULE FLAGS…: the part's key; only what changes the binaries counts.
@@ -31,7 +33,7 @@ go_part() {
   local module=$1 folder=$2
   shift 2
   [ -d "$folder" ] && return
-  command -v go >/dev/null || die "go is missing: the test cluster is built from Go modules; install Go $(sed -n 's/^go //p' "$HERE/$module/go.mod") or newer"
+  command -v go >/dev/null || lacks "go is missing: the test cluster is built from Go modules; install Go $(sed -n 's/^go //p' "$HERE/$module/go.mod") or newer"
   say "building $module (minutes when nothing is cached)"
   rm -rf "$folder.partial"
   mkdir -p "$folder.partial"
@@ -43,11 +45,11 @@ debian_part() {
   local folder=$1 work package
   [ -d "$folder" ] && return
   for tool in apt-get dpkg-deb; do
-    command -v "$tool" >/dev/null || die "$tool is missing: containerd, runc and the CNI plugins come from packages of Debian $DEBIAN_RELEASE"
+    command -v "$tool" >/dev/null || lacks "$tool is missing: containerd, runc and the CNI plugins come from packages of Debian $DEBIAN_RELEASE"
   done
   # shellcheck source=/dev/null
   . /etc/os-release
-  [ "$ID $VERSION_ID" = "debian $DEBIAN_RELEASE" ] || die "this is $ID $VERSION_ID; the packages of the test cluster are those of Debian $DEBIAN_RELEASE"
+  [ "$ID $VERSION_ID" = "debian $DEBIAN_RELEASE" ] || lacks "this is $ID $VERSION_ID; the packages of the test cluster are those of Debian $DEBIAN_RELEASE"
   say "unpacking ${DEBIAN_PACKAGES[*]}"
   work=$folder.partial
   rm -rf "$work"
@@ -80,7 +82,7 @@ WRAPPER
 image_part() {
   local folder=$1 busybox=$2 applets=() applet
   [ -d "$folder" ] && return
-  command -v gcc >/dev/null || die "gcc is missing; on Debian: apt-get install gcc libc6-dev"
+  command -v gcc >/dev/null || lacks "gcc is missing; on Debian: apt-get install gcc libc6-dev"
   say "building the pause and busybox images"
   rm -rf "$folder.partial"
   mkdir -p "$folder.partial"
@@ -109,7 +111,7 @@ images=$PARTS/images-$({ echo "$debian"; declare -f image_part; cat "$HERE/pause
 cluster=$CACHE/cluster-$(printf '%s\n' "$kubernetes" "$tools" "$local_path" "$debian" "$images" | digest)
 
 if [ ! -d "$cluster" ]; then
-  [ "$(uname -m)" = x86_64 ] || die "the test cluster is built for x86_64, found $(uname -m)"
+  [ "$(uname -m)" = x86_64 ] || lacks "the test cluster is built for x86_64, found $(uname -m)"
   mkdir -p "$PARTS"
   # One build at a time: each takes every core and gigabytes of memory.
   exec 9> "$CACHE/cluster-parts.lock"
