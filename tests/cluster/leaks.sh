@@ -25,7 +25,7 @@ host() {
 # What is the cluster's own and must be gone.
 own() {
   local group process command
-  for group in $(cat "$GROUPS_OF_RUN"); do if [ -d "$group" ]; then echo "group $group"; fi; done
+  while read -r group; do if [ -d "$group" ]; then echo "group $group"; fi; done < "$GROUPS_OF_RUN"
   for process in /proc/[0-9]*; do
     # A process may end while it is looked at.
     command=$(tr '\0' ' ' < "$process/cmdline" 2>/dev/null) || continue

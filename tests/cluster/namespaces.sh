@@ -21,7 +21,7 @@ for folder in $V1; do
 done
 mount -t tmpfs tmpfs /run
 mkdir -p /run/lock "$RUN/var-upper" "$RUN/var-work"
-mount -t overlay overlay -o lowerdir=/var,upperdir="$RUN/var-upper",workdir="$RUN/var-work" /var
+mount -t overlay overlay -o "lowerdir=/var,upperdir=$RUN/var-upper,workdir=$RUN/var-work" /var
 # The host's sysctls are read-only here, those of the private network are not.
 mount --bind /proc/sys /proc/sys
 mount -o remount,bind,ro /proc/sys

@@ -29,7 +29,8 @@ fn a_pod_runs_an_image_that_is_pulled_by_digest() {
 fn a_pod_that_is_not_restricted_is_refused() {
     let Some(cluster) = Cluster::shared() else { return };
     let namespace = cluster.namespace("restricted");
-    let pod = restricted_pod("root", cluster.busybox(), &["id"], "").replace("runAsNonRoot: true", "runAsNonRoot: false");
+    let pod =
+        restricted_pod("root", cluster.busybox(), &["id"], "").replace("runAsNonRoot: true", "runAsNonRoot: false");
     let refused = cluster.try_apply(namespace.name(), &pod).expect_err("Pod Security refuses it");
     assert!(refused.contains(r#"violates PodSecurity "restricted:latest""#), "{refused}");
 }
@@ -87,7 +88,11 @@ fn one_gpu_runs_one_pod_at_a_time() {
     wait_for("the scheduler to say that no GPU is free", MINUTE, || {
         let pod = namespace.get(&["pod", "second"])?;
         let message = pod["status"]["conditions"][0]["message"].as_str().unwrap_or_default();
-        if message.contains("Insufficient example.com/gpu-of-one-test") { Ok(()) } else { Err(pod["status"].to_string()) }
+        if message.contains("Insufficient example.com/gpu-of-one-test") {
+            Ok(())
+        } else {
+            Err(pod["status"].to_string())
+        }
     });
     namespace.kubectl(&["delete", "pod", "first"]);
     assert_eq!(namespace.succeeded("second"), "my turn\n");

@@ -1,6 +1,6 @@
 module finetune.dev/tests/cluster/local-path
 
-go 1.26.8
+go 1.26.0
 
 tool github.com/rancher/local-path-provisioner
 
