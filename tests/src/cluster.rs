@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 /// A deadline for what a loaded machine does in seconds.
-pub const MINUTE: Duration = Duration::from_secs(60);
+pub const MINUTE: Duration = Duration::from_mins(1);
 
 /// The exit code of `cluster check` that says that this machine lacks something.
 const CANNOT_RUN_HERE: i32 = 3;
