@@ -42,7 +42,7 @@ go_part() {
 }
 
 debian_part() {
-  local folder=$1 work package
+  local folder=$1 work package apt
   [ -d "$folder" ] && return
   for tool in apt-get dpkg-deb; do
     command -v "$tool" >/dev/null || lacks "$tool is missing: containerd, runc and the CNI plugins come from packages of Debian $DEBIAN_RELEASE"
@@ -53,11 +53,13 @@ debian_part() {
   say "unpacking ${DEBIAN_PACKAGES[*]}"
   work=$folder.partial
   rm -rf "$work"
-  mkdir -p "$work/packages" "$work/root"
-  (cd "$work/packages" && apt-get download -qq -o APT::Sandbox::User=root "${DEBIAN_PACKAGES[@]}" >&2) ||
-    die "the packages could not be downloaded; run apt-get update and try again"
+  mkdir -p "$work/root" "$work/packages" "$work/apt/lists/partial" "$work/apt/cache/archives/partial"
+  # Lists of its own: the host's may be missing or old, and are not ours to change.
+  apt=(apt-get -qq -o "Dir::State::Lists=$work/apt/lists" -o "Dir::Cache=$work/apt/cache" -o "APT::Sandbox::User=$(id -un)")
+  "${apt[@]}" update >&2 || die "the lists of Debian's packages could not be downloaded"
+  (cd "$work/packages" && "${apt[@]}" download "${DEBIAN_PACKAGES[@]}" >&2) || die "Debian's packages could not be downloaded"
   for package in "$work"/packages/*.deb; do dpkg-deb -x "$package" "$work/root"; done
-  rm -r "$work/packages"
+  rm -r "$work/packages" "$work/apt"
   mkdir "$work/bin"
   ln -s ../root/usr/bin/{containerd,containerd-shim-runc-v2,ctr} ../root/usr/sbin/runc ../root/bin/busybox "$work/bin/"
   ln -s ../root/usr/lib/cni "$work/bin/cni"

@@ -99,6 +99,40 @@ fn one_gpu_runs_one_pod_at_a_time() {
 }
 
 #[test]
+fn a_container_that_is_killed_says_so() {
+    let Some(cluster) = Cluster::shared() else { return };
+    let namespace = cluster.namespace("kill");
+    namespace.apply(&restricted_pod("victim", cluster.busybox(), &["sleep", "3600"], ""));
+    namespace.kubectl(&["wait", "--for=condition=Ready", "pod/victim", "--timeout=60s"]);
+    namespace.kill_container("victim");
+    let code = wait_for("the container's exit code", MINUTE, || {
+        let pod = namespace.get(&["pod", "victim"])?;
+        let code = pod["status"]["containerStatuses"][0]["state"]["terminated"]["exitCode"].as_i64();
+        code.ok_or_else(|| pod["status"].to_string())
+    });
+    assert_eq!(code, 137);
+}
+
+#[test]
+fn a_further_node_joins_and_its_loss_of_power_is_noticed() {
+    let Some(cluster) = Cluster::shared() else { return };
+    let namespace = cluster.namespace("power");
+    let node = cluster.node();
+    // Pulls through the first node's registry, and its log comes through the API server: traffic both ways.
+    let pod = restricted_pod("far", cluster.busybox(), &["sh", "-c", "echo here; sleep 3600"], &node.placement());
+    namespace.apply(&pod);
+    namespace.kubectl(&["wait", "--for=condition=Ready", "pod/far", "--timeout=60s"]);
+    assert_eq!(namespace.kubectl(&["logs", "far"]), "here\n");
+    node.power_off();
+    wait_for("the pod's eviction", MINUTE, || {
+        let pod = namespace.get(&["pod", "far"])?;
+        let conditions = pod["status"]["conditions"].as_array().cloned().unwrap_or_default();
+        let disrupted = conditions.iter().any(|one| one["type"] == "DisruptionTarget" && one["status"] == "True");
+        if disrupted && !pod["metadata"]["deletionTimestamp"].is_null() { Ok(()) } else { Err(pod["status"].to_string()) }
+    });
+}
+
+#[test]
 fn the_trainer_image_runs_without_root_and_without_a_writable_root() {
     let Some(cluster) = Cluster::shared() else { return };
     let folder = tempfile::tempdir().expect("a temporary folder");

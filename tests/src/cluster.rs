@@ -16,6 +16,9 @@ use serde_json::Value;
 /// A deadline for what a loaded machine does in seconds.
 pub const MINUTE: Duration = Duration::from_mins(1);
 
+/// The taint of further nodes; its value is the node's name.
+pub const TEST_NODE: &str = "test.finetune.dev/node";
+
 /// The exit code of `cluster check` that says that this machine lacks something.
 const CANNOT_RUN_HERE: i32 = 3;
 
@@ -137,6 +140,22 @@ impl Cluster {
         })
     }
 
+    /// A further node, for a test that breaks it. Only pods that tolerate its taint come there; off and gone with the guard.
+    pub fn node(&self) -> Node<'_> {
+        static NUMBER: AtomicU32 = AtomicU32::new(2);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let node = Node { cluster: self, number };
+        self.command("node-up", &[&number.to_string(), &format!("{TEST_NODE}={}:NoSchedule", node.name())]);
+        node
+    }
+
+    /// For guards: a test that failed already must not abort the process with a second panic.
+    fn delete(&self, arguments: &[&str]) {
+        if let Err(error) = self.try_kubectl(&[&["delete", "--wait=false"], arguments].concat()) {
+            assert!(std::thread::panicking(), "{arguments:?} could not be deleted: {error}");
+        }
+    }
+
     /// Gives a node `count` of an extended resource, as a device plugin would.
     pub fn set_capacity(&self, node: &str, resource: &str, count: u32) {
         self.command("gpus", &[node, resource, &count.to_string()]);
@@ -171,6 +190,14 @@ impl Namespace<'_> {
         self.cluster.get(&[&["--namespace", &self.name], arguments].concat())
     }
 
+    /// Kills a pod's first container with SIGKILL, as the kernel does when memory runs out.
+    pub fn kill_container(&self, pod: &str) {
+        let found = self.get(&["pod", pod]).unwrap_or_else(|error| panic!("pod {pod}: {error}"));
+        let id = found["status"]["containerStatuses"][0]["containerID"].as_str().unwrap_or_default();
+        let id = id.strip_prefix("containerd://").unwrap_or_else(|| panic!("pod {pod} has no container: {found}"));
+        self.cluster.command("enter", &["ctr", "--namespace=k8s.io", "task", "kill", "--signal=SIGKILL", id]);
+    }
+
     /// Waits until a pod has ended and returns its log; panics with state and log when it did not succeed.
     pub fn succeeded(&self, pod: &str) -> String {
         let phase = wait_for(format!("pod {pod} to end"), MINUTE, || {
@@ -186,12 +213,45 @@ impl Namespace<'_> {
     }
 }
 
+/// A further node of one test.
+#[derive(Debug)]
+pub struct Node<'a> {
+    cluster: &'a Cluster,
+    number: u32,
+}
+
+impl Node<'_> {
+    /// Its name.
+    pub fn name(&self) -> String {
+        format!("node{}", self.number)
+    }
+
+    /// Pulls the plug: kubelet, container runtime and containers vanish at once, and nobody is told.
+    pub fn power_off(&self) {
+        self.cluster.command("node-off", &[&self.number.to_string()]);
+    }
+
+    /// The lines of a pod's spec that bring it here, for the end of [`restricted_pod`].
+    pub fn placement(&self) -> String {
+        let name = self.name();
+        format!(
+            "  nodeSelector: {{kubernetes.io/hostname: {name}}}\n  tolerations: [{{key: {TEST_NODE}, value: {name}}}, {{key: node.kubernetes.io/unreachable, tolerationSeconds: 1, effect: NoExecute, operator: Exists}}]"
+        )
+    }
+}
+
+impl Drop for Node<'_> {
+    fn drop(&mut self) {
+        if self.cluster.run_dir.join(self.name()).join("init").exists() {
+            self.power_off();
+        }
+        self.cluster.delete(&["node", &self.name()]);
+    }
+}
+
 impl Drop for Namespace<'_> {
     fn drop(&mut self) {
-        // A test that failed already must not abort the process with a second panic.
-        if let Err(error) = self.cluster.try_kubectl(&["delete", "namespace", &self.name, "--wait=false"]) {
-            assert!(std::thread::panicking(), "namespace {} could not be deleted: {error}", self.name);
-        }
+        self.cluster.delete(&["namespace", &self.name]);
     }
 }
 
