@@ -128,7 +128,11 @@ fn a_further_node_joins_and_its_loss_of_power_is_noticed() {
         let pod = namespace.get(&["pod", "far"])?;
         let conditions = pod["status"]["conditions"].as_array().cloned().unwrap_or_default();
         let disrupted = conditions.iter().any(|one| one["type"] == "DisruptionTarget" && one["status"] == "True");
-        if disrupted && !pod["metadata"]["deletionTimestamp"].is_null() { Ok(()) } else { Err(pod["status"].to_string()) }
+        if disrupted && !pod["metadata"]["deletionTimestamp"].is_null() {
+            Ok(())
+        } else {
+            Err(pod["status"].to_string())
+        }
     });
 }
 
