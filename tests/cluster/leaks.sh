@@ -10,12 +10,13 @@ DEADLINE_SECONDS=60
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }
 TOOLS=$("$HERE/build.sh")
 
-# What every start may change. Groups of other clusters that come and go at the same time are theirs.
+# What every start may change. Other programs come and go meanwhile, other clusters too: of the groups only the first
+# level is compared, where anything that escapes the cluster's own would appear.
 host() {
   echo "## mounts"; cut -d' ' -f4- /proc/self/mountinfo | sort
   echo "## interfaces"; ip -o link | cut -d: -f2
   echo "## firewall"; "$TOOLS/bin/nft" list ruleset
-  echo "## groups"; find /sys/fs/cgroup -type d -path '*finetune-cluster-*' -prune -o -type d -print | sort
+  echo "## groups"; find /sys/fs/cgroup -mindepth 2 -maxdepth 2 -type d ! -name 'finetune-cluster-*' | sort
   echo "## sysctls"
   # Counters and the states of other programs change by themselves.
   find /proc/sys -type f -perm /200 ! -path '*/random/*' ! -name ns_last_pid ! -name 'drop_caches' ! -name 'compact_memory' \
@@ -28,7 +29,7 @@ own() {
   while read -r group; do if [ -d "$group" ]; then echo "group $group"; fi; done < "$GROUPS_OF_RUN"
   for process in /proc/[0-9]*; do
     # A process may end while it is looked at.
-    command=$(tr '\0' ' ' < "$process/cmdline" 2>/dev/null) || continue
+    command=$(tr '\0' ' ' 2>/dev/null < "$process/cmdline") || continue
     case $command in
       *leaks.sh*) ;;
       *"$RUN"*) echo "process ${process##*/}: $command" ;;

@@ -1,8 +1,9 @@
 //! The test cluster itself: what the tests of the operator stand on.
 
+use std::path::Path;
 use std::process::Command;
 
-use harness::cluster::{Cluster, MINUTE, restricted_pod, wait_for};
+use harness::cluster::{Cluster, MINUTE, build_image, restricted_pod, wait_for};
 
 #[test]
 fn the_node_is_ready_and_has_the_pinned_version() {
@@ -139,29 +140,27 @@ fn a_further_node_joins_and_its_loss_of_power_is_noticed() {
 #[test]
 fn the_trainer_image_runs_without_root_and_without_a_writable_root() {
     let Some(cluster) = Cluster::shared() else { return };
-    let folder = tempfile::tempdir().expect("a temporary folder");
-    let binaries = harness::trainer_binary();
-    let target = binaries.parent().and_then(std::path::Path::parent).expect("target/release/finetune-trainer");
-    let build = || {
-        let output = Command::new(harness::repository().join("images/build.sh"))
-            .arg(folder.path())
-            .arg("trainer")
-            .env("CARGO_TARGET_DIR", target)
-            .output()
-            .expect("the script starts");
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        String::from_utf8(output.stdout).expect("a line of text")
-    };
-    let built = build();
-    assert_eq!(build(), built, "two builds of the same input differ");
-    let image = cluster.push(&folder.path().join("finetune-trainer.tar"), "finetune-trainer:test");
-    let digest = image.split_once('@').expect("a reference by digest").1;
-    assert!(built.trim().ends_with(digest), "built {built}, pushed {image}");
+    let image = cluster.product_image("trainer");
     let namespace = cluster.namespace("trainer");
     // The entrypoint, as the operator uses it.
     let pod = restricted_pod("trainer", &image, &[], "      args: [--version]").replace("      command: []\n", "");
     namespace.apply(&pod);
     assert!(namespace.succeeded("trainer").starts_with("finetune-trainer "));
+}
+
+#[test]
+fn an_image_is_the_same_each_time() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let (archive, digest) = build_image("trainer", folder.path());
+    let first = sha256(&archive);
+    let (archive, again) = build_image("trainer", folder.path());
+    assert_eq!((first, digest), (sha256(&archive), again));
+}
+
+fn sha256(file: &Path) -> String {
+    let output = Command::new("sha256sum").arg(file).output().expect("sha256sum runs");
+    assert!(output.status.success(), "{}: {}", file.display(), String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).expect("a line of text")
 }
 
 #[test]

@@ -3,12 +3,13 @@
 //! The cluster is a child process, `tests/cluster/cluster hold`, that ends when its standard input closes: a test
 //! process that is killed leaves nothing behind. It is reached through kubectl, which runs inside its private network.
 
+use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -129,6 +130,20 @@ impl Cluster {
     /// Puts an OCI archive into the cluster's registry; returns the reference by digest that pods name.
     pub fn push(&self, archive: &Path, name: &str) -> String {
         self.command("push", &[archive.to_str().expect("a UTF-8 path"), name]).trim().to_owned()
+    }
+
+    /// An image of the product, `trainer` or `operator`, of the binary beside this test, by digest; made and pushed once.
+    pub fn product_image(&self, name: &str) -> String {
+        static REFERENCES: Mutex<BTreeMap<String, String>> = Mutex::new(BTreeMap::new());
+        let mut references = REFERENCES.lock().expect("no test fails while it makes an image");
+        if let Some(reference) = references.get(name) {
+            return reference.clone();
+        }
+        let (archive, _) = build_image(name, &self.run_dir.join("images"));
+        let reference = self.push(&archive, &format!("finetune-{name}:test"));
+        std::fs::remove_file(&archive).expect("the archive can be removed");
+        references.insert(name.to_owned(), reference.clone());
+        reference
     }
 
     /// The small image for probes, by digest; pushed once.
@@ -289,6 +304,17 @@ spec:
 {more}
 "#
     )
+}
+
+/// Writes the archive of an image of the product into `folder`; returns it and its digest.
+pub fn build_image(name: &str, folder: &Path) -> (PathBuf, String) {
+    let binary = crate::trainer_binary();
+    let target = binary.parent().and_then(Path::parent).expect("binaries lie in target/release");
+    let script = crate::repository().join("images/build.sh");
+    let built = run(Command::new(script).arg(folder).arg(name).env("CARGO_TARGET_DIR", target));
+    let line = outcome(built).unwrap_or_else(|error| panic!("images/build.sh {name}: {error}"));
+    let (archive, digest) = line.trim().split_once('\t').unwrap_or_else(|| panic!("images/build.sh wrote {line}"));
+    (archive.into(), digest.to_owned())
 }
 
 fn script() -> PathBuf {
