@@ -9,7 +9,7 @@ export CARGO_TARGET_DIR ?= $(CACHE)/target
 PREFIX ?= $(HOME)/.local
 TRAINER = $(CARGO_TARGET_DIR)/release/finetune-trainer
 
-.PHONY: help libtorch base-model build install demo test test-data lint golden compat bench
+.PHONY: help libtorch base-model build install demo test test-data lint golden compat bench images cluster-tools cluster
 help: ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -53,3 +53,13 @@ compat: build base-model ## golden files from the Python peers, and our outputs 
 
 bench: build base-model ## tokens/s, memory and start beside transformers + PEFT and TRL
 	@$$(tools/peers-env.sh) tests/bench/bench.py $(TRAINER)
+
+IMAGES ?= trainer operator
+images: build ## OCI archives of operator and trainer in images/out; CUDA=FOLDER adds CUDA libraries
+	@images/build.sh images/out $(IMAGES)
+
+cluster-tools: ## build the Kubernetes of the tests and its tools
+	@tests/cluster/build.sh
+
+cluster: cluster-tools ## a real Kubernetes and a shell with kubectl and helm in it; Ctrl-D ends it
+	@tests/cluster/cluster shell $(CACHE)/run/shell

@@ -3,6 +3,7 @@
 mod architecture;
 mod bad_input;
 mod chat_templates;
+mod cluster;
 mod command_line;
 mod hub;
 mod numerics;

@@ -151,6 +151,7 @@ pub fn max_difference(a: &Tensor, b: &Tensor) -> f64 {
     (a - b).abs().max().double_value(&[])
 }
 
+pub mod cluster;
 mod hub;
 mod job;
 

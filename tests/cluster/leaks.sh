@@ -1,0 +1,101 @@
+#!/usr/bin/env bash
+# Whether the test cluster leaves anything on the host: compares mounts, cgroup folders, interfaces, firewall rules,
+# sysctls and processes before a start and after each kind of end. Prints what is left and fails.
+#   leaks.sh RUN_DIR
+set -euo pipefail
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+RUN=$(realpath -m "$1")
+DEADLINE_SECONDS=60
+
+die() { printf 'error: %s\n' "$*" >&2; exit 1; }
+TOOLS=$("$HERE/build.sh")
+
+# What every start may change. Other programs come and go meanwhile, other clusters too: of the groups only the first
+# level is compared, where anything that escapes the cluster's own would appear.
+host() {
+  echo "## mounts"; cut -d' ' -f4- /proc/self/mountinfo | sort
+  echo "## interfaces"; ip -o link | cut -d: -f2
+  echo "## firewall"; "$TOOLS/bin/nft" list ruleset
+  echo "## groups"; find /sys/fs/cgroup -mindepth 2 -maxdepth 2 -type d ! -name 'finetune-cluster-*' | sort
+  echo "## sysctls"
+  # Counters and the states of other programs change by themselves.
+  find /proc/sys -type f -perm /200 ! -path '*/random/*' ! -name ns_last_pid ! -name 'drop_caches' ! -name 'compact_memory' \
+    ! -path '/proc/sys/net/ipv[46]/route/flush' ! -name stat_refresh -print0 | sort -z | xargs -0 grep -s '' || true
+}
+
+# What is the cluster's own and must be gone.
+own() {
+  local group process command
+  while read -r group; do if [ -d "$group" ]; then echo "group $group"; fi; done < "$GROUPS_OF_RUN"
+  for process in /proc/[0-9]*; do
+    # A process may end while it is looked at.
+    command=$(tr '\0' ' ' 2>/dev/null < "$process/cmdline") || continue
+    case $command in
+      *leaks.sh*) ;;
+      *"$RUN"*) echo "process ${process##*/}: $command" ;;
+    esac
+  done
+}
+
+# all_gone HOW: waits until nothing of the cluster is left, then compares the host.
+all_gone() {
+  local deadline=$((SECONDS + DEADLINE_SECONDS)) left
+  while left=$(own) && [ -n "$left" ]; do
+    [ $SECONDS -lt $deadline ] || die "after $1, still there: $left"
+    sleep 0.2
+  done
+  host > "$SCRATCH/after"
+  diff "$SCRATCH/before" "$SCRATCH/after" > "$SCRATCH/diff" || die "after $1 the host has changed: $(cat "$SCRATCH/diff")"
+  echo "nothing is left after $1"
+}
+
+# started: remembers the groups, and that there is something to look for.
+started() {
+  cat "$RUN"/cgroups "$RUN"/node[2-9]/cgroups > "$GROUPS_OF_RUN" 2>/dev/null || true
+  [ -n "$(own)" ] || die "the test sees nothing of a cluster that runs: it could not fail"
+}
+
+until_ready() {
+  local deadline=$((SECONDS + 180))
+  until grep -qx ready "$SCRATCH/hold"; do
+    [ $SECONDS -lt $deadline ] || die "the cluster is not ready: $(cat "$SCRATCH/hold.log")"
+    kill -0 "$1" 2>/dev/null || die "the cluster ended: $(cat "$SCRATCH/hold.log")"
+    sleep 0.2
+  done
+}
+
+SCRATCH=$(mktemp -d)
+trap 'rm -rf "$SCRATCH"' EXIT
+GROUPS_OF_RUN=$SCRATCH/groups
+host > "$SCRATCH/before"
+
+"$HERE/cluster" up "$RUN"
+"$HERE/cluster" node-up "$RUN"
+"$HERE/cluster" enter "$RUN" kubectl run left --image localhost/busybox:1 --image-pull-policy Never --command -- sleep 3600
+"$HERE/cluster" enter "$RUN" kubectl wait --for=condition=Ready pod/left --timeout=60s
+started
+"$HERE/cluster" down "$RUN"
+all_gone "down, with two nodes and a pod that runs"
+
+# hold_below: `hold` with a parent that keeps its input open, as a test process does. Sets PARENT and HOLD.
+hold_below() {
+  rm -f "$SCRATCH/input" "$SCRATCH/hold"
+  mkfifo "$SCRATCH/input"
+  : > "$SCRATCH/hold"
+  sleep infinity > "$SCRATCH/input" &
+  PARENT=$!
+  "$HERE/cluster" hold "$RUN" < "$SCRATCH/input" > "$SCRATCH/hold" 2> "$SCRATCH/hold.log" &
+  HOLD=$!
+  until_ready "$HOLD"
+  started
+}
+
+hold_below
+kill -9 "$PARENT"
+wait "$HOLD" || die "hold failed: $(cat "$SCRATCH/hold.log")"
+all_gone "kill -9 of the parent of hold"
+
+hold_below
+kill -9 "$HOLD"
+all_gone "kill -9 of hold itself"
+kill -9 "$PARENT"
