@@ -2,6 +2,7 @@
 
 mod architecture;
 mod bad_input;
+mod chart;
 mod chat_templates;
 mod command_line;
 mod hub;
