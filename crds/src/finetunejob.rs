@@ -44,7 +44,7 @@ pub use validation::{
     status = "FineTuneJobStatus",
     derive = "PartialEq",
     cel,
-    selectable = "spec.method.type",
+    selectable = ".spec.method.type",
     validation = Rule::new("size(self.metadata.name) <= 52").message("metadata.name must be at most 52 characters"),
     printcolumn(name = "Method", type_ = "string", json_path = ".spec.method.type"),
     printcolumn(name = "Phase", type_ = "string", json_path = ".status.phase"),

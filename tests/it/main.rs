@@ -2,6 +2,7 @@
 
 mod architecture;
 mod bad_input;
+mod chart;
 mod chat_templates;
 mod cluster;
 mod command_line;

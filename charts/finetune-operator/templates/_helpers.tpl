@@ -1,0 +1,80 @@
+{{- define "finetune-operator.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" }}
+{{- end }}
+
+{{/* 48 characters leave room for the longest suffix of an object. */}}
+{{- define "finetune-operator.fullname" -}}
+{{- if .Values.fullnameOverride }}
+{{- .Values.fullnameOverride | trunc 48 | trimSuffix "-" }}
+{{- else }}
+{{- $name := include "finetune-operator.name" . }}
+{{- if contains $name .Release.Name }}
+{{- .Release.Name | trunc 48 | trimSuffix "-" }}
+{{- else }}
+{{- printf "%s-%s" .Release.Name $name | trunc 48 | trimSuffix "-" }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "finetune-operator.selectorLabels" -}}
+app.kubernetes.io/name: {{ include "finetune-operator.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
+{{- define "finetune-operator.labels" -}}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" }}
+{{ include "finetune-operator.selectorLabels" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+app.kubernetes.io/part-of: finetune-operator
+{{- with .Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{- define "finetune-operator.serviceAccountName" -}}
+{{- if .Values.serviceAccount.create }}
+{{- default (include "finetune-operator.fullname" .) .Values.serviceAccount.name }}
+{{- else }}
+{{- required "serviceAccount.create is false: name the account to use in serviceAccount.name" .Values.serviceAccount.name }}
+{{- end }}
+{{- end }}
+
+{{/* registry/repository@digest, or registry/repository:tag; takes a list of image, default registry, default tag. */}}
+{{- define "finetune-operator.image" -}}
+{{- $image := index . 0 }}
+{{- $registry := default (index . 1) $image.registry }}
+{{- $name := ternary (printf "%s/%s" $registry $image.repository) $image.repository (ne $registry "") }}
+{{- if $image.digest }}
+{{- printf "%s@%s" $name $image.digest }}
+{{- else }}
+{{- printf "%s:%s" $name (default (index . 2) $image.tag) }}
+{{- end }}
+{{- end }}
+
+{{/* The profiles as the operator reads them: those without an image get the trainer's. */}}
+{{- define "finetune-operator.profiles" -}}
+{{- $image := include "finetune-operator.image" (list .Values.trainer.image .Values.image.registry .Chart.AppVersion) }}
+{{- range $name, $profile := .Values.profiles }}
+{{- $profile = deepCopy (default dict $profile) }}
+{{- if not $profile.image }}
+{{- $_ := set $profile "image" $image }}
+{{- end }}
+{{ $name | quote }}:
+  {{- toYaml $profile | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{/* What the operator may do in the namespaces that it serves. */}}
+{{- define "finetune-operator.rules" -}}
+- {apiGroups: [finetune.dev], resources: [finetunejobs], verbs: [get, list, watch, delete]}
+- {apiGroups: [finetune.dev], resources: [finetunejobs/status], verbs: [patch]}
+# Owner references with blockOwnerDeletion need it where the API server checks them, as OpenShift's does.
+- {apiGroups: [finetune.dev], resources: [finetunejobs/finalizers], verbs: [update]}
+- {apiGroups: [batch], resources: [jobs], verbs: [get, list, watch, create, patch, delete]}
+- {apiGroups: [""], resources: [pods], verbs: [get, list, watch]}
+- {apiGroups: [""], resources: [configmaps], verbs: [get, create, patch]}
+- {apiGroups: [""], resources: [persistentvolumeclaims, services], verbs: [get, create]}
+- {apiGroups: [events.k8s.io], resources: [events], verbs: [create, patch]}
+- {apiGroups: [kueue.x-k8s.io], resources: [workloads], verbs: [get, list, watch, patch]}
+{{- end }}
