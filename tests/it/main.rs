@@ -8,6 +8,7 @@ mod cluster;
 mod command_line;
 mod hub;
 mod numerics;
+mod operator;
 mod resume;
 mod run;
 mod validation;

@@ -154,6 +154,7 @@ pub fn max_difference(a: &Tensor, b: &Tensor) -> f64 {
 pub mod cluster;
 mod hub;
 mod job;
+pub mod operator;
 
 pub use hub::{Fault, Hub, Received, Server, Storage};
 pub use job::{Job, Outcome, trainer_binary};

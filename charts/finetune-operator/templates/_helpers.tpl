@@ -67,14 +67,13 @@ app.kubernetes.io/part-of: finetune-operator
 
 {{/* What the operator may do in the namespaces that it serves. */}}
 {{- define "finetune-operator.rules" -}}
-- {apiGroups: [finetune.dev], resources: [finetunejobs], verbs: [get, list, watch, delete]}
+- {apiGroups: [finetune.dev], resources: [finetunejobs], verbs: [list, watch, delete]}
 - {apiGroups: [finetune.dev], resources: [finetunejobs/status], verbs: [patch]}
 # Owner references with blockOwnerDeletion need it where the API server checks them, as OpenShift's does.
 - {apiGroups: [finetune.dev], resources: [finetunejobs/finalizers], verbs: [update]}
-- {apiGroups: [batch], resources: [jobs], verbs: [get, list, watch, create, patch, delete]}
-- {apiGroups: [""], resources: [pods], verbs: [get, list, watch]}
-- {apiGroups: [""], resources: [configmaps], verbs: [get, create, patch]}
-- {apiGroups: [""], resources: [persistentvolumeclaims, services], verbs: [get, create]}
+- {apiGroups: [batch], resources: [jobs], verbs: [get, list, watch, create, delete]}
+- {apiGroups: [""], resources: [pods], verbs: [list, watch]}
+- {apiGroups: [""], resources: [configmaps, persistentvolumeclaims], verbs: [get, create]}
 - {apiGroups: [events.k8s.io], resources: [events], verbs: [create, patch]}
-- {apiGroups: [kueue.x-k8s.io], resources: [workloads], verbs: [get, list, watch, patch]}
+- {apiGroups: [kueue.x-k8s.io], resources: [workloads], verbs: [list]}
 {{- end }}

@@ -1,0 +1,261 @@
+//! The operator in the test cluster, installed once by its chart, and jobs that it reconciles.
+
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::cluster::{Cluster, Namespace, TEST_NODE, wait_for};
+use crate::Job;
+
+/// Where the operator runs.
+pub const SYSTEM: &str = "finetune-system";
+/// What three pods one after another may take on a loaded machine.
+pub const FEW_MINUTES: Duration = Duration::from_mins(5);
+/// The resource that stands for accelerators in tests.
+pub const GPU: &str = "nvidia.com/gpu";
+
+/// Profiles of the tests. The trainer's image is CPU only: pods that hold a counted GPU train on the CPU.
+fn profiles() -> String {
+    format!(
+        r#"
+  default:
+    resources: {{limits: {{memory: 2Gi}}}}
+    storage: {{size: 64Mi}}
+    maxResources: {{memory: 4Gi}}
+    allowed: {{sourcePrefixes: ["pvc://"], tolerationKeys: [{TEST_NODE}, node.kubernetes.io/unreachable], nodeSelectorKeys: [kubernetes.io/hostname]}}
+  gpu:
+    resources: {{limits: {{{GPU}: "1"}}}}
+    maxResources: {{{GPU}: "2"}}
+    storage: {{size: 64Mi}}
+    fallBackToCpu: true
+  mig:
+    resources: {{limits: {{nvidia.com/mig-1g.10gb: "1"}}}}
+    storage: {{size: 64Mi}}
+    fallBackToCpu: true
+  unpullable:
+    image: 10.99.0.1:5000/nobody@sha256:{none}
+"#,
+        none = "0".repeat(64)
+    )
+}
+
+/// The operator, as `helm install` left it.
+#[derive(Debug)]
+pub struct Operator {
+    /// Where it runs.
+    pub cluster: &'static Cluster,
+}
+
+impl Operator {
+    /// The one operator of this test process; `None` where no cluster can run.
+    pub fn shared() -> Option<&'static Self> {
+        static SHARED: OnceLock<Option<Operator>> = OnceLock::new();
+        SHARED.get_or_init(|| Cluster::shared().map(Self::install)).as_ref()
+    }
+
+    fn install(cluster: &'static Cluster) -> Self {
+        let operator = Self { cluster };
+        cluster.kubectl(&["create", "namespace", SYSTEM]);
+        cluster.kubectl(&["label", "namespace", SYSTEM, "pod-security.kubernetes.io/enforce=restricted"]);
+        operator.helm("install", &[]);
+        operator
+    }
+
+    /// `helm install` or `helm upgrade` of the chart, waited for.
+    pub fn helm(&self, verb: &str, more: &[&str]) -> String {
+        let values = self.values_file();
+        let chart = crate::repository().join("charts/finetune-operator");
+        let mut arguments = vec!["helm", verb, "finetune", path(&chart), "--namespace", SYSTEM, "--values", path(&values)];
+        arguments.extend(["--wait", "--timeout", "3m"]);
+        arguments.extend(more);
+        self.cluster.command("enter", &arguments)
+    }
+
+    fn values_file(&self) -> PathBuf {
+        let image = |name: &str| {
+            let reference = self.cluster.product_image(name);
+            let (repository, digest) = reference.split_once('@').expect("a reference by digest");
+            let (registry, repository) = repository.split_once('/').expect("a registry");
+            format!("{{registry: \"{registry}\", repository: {repository}, digest: \"{digest}\"}}")
+        };
+        let text = format!(
+            "image: {}\ntrainer: {{image: {}}}\npollIntervalSeconds: 1\nlog: {{level: \"info,operator=debug\", format: text}}\n\
+             extraArgs: [--progress-interval-seconds=1, --retry-backoff-seconds=1]\nprofiles:{}",
+            image("operator"),
+            image("trainer"),
+            profiles()
+        );
+        let file = self.cluster.run_dir().join("values.yaml");
+        std::fs::write(&file, text).expect("the run directory is writable");
+        file
+    }
+
+    /// Names of the operator's pods that run, the leader's included.
+    pub fn pods(&self) -> Vec<String> {
+        let selector = "--selector=app.kubernetes.io/name=finetune-operator";
+        let found = self.cluster.get(&["pods", "--namespace", SYSTEM, selector]).expect("pods are listed");
+        let items = found["items"].as_array().cloned().unwrap_or_default();
+        items.iter().filter_map(|pod| pod["metadata"]["name"].as_str()).map(str::to_owned).collect()
+    }
+
+    /// A namespace with a tiny model and rows on the claim `inputs`.
+    pub fn workspace(&self, name: &str) -> Workspace {
+        let namespace = self.cluster.namespace(name);
+        let inputs = Job::new();
+        let folder = inputs.folder().to_path_buf();
+        readable_by_all(&folder);
+        let volume = format!(
+            r#"apiVersion: v1
+kind: PersistentVolume
+metadata: {{name: inputs-{ns}}}
+spec:
+  capacity: {{storage: 1Gi}}
+  accessModes: [ReadWriteMany]
+  storageClassName: ""
+  claimRef: {{namespace: {ns}, name: inputs}}
+  hostPath: {{path: {path}}}
+---
+apiVersion: v1
+kind: PersistentVolumeClaim
+metadata: {{name: inputs}}
+spec: {{accessModes: [ReadWriteMany], storageClassName: "", volumeName: inputs-{ns}, resources: {{requests: {{storage: 1Gi}}}}}}
+"#,
+            ns = namespace.name(),
+            path = folder.display()
+        );
+        namespace.apply(&volume);
+        Workspace { namespace, inputs }
+    }
+}
+
+fn path(path: &Path) -> &str {
+    path.to_str().expect("a UTF-8 path")
+}
+
+/// Pods run as nobody.
+fn readable_by_all(folder: &Path) {
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o777)).expect("ours");
+}
+
+/// A namespace of one test, with inputs, in which jobs run.
+#[derive(Debug)]
+pub struct Workspace {
+    /// Its namespace.
+    pub namespace: Namespace<'static>,
+    /// Model and rows: the folder behind the claim `inputs`.
+    pub inputs: Job,
+}
+
+impl Workspace {
+    /// The YAML of a job like [`Job::new`]'s, from the claim; `rest` comes below `spec`.
+    pub fn yaml(name: &str, rest: &str) -> String {
+        let mut text = format!(
+            "apiVersion: finetune.dev/v1alpha1\nkind: FineTuneJob\nmetadata: {{name: {name}}}\nspec:\n  \
+             model: {{uri: pvc://inputs/model}}\n  \
+             dataset: {{train: {{uri: pvc://inputs/train.jsonl}}, validation: {{uri: pvc://inputs/test.jsonl}}}}\n"
+        );
+        for (field, default) in [
+            ("method:", "  method: {type: LoRA, lora: {rank: 4}}\n"),
+            ("validation:", "  validation: {everySteps: 20, baselines: {zeroShot: false, fewShot: {examples: 0}}}\n"),
+            ("checkpoint:", "  checkpoint: {everySteps: 4}\n"),
+            (
+                "hyperparameters:",
+                "  hyperparameters: {maxSteps: 60, batchSize: 8, learningRate: \"1e-2\", precision: FP32}\n",
+            ),
+        ] {
+            if !rest.lines().any(|line| line.trim_start().starts_with(field)) {
+                text += default;
+            }
+        }
+        for line in rest.lines().filter(|line| !line.is_empty()) {
+            text += &format!("  {line}\n");
+        }
+        text
+    }
+
+    /// Applies such a job.
+    pub fn job(&self, name: &str, rest: &str) {
+        self.namespace.apply(&Self::yaml(name, rest));
+    }
+
+    /// The job as the API server has it.
+    pub fn get(&self, name: &str) -> Result<Value, String> {
+        self.namespace.get(&["finetunejobs.finetune.dev", name])
+    }
+
+    /// Its status now.
+    pub fn status(&self, name: &str) -> Value {
+        self.get(name).map(|job| job["status"].clone()).unwrap_or_else(|error| panic!("{name}: {error}"))
+    }
+
+    /// Waits until the status is as asked; returns it.
+    pub fn until(&self, name: &str, what: &str, holds: impl Fn(&Value) -> bool) -> Value {
+        wait_for(format!("{name}: {what}"), FEW_MINUTES, || {
+            let status = self.get(name)?["status"].clone();
+            if holds(&status) { Ok(status) } else { Err(status.to_string()) }
+        })
+    }
+
+    /// Waits until a job has ended, and returns its status.
+    pub fn ended(&self, name: &str) -> Value {
+        self.until(name, "to end", |status| matches!(status["phase"].as_str(), Some("Succeeded" | "Failed")))
+    }
+
+    /// Waits until a job has succeeded, and returns its status.
+    pub fn succeeded(&self, name: &str) -> Value {
+        let status = self.ended(name);
+        assert_eq!(status["phase"], "Succeeded", "{status:#}");
+        status
+    }
+
+    /// Waits until the training pod has completed a step; returns the pod's name.
+    pub fn trains(&self, name: &str) -> String {
+        self.until(name, "to train", |status| status["progress"]["step"].as_i64().is_some_and(|step| step > 0));
+        self.live_pods(name).pop().unwrap_or_else(|| panic!("{name} has no pod: {:#}", self.status(name)))
+    }
+
+    /// Waits until training attempt `number` has completed a step of its own; returns its pod's name.
+    pub fn trains_again(&self, name: &str, number: i64) -> String {
+        self.until(name, "the attempt to train", |status| {
+            let resumed = status["attempts"]["resumedFromStep"].as_i64().unwrap_or(0);
+            let step = status["progress"]["step"].as_i64().unwrap_or(0);
+            status["attempts"]["total"] == number && status["phase"] == "Training" && step > resumed
+        });
+        self.live_pods(name).pop().unwrap_or_else(|| panic!("{name} has no pod: {:#}", self.status(name)))
+    }
+
+    /// Names of the pods of a job that have not ended.
+    pub fn live_pods(&self, name: &str) -> Vec<String> {
+        let selector = format!("--selector=finetune.dev/job-name={name}");
+        let found = self.namespace.get(&["pods", &selector]).expect("pods are listed");
+        let items = found["items"].as_array().cloned().unwrap_or_default();
+        let live = items.iter().filter(|pod| !matches!(pod["status"]["phase"].as_str(), Some("Succeeded" | "Failed")));
+        live.filter_map(|pod| pod["metadata"]["name"].as_str()).map(str::to_owned).collect()
+    }
+
+    /// Names of the Jobs of a job, sorted.
+    pub fn jobs(&self, name: &str) -> Vec<String> {
+        let selector = format!("--selector=finetune.dev/job-name={name}");
+        let found = self.namespace.get(&["jobs", &selector]).expect("Jobs are listed");
+        let items = found["items"].as_array().cloned().unwrap_or_default();
+        let mut names: Vec<String> =
+            items.iter().filter_map(|job| job["metadata"]["name"].as_str()).map(str::to_owned).collect();
+        names.sort();
+        names
+    }
+
+    /// A merge patch of the spec.
+    pub fn patch(&self, name: &str, spec: &str) {
+        let patch = format!("{{\"spec\": {spec}}}");
+        self.namespace.kubectl(&["patch", "finetunejob", name, "--type=merge", "--patch", &patch]);
+    }
+}
+
+/// The condition of a status.
+pub fn condition<'a>(status: &'a Value, name: &str) -> &'a Value {
+    let conditions = status["conditions"].as_array().unwrap_or_else(|| panic!("no conditions: {status:#}"));
+    conditions.iter().find(|one| one["type"] == name).unwrap_or_else(|| panic!("no condition {name}: {status:#}"))
+}
