@@ -17,6 +17,8 @@ pub mod quantity;
 pub mod report;
 pub mod resolve;
 pub mod run;
+#[cfg(test)]
+mod reference;
 mod yaml;
 
 pub use finetunejob::{FineTuneJob, FineTuneJobSpec, FineTuneJobStatus};
