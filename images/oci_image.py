@@ -194,7 +194,6 @@ def write_archive(blobs, options, layers, scratch):
         "config": {
             "Entrypoint": [options.entrypoint],
             "Env": ["PATH=/usr/local/bin:/usr/bin:/bin", *options.env],
-            "Labels": dict(label.split("=", 1) for label in options.label),
             "WorkingDir": "/",
             **({"User": options.user} if options.user else {}),
         },
@@ -252,7 +251,6 @@ def main():
     parser.add_argument("--entrypoint", required=True)
     parser.add_argument("--user")
     parser.add_argument("--env", action="append", default=[])
-    parser.add_argument("--label", action="append", default=[])
     parser.add_argument("--layer", action=Operation, nargs=0)
     for operation in ("add", "folder", "libraries-of", "library-path", "symlink", "directory", "text"):
         parser.add_argument(f"--{operation}", action=Operation)

@@ -65,7 +65,9 @@ until_ready() {
 }
 
 SCRATCH=$(mktemp -d)
-trap 'rm -rf "$SCRATCH"' EXIT
+PARENT=
+# Also when the test fails: without the parent `hold` ends, and `down` ends the rest.
+trap 'if [ -n "$PARENT" ]; then kill -9 "$PARENT" || true; fi; "$HERE/cluster" down "$RUN"; rm -rf "$SCRATCH"' EXIT
 GROUPS_OF_RUN=$SCRATCH/groups
 host > "$SCRATCH/before"
 
@@ -92,10 +94,10 @@ hold_below() {
 
 hold_below
 kill -9 "$PARENT"
+PARENT=
 wait "$HOLD" || die "hold failed: $(cat "$SCRATCH/hold.log")"
 all_gone "kill -9 of the parent of hold"
 
 hold_below
 kill -9 "$HOLD"
 all_gone "kill -9 of hold itself"
-kill -9 "$PARENT"
