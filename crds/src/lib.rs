@@ -14,11 +14,11 @@ pub mod exit;
 pub mod finetunejob;
 pub mod profile;
 pub mod quantity;
+#[cfg(test)]
+mod reference;
 pub mod report;
 pub mod resolve;
 pub mod run;
-#[cfg(test)]
-mod reference;
 mod yaml;
 
 pub use finetunejob::{FineTuneJob, FineTuneJobSpec, FineTuneJobStatus};

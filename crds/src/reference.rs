@@ -30,7 +30,8 @@ fn rows(schema: &Value, path: &str, text: &mut String) {
     for (name, field) in schema["properties"].as_object().into_iter().flatten() {
         let path = format!("{path}.{name}");
         let mark = if required.contains(&name.as_str()) { " **required**" } else { "" };
-        let meaning = field["description"].as_str().unwrap_or_default().split_whitespace().collect::<Vec<_>>().join(" ");
+        let meaning =
+            field["description"].as_str().unwrap_or_default().split_whitespace().collect::<Vec<_>>().join(" ");
         let meaning = meaning.replace('|', "\\|");
         *text += &format!("| `{path}` | {}{mark} | {meaning} |\n", kind(field));
         rows(field, &path, text);

@@ -592,7 +592,8 @@ mod tests {
                     model: {uri: hf://owner/name}\n  dataset: {train: {uri: hf://datasets/a/b/c}}\n  method: {type: LoRA}\n  \
                     validation: {gates: [{metric: evalLoss, operator: AtMost, value: \"1\"}]}\n";
         let checked = crate::check::check(text, crate::check::Scope::Local).expect("valid");
-        let target = crate::resolve::Target::Local { folder: std::path::Path::new("/") };
+        let claims = std::collections::BTreeMap::new();
+        let target = crate::resolve::Target::Local { folder: std::path::Path::new("/"), claims: &claims };
         let profiles = crate::profile::built_in();
         let mut config = crate::resolve::resolve(&checked.job, &profiles, target).expect("supported").config;
         config.storage = Some(StorageConfig {

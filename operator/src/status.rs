@@ -168,7 +168,7 @@ impl Transition<'_> {
             return;
         }
         self.hold_or_go_on();
-        self.describe(applied);
+        self.describe(plan, applied);
     }
 
     /// Every condition is about the newest generation, also where nothing else about it is new.
@@ -191,9 +191,6 @@ impl Transition<'_> {
                 reason::NOT_REQUESTED,
                 "the output stays on the volume of the run",
             );
-        }
-        if plan.pods.queue_name.is_none() && plan.pods.cpu_queue_name.is_none() {
-            self.set(condition::ADMITTED, ConditionStatus::True, reason::NO_QUEUE, "");
         }
     }
 
@@ -459,8 +456,8 @@ impl Transition<'_> {
     }
 
     /// Running, Admitted and the phase.
-    fn describe(&mut self, applied: &Applied) {
-        self.describe_queue();
+    fn describe(&mut self, plan: &Plan, applied: &Applied) {
+        self.describe_queue(plan);
         let current = self.current().cloned();
         let (status, reason, message) = self.running(applied);
         self.set(condition::RUNNING, status, reason, &message);
@@ -489,47 +486,41 @@ impl Transition<'_> {
         });
     }
 
-    fn describe_queue(&mut self) {
+    fn describe_queue(&mut self, plan: &Plan) {
+        let Some(current) = self.current().cloned() else { return };
+        let queue = if current.stage == PodStage::Train { &plan.pods.queue_name } else { &plan.pods.cpu_queue_name };
+        let Some(queue) = queue else {
+            return self.set(condition::ADMITTED, ConditionStatus::True, reason::NO_QUEUE, "");
+        };
         let was_admitted = self
             .status
             .conditions
             .iter()
             .any(|condition| condition.type_ == condition::ADMITTED && condition.reason == reason::QUOTA_RESERVED);
-        match &self.observed.queue {
+        let (reason, message) = match &self.observed.queue {
             Some(QueueSeen::ControllerMissing) => {
-                let message = "the Job is held for a queue, and nobody serves queues here; \
-                               install Kueue, or remove scheduling.queueName";
-                self.set(condition::ADMITTED, ConditionStatus::False, reason::QUEUE_CONTROLLER_MISSING, message);
-                self.wake_in(QUEUE_INTERVAL);
+                let message = format!(
+                    "the Job is held for the queue {queue}, and nobody serves queues here; \
+                     install Kueue, or remove scheduling.queueName"
+                );
+                (reason::QUEUE_CONTROLLER_MISSING, message)
             }
-            Some(QueueSeen::Waiting(message)) => {
-                self.set(condition::ADMITTED, ConditionStatus::False, reason::WAITING_FOR_QUOTA, &message.clone());
-                self.wake_in(QUEUE_INTERVAL);
-            }
-            Some(QueueSeen::Evicted(message)) => {
-                self.set(condition::ADMITTED, ConditionStatus::False, reason::EVICTED, &message.clone());
-                self.wake_in(QUEUE_INTERVAL);
-            }
+            Some(QueueSeen::Waiting(message)) => (reason::WAITING_FOR_QUOTA, message.clone()),
+            Some(QueueSeen::Evicted(message)) => (reason::EVICTED, message.clone()),
             None => {
-                let opened = self
-                    .observed
-                    .attempt
-                    .as_ref()
-                    .is_some_and(|attempt| matches!(attempt.job, JobSeen::Present { suspended: false, .. }));
-                let is_true =
-                    self.status.conditions.iter().any(|condition| {
-                        condition.type_ == condition::ADMITTED && condition.reason == reason::NO_QUEUE
-                    });
-                if opened && !is_true {
+                let job = self.observed.attempt.as_ref().map(|attempt| &attempt.job);
+                if matches!(job, Some(JobSeen::Present { suspended: false, .. })) {
                     self.set(condition::ADMITTED, ConditionStatus::True, reason::QUOTA_RESERVED, "");
                 }
                 return;
             }
-        }
-        if was_admitted {
+        };
+        if was_admitted && current.start_time.is_some() {
             // The same Job comes back when it is admitted again: nothing ended, and yet its pod was taken away.
             self.status.attempts.get_or_insert_with(AttemptsStatus::default).preempted += 1;
         }
+        self.set(condition::ADMITTED, ConditionStatus::False, reason, &message);
+        self.wake_in(QUEUE_INTERVAL);
     }
 
     fn running(&mut self, applied: &Applied) -> (ConditionStatus, &'static str, String) {

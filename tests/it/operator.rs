@@ -139,13 +139,22 @@ fn what_a_profile_does_not_allow_makes_no_child() {
     for (name, rest, reason, field) in [
         ("unknown", "profile: h100", "ProfileNotFound", "spec.profile"),
         ("more", "resources: {limits: {memory: 5Gi}}", "ResourceLimitExceeded", "spec.resources.limits.memory"),
-        ("taint", "scheduling: {tolerations: [{key: control-plane, operator: Exists}]}", "SchedulingNotAllowed", "spec.scheduling.tolerations[0].key"),
+        (
+            "taint",
+            "scheduling: {tolerations: [{key: control-plane, operator: Exists}]}",
+            "SchedulingNotAllowed",
+            "spec.scheduling.tolerations[0].key",
+        ),
         ("away", "output: {uri: \"s3://elsewhere/x\"}", "SourceNotAllowed", "spec.output.uri"),
     ] {
         space.job(name, rest);
         let status = space.until(name, "a verdict", |status| status["conditions"].is_array());
         let accepted = condition(&status, "Accepted");
-        assert_eq!((accepted["status"].as_str(), accepted["reason"].as_str()), (Some("False"), Some(reason)), "{name}: {status:#}");
+        assert_eq!(
+            (accepted["status"].as_str(), accepted["reason"].as_str()),
+            (Some("False"), Some(reason)),
+            "{name}: {status:#}"
+        );
         assert!(accepted["message"].as_str().is_some_and(|text| text.contains(field)), "{accepted}");
         assert_eq!(space.jobs(name), Vec::<String>::new());
     }
@@ -168,7 +177,8 @@ fn a_held_job_goes_on_where_it_was() {
     space.trains("bot");
     space.patch("bot", "{\"suspend\": true}");
     let status = space.until("bot", "to be held", |status| {
-        status["phase"] == "Suspended" && status["jobRefs"].as_array().is_some_and(|all| all.iter().all(|one| !one["outcome"].is_null()))
+        status["phase"] == "Suspended"
+            && status["jobRefs"].as_array().is_some_and(|all| all.iter().all(|one| !one["outcome"].is_null()))
     });
     assert_eq!(space.live_pods("bot"), Vec::<String>::new(), "{status:#}");
     space.patch("bot", "{\"suspend\": false}");
@@ -237,7 +247,9 @@ fn the_api_server_and_the_local_check_refuse_the_same() {
     let mut seen = 0;
     for entry in std::fs::read_dir(&folder).expect("tests/invalid").flatten() {
         let text = std::fs::read_to_string(entry.path()).expect("readable");
-        let line = |mark: &str| text.lines().find_map(|line| line.strip_prefix(mark)).unwrap_or_else(|| panic!("{mark} in {text}"));
+        let line = |mark: &str| {
+            text.lines().find_map(|line| line.strip_prefix(mark)).unwrap_or_else(|| panic!("{mark} in {text}"))
+        };
         let name = entry.file_name();
         let local = crds::check::check(&text, crds::check::Scope::Cluster).expect_err(&text);
         let expected = line("# check: ");

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::cluster::{Cluster, Namespace, TEST_NODE, wait_for};
 use crate::Job;
+use crate::cluster::{Cluster, Namespace, TEST_NODE, wait_for};
 
 /// Where the operator runs.
 pub const SYSTEM: &str = "finetune-system";
@@ -67,7 +67,8 @@ impl Operator {
     pub fn helm(&self, verb: &str, more: &[&str]) -> String {
         let values = self.values_file();
         let chart = crate::repository().join("charts/finetune-operator");
-        let mut arguments = vec!["helm", verb, "finetune", path(&chart), "--namespace", SYSTEM, "--values", path(&values)];
+        let mut arguments =
+            vec!["helm", verb, "finetune", path(&chart), "--namespace", SYSTEM, "--values", path(&values)];
         arguments.extend(["--wait", "--timeout", "3m"]);
         arguments.extend(more);
         self.cluster.command("enter", &arguments)
