@@ -15,7 +15,7 @@ enum Kind {
 
 /// What the operator exports, by the contract between the parts.
 // Once operator/src/telemetry.rs registers these, read them from there, as `exported` does for the trainer.
-const OPERATOR: [(&str, Kind); 16] = [
+const OPERATOR: [(&str, Kind); 15] = [
     ("finetune_operator_reconcile_total", Kind::Counter),
     ("finetune_operator_reconcile_duration_seconds", Kind::Histogram),
     ("finetune_operator_reconcile_errors_total", Kind::Counter),
@@ -31,8 +31,6 @@ const OPERATOR: [(&str, Kind); 16] = [
     ("finetunejob_created_timestamp_seconds", Kind::Gauge),
     ("finetunejob_start_timestamp_seconds", Kind::Gauge),
     ("finetunejob_completion_timestamp_seconds", Kind::Gauge),
-    // Of the `prometheus` crate's process collector, which both have.
-    ("process_resident_memory_bytes", Kind::Gauge),
 ];
 
 /// Series of the trainer that come with its figures of accelerators; drop each from here once the trainer registers it.
@@ -125,10 +123,10 @@ fn select(selector: &VectorSelector, inside_rate: bool, read: &mut Query) {
     match (kind, inside_rate) {
         (None, _) => read.problems.push(format!("nobody exports {name}")),
         (Some(Kind::Histogram), _) => {
-            read.problems.push(format!("{name} is a histogram: name its _bucket, _sum or _count"))
+            read.problems.push(format!("{name} is a histogram: name its _bucket, _sum or _count"));
         }
         (Some(Kind::Counter), false) => {
-            read.problems.push(format!("the counter {name} is outside of rate and increase"))
+            read.problems.push(format!("the counter {name} is outside of rate and increase"));
         }
         (Some(Kind::Gauge), true) => read.problems.push(format!("the gauge {name} is inside of rate or increase")),
         (Some(Kind::Counter), true) | (Some(Kind::Gauge), false) => {}
