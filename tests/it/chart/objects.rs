@@ -166,16 +166,15 @@ fn the_operator_has_these_rights_and_no_others() {
         rows.iter().flat_map(|(resource, verbs)| verbs.iter().map(move |verb| format!("{resource} {verb}"))).collect()
     };
     let served = expected(&[
-        ("finetune.dev/finetunejobs", &["get", "list", "watch", "delete"]),
+        ("finetune.dev/finetunejobs", &["list", "watch", "delete"]),
         ("finetune.dev/finetunejobs/status", &["patch"]),
         ("finetune.dev/finetunejobs/finalizers", &["update"]),
-        ("batch/jobs", &["get", "list", "watch", "create", "patch", "delete"]),
-        ("/pods", &["get", "list", "watch"]),
-        ("/configmaps", &["get", "create", "patch"]),
+        ("batch/jobs", &["get", "list", "watch", "create", "delete"]),
+        ("/pods", &["list", "watch"]),
+        ("/configmaps", &["get", "create"]),
         ("/persistentvolumeclaims", &["get", "create"]),
-        ("/services", &["get", "create"]),
         ("events.k8s.io/events", &["create", "patch"]),
-        ("kueue.x-k8s.io/workloads", &["get", "list", "watch", "patch"]),
+        ("kueue.x-k8s.io/workloads", &["list"]),
     ]);
     let own = expected(&[("coordination.k8s.io/leases", &["get", "create", "update"])]);
 
@@ -279,6 +278,25 @@ fn profiles_reach_the_operator_with_an_image_and_an_edit_restarts_it() {
     assert_ne!(checksum, changed);
     let (profiles, _) = of(&["--set", "trainer.image.registry=three.example,trainer.image.tag=v1"]);
     assert_eq!(profiles["default"]["image"], "three.example/finetune-trainer:v1");
+}
+
+/// The operator reads what the chart writes, and the schema of the values has every field of a profile.
+#[test]
+fn the_operator_reads_the_profiles_of_every_set_of_values() {
+    let mut fields = BTreeSet::new();
+    for (name, path) in ci_values() {
+        let objects = render(&["--values", &path, "--set", "fullnameOverride=finetune-operator"]);
+        let written = text(&the(&objects, "ConfigMap", "finetune-operator-profiles")["data"]["profiles.yaml"]);
+        let profiles = crds::profile::parse(written).unwrap_or_else(|error| panic!("{name}: {error}"));
+        for (profile, of) in &profiles {
+            assert!(of.image.is_some(), "{name}: {profile} has no image");
+            let of = serde_json::to_value(of).expect("a profile is JSON");
+            fields.extend(of.as_object().expect("a map").keys().cloned());
+        }
+    }
+    let schema = parse(&read(&chart().join("values.schema.json")));
+    let typed = schema["definitions"]["profile"]["properties"].as_object().expect("fields").keys().cloned();
+    assert_eq!(typed.collect::<BTreeSet<_>>(), fields, "full-values.yaml sets every field of a profile");
 }
 
 #[test]
