@@ -13,26 +13,21 @@ enum Kind {
     Histogram,
 }
 
-/// What the operator exports, by the contract between the parts.
-// Once operator/src/telemetry.rs registers these, read them from there, as `exported` does for the trainer.
-const OPERATOR: [(&str, Kind); 16] = [
-    ("finetune_operator_reconcile_total", Kind::Counter),
-    ("finetune_operator_reconcile_duration_seconds", Kind::Histogram),
-    ("finetune_operator_reconcile_errors_total", Kind::Counter),
-    ("finetune_operator_leader", Kind::Gauge),
-    ("finetune_operator_build_info", Kind::Gauge),
-    ("finetune_operator_watch_last_success_timestamp_seconds", Kind::Gauge),
-    ("finetunejob_info", Kind::Gauge),
-    ("finetunejob_status_phase", Kind::Gauge),
-    ("finetunejob_status_condition", Kind::Gauge),
-    ("finetunejob_status_progress_ratio", Kind::Gauge),
-    ("finetunejob_status_train_loss", Kind::Gauge),
-    ("finetunejob_status_attempts", Kind::Gauge),
-    ("finetunejob_created_timestamp_seconds", Kind::Gauge),
-    ("finetunejob_start_timestamp_seconds", Kind::Gauge),
-    ("finetunejob_completion_timestamp_seconds", Kind::Gauge),
-    // Of the `prometheus` crate's process collector, which both have.
-    ("process_resident_memory_bytes", Kind::Gauge),
+/// Where they are registered, under the prefix that the registry was made with.
+const SOURCES: [&str; 2] = ["trainer/src/serve.rs", "operator/src/telemetry.rs"];
+
+/// How a series is registered, spaces left out; the name follows.
+const CALLS: [(&str, Kind); 10] = [
+    ("gauge(", Kind::Gauge),
+    ("gauges(", Kind::Gauge),
+    ("Gauge::new(", Kind::Gauge),
+    ("GaugeVec::new(Opts::new(", Kind::Gauge),
+    ("counter(", Kind::Counter),
+    ("counters(", Kind::Counter),
+    ("CounterVec::new(Opts::new(", Kind::Counter),
+    ("histogram(", Kind::Histogram),
+    ("options(", Kind::Histogram),
+    ("HistogramOpts::new(", Kind::Histogram),
 ];
 
 /// Series of the trainer that come with its figures of accelerators; drop each from here once the trainer registers it.
@@ -42,26 +37,26 @@ const PLANNED: [(&str, Kind); 3] = [
     ("finetune_gpu_energy_joules_total", Kind::Counter),
 ];
 
-/// Every series: the trainer's by the names that its sources register.
+/// Every series, by the names that the sources register.
 fn exported() -> &'static BTreeMap<String, Kind> {
     static SERIES: OnceLock<BTreeMap<String, Kind>> = OnceLock::new();
     SERIES.get_or_init(|| {
-        let source = std::fs::read_to_string(repository().join("trainer/src/serve.rs")).expect("the trainer's series");
-        let mut series = BTreeMap::new();
-        for (call, kind) in [
-            ("gauge(", Kind::Gauge),
-            ("gauges(", Kind::Gauge),
-            ("counter(", Kind::Counter),
-            ("counters(", Kind::Counter),
-            ("histogram(", Kind::Histogram),
-            ("options(", Kind::Histogram),
-        ] {
-            let calls = source.split(call).skip(1).filter_map(|rest| rest.trim_start().strip_prefix('"'));
-            series
-                .extend(calls.filter_map(|rest| rest.split('"').next()).map(|name| (format!("finetune_{name}"), kind)));
+        let mut series: BTreeMap<_, _> = PLANNED.iter().map(|(name, kind)| ((*name).to_owned(), *kind)).collect();
+        for source in SOURCES {
+            let mut code = super::read(&repository().join(source));
+            code.retain(|character| !character.is_whitespace());
+            for part in code.split("Registry::new_custom(Some(\"").skip(1) {
+                let prefix = part.split('"').next().unwrap_or_default();
+                for (call, kind) in CALLS {
+                    let names = part.split(call).skip(1).filter_map(|rest| rest.strip_prefix('"')?.split('"').next());
+                    series.extend(names.map(|name| (format!("{prefix}_{name}"), kind)));
+                }
+            }
         }
-        assert!(series.len() > 15, "the trainer registers its series in another way now: {series:?}");
-        series.extend(OPERATOR.iter().chain(&PLANNED).map(|(name, kind)| ((*name).to_owned(), *kind)));
+        for prefix in ["finetune_step", "finetune_operator_", "finetunejob_"] {
+            let found = series.keys().filter(|name| name.starts_with(prefix)).count();
+            assert!(found > 3, "{prefix}…: series are registered in another way now: {series:?}");
+        }
         series
     })
 }
@@ -125,10 +120,10 @@ fn select(selector: &VectorSelector, inside_rate: bool, read: &mut Query) {
     match (kind, inside_rate) {
         (None, _) => read.problems.push(format!("nobody exports {name}")),
         (Some(Kind::Histogram), _) => {
-            read.problems.push(format!("{name} is a histogram: name its _bucket, _sum or _count"))
+            read.problems.push(format!("{name} is a histogram: name its _bucket, _sum or _count"));
         }
         (Some(Kind::Counter), false) => {
-            read.problems.push(format!("the counter {name} is outside of rate and increase"))
+            read.problems.push(format!("the counter {name} is outside of rate and increase"));
         }
         (Some(Kind::Gauge), true) => read.problems.push(format!("the gauge {name} is inside of rate or increase")),
         (Some(Kind::Counter), true) | (Some(Kind::Gauge), false) => {}
