@@ -15,7 +15,7 @@ use crate::controller::{self, Shared};
 use crate::lease::{Elector, Settings};
 use crate::observe::progress::Intervals;
 use crate::status::Timing;
-use crate::telemetry::{HearingLayer, LogFormat, STUCK_AFTER, Telemetry, serve, start_logs};
+use crate::telemetry::{HearingLayer, LogFormat, LogLevel, STUCK_AFTER, Telemetry, serve, start_logs};
 
 /// Longest time that the API server may take to begin an answer. Shorter than a lease lasts.
 const CALL_DEADLINE: Duration = Duration::from_secs(10);
@@ -62,9 +62,9 @@ pub struct Arguments {
     /// How logs are written
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     log_format: LogFormat,
-    /// What is logged
-    #[arg(long, default_value = "info")]
-    log_level: String,
+    /// How much is logged
+    #[arg(long, value_enum, default_value_t = LogLevel::Info)]
+    log_level: LogLevel,
 }
 
 /// What the environment says; read in `main` only.
@@ -78,7 +78,7 @@ pub struct Environment {
 
 /// Runs until a signal ends it, or until nothing can be done.
 pub fn run(arguments: Arguments, environment: Environment) -> Result<(), anyhow::Error> {
-    start_logs(arguments.log_format, &arguments.log_level)?;
+    start_logs(arguments.log_format, arguments.log_level);
     anyhow::ensure!(
         arguments.renew_deadline_seconds < arguments.lease_duration_seconds,
         "--renew-deadline-seconds: found {}, expected less than --lease-duration-seconds, which is {}",

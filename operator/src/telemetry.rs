@@ -347,17 +347,32 @@ pub enum LogFormat {
     Json,
 }
 
-/// Writes logs to standard error. `level` is a level, or a filter as tracing-subscriber has them.
-pub fn start_logs(format: LogFormat, level: &str) -> Result<(), anyhow::Error> {
+/// How much is logged.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub enum LogLevel {
+    /// What failed for good.
+    Error,
+    /// And what was tried again.
+    Warn,
+    /// And what changed.
+    Info,
+    /// And why.
+    Debug,
+    /// And everything else.
+    Trace,
+}
+
+/// Writes logs to standard error: what is asked for of the operator, and warnings of its libraries.
+pub fn start_logs(format: LogFormat, level: LogLevel) {
     use tracing_subscriber::EnvFilter;
-    let filter = EnvFilter::try_new(level)
-        .map_err(|error| anyhow::anyhow!("--log-level: found {level:?} ({error}), expected for example info"))?;
-    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let level = format!("{level:?}").to_lowercase();
+    let filter = EnvFilter::new(format!("warn,operator={level}"));
+    let ansi = std::io::IsTerminal::is_terminal(&std::io::stderr());
+    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(ansi).with_writer(std::io::stderr);
     match format {
         LogFormat::Text => logs.init(),
         LogFormat::Json => logs.json().init(),
     }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -82,7 +82,7 @@ impl Operator {
             format!("{{registry: \"{registry}\", repository: {repository}, digest: \"{digest}\"}}")
         };
         let text = format!(
-            "image: {}\ntrainer: {{image: {}}}\npollIntervalSeconds: 1\nlog: {{level: \"info,operator=debug\", format: text}}\n\
+            "image: {}\ntrainer: {{image: {}}}\npollIntervalSeconds: 1\nlog: {{level: debug, format: text}}\n\
              extraArgs: [--progress-interval-seconds=1, --retry-backoff-seconds=1]\nprofiles:{}",
             image("operator"),
             image("trainer"),
