@@ -11,6 +11,88 @@ use serde::{Deserialize, Serialize};
 /// The version of this contract.
 pub const RUN_CONFIG_VERSION: i32 = 1;
 
+/// What one pod of a job does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PodStage {
+    /// Fetches, checks and tokenises; needs no accelerator.
+    Prepare,
+    /// Trains and judges; needs no network.
+    Train,
+    /// Writes the output.
+    Publish,
+    /// Hands on the last word of one of the others, whose pod is gone.
+    Report,
+}
+
+impl PodStage {
+    /// Every stage, in the order of a job.
+    pub const ALL: [Self; 4] = [Self::Prepare, Self::Train, Self::Publish, Self::Report];
+
+    /// The name in arguments, labels, file names and JSON.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Prepare => "prepare",
+            Self::Train => "train",
+            Self::Publish => "publish",
+            Self::Report => "report",
+        }
+    }
+}
+
+/// A file of this contract could not be used.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Not YAML.
+    #[error(transparent)]
+    Yaml(#[from] serde_saphyr::Error),
+    /// Not what the contract says.
+    #[error("line {line}, column {column}: {field}: {message}")]
+    Field {
+        /// Counted from 1.
+        line: u64,
+        /// Counted from 1.
+        column: u64,
+        /// Path of the field, or of the nearest one around it.
+        field: String,
+        /// What was found and what is expected.
+        message: String,
+    },
+}
+
+/// Reads YAML into `T`; what is wrong is told with its place.
+fn from_yaml<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, Error> {
+    let document = crate::yaml::Document::parse(text)?;
+    serde_path_to_error::deserialize(document.value.clone()).map_err(|error| {
+        use serde_path_to_error::Segment;
+        let mut pointer = String::new();
+        for segment in error.path() {
+            match segment {
+                Segment::Seq { index } => pointer += &format!("/{index}"),
+                Segment::Map { key } => pointer += &format!("/{}", key.replace('~', "~0").replace('/', "~1")),
+                Segment::Enum { .. } | Segment::Unknown => {}
+            }
+        }
+        let (line, column) = document.position(&pointer);
+        Error::Field { line, column, field: error.path().to_string(), message: error.inner().to_string() }
+    })
+}
+
+/// What a running job is told: a file that changes while the trainer runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Control {
+    /// Stop at the next step, evaluate, and go on as if all steps were done.
+    pub stop_requested: bool,
+}
+
+impl Control {
+    /// Reads a control file. What a newer operator says beside is not for this trainer.
+    pub fn from_yaml(text: &str) -> Result<Self, Error> {
+        from_yaml(text)
+    }
+}
+
 /// A fully resolved run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -41,6 +123,32 @@ pub struct RunConfig {
     /// Where the volumes are; absent in local runs.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub storage: Option<StorageConfig>,
+}
+
+impl RunConfig {
+    /// Reads a configuration file, strictly.
+    pub fn from_yaml(text: &str) -> Result<Self, Error> {
+        let config: Self = from_yaml(text)?;
+        if config.version == RUN_CONFIG_VERSION {
+            return Ok(config);
+        }
+        let (line, column) = crate::yaml::Document::parse(text)?.position("/version");
+        let message = format!("found {}, expected {RUN_CONFIG_VERSION}", config.version);
+        Err(Error::Field { line, column, field: "version".into(), message })
+    }
+
+    /// The configuration as a file.
+    pub fn to_yaml(&self) -> String {
+        // By way of JSON: YAML's own tags for enums are nothing that other readers know.
+        let value = serde_json::to_value(self).expect("a configuration is JSON");
+        serde_saphyr::to_string(&value).expect("JSON is YAML")
+    }
+
+    /// `job.uid` of a file that cannot be read as a whole, so that the refusal can still be told to somebody.
+    pub fn job_uid_of(text: &str) -> Option<String> {
+        let document = crate::yaml::Document::parse(text).ok()?;
+        document.value.pointer("/job/uid").and_then(|uid| uid.as_str()).map(str::to_owned)
+    }
 }
 
 /// Where a pod finds its volumes.
@@ -473,4 +581,75 @@ pub struct ResourceLimits {
     /// Price of an hour of the machine or accelerator, in the currency of the profile's owner.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub price_per_hour: Option<f64>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> RunConfig {
+        let text = "apiVersion: finetune.dev/v1alpha1\nkind: FineTuneJob\nmetadata: {name: bot}\nspec:\n  \
+                    model: {uri: hf://owner/name}\n  dataset: {train: {uri: hf://datasets/a/b/c}, splitPercent: 5}\n  method: {type: LoRA}\n  \
+                    validation: {gates: [{metric: evalLoss, operator: AtMost, value: \"1\"}]}\n";
+        let checked = crate::check::check(text, crate::check::Scope::Local).expect("valid");
+        let target = crate::resolve::Target::Local { folder: std::path::Path::new("/") };
+        let profiles = crate::profile::built_in();
+        let mut config = crate::resolve::resolve(&checked.job, &profiles, target).expect("supported").config;
+        config.storage = Some(StorageConfig {
+            directory: "/data".into(),
+            uri: "pvc://bot".into(),
+            claims: [("rows".to_owned(), "/sources/rows".to_owned())].into(),
+        });
+        config
+    }
+
+    #[test]
+    fn a_configuration_comes_back_from_yaml_and_from_json() {
+        let config = config();
+        assert_eq!(RunConfig::from_yaml(&config.to_yaml()).expect("strict"), config);
+        let json = serde_json::to_string(&config).expect("JSON");
+        assert_eq!(RunConfig::from_yaml(&json).expect("JSON is YAML"), config);
+        assert_eq!(RunConfig::job_uid_of(&format!("{}surprise: 1\n", config.to_yaml())), Some("local-bot".into()));
+    }
+
+    #[test]
+    fn what_is_wrong_is_told_with_its_place() {
+        for (from, to, expected) in [
+            (
+                "batchSize: 16",
+                "batchSize: many",
+                "hyperparameters.batchSize: invalid type: string \"many\", expected i64",
+            ),
+            ("rank: 16", "rank: 16\n      rang: 3", "method.LoRA.lora.rang: unknown field `rang`, expected one of"),
+            ("name: bot", "nom: bot", "job.nom: unknown field `nom`, expected one of"),
+            ("  uid: local-bot\n", "", "job: missing field `uid`"),
+            ("version: 1", "version: 2", "version: found 2, expected 1"),
+        ] {
+            let text = config().to_yaml();
+            assert!(text.contains(from), "{from}\n{text}");
+            let error = RunConfig::from_yaml(&text.replacen(from, to, 1)).expect_err(to).to_string();
+            let (place, message) = error.split_once(": ").expect("place and message");
+            assert!(place.starts_with("line ") && message.starts_with(expected), "{error}");
+        }
+        assert!(RunConfig::from_yaml("version: [").is_err());
+    }
+
+    #[test]
+    fn control_asks_for_a_stop_or_for_nothing() {
+        for (text, expected) in [
+            ("stopRequested: true", Some(true)),
+            ("{}", Some(false)),
+            ("later: 1", Some(false)),
+            ("stopRequested: soon", None),
+        ] {
+            assert_eq!(Control::from_yaml(text).ok().map(|control| control.stop_requested), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_stage_has_one_name() {
+        for stage in PodStage::ALL {
+            assert_eq!(serde_json::to_value(stage).expect("JSON"), stage.name());
+        }
+    }
 }
