@@ -8,4 +8,5 @@ mod hub;
 mod numerics;
 mod resume;
 mod run;
+mod stages;
 mod validation;

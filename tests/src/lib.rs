@@ -153,6 +153,8 @@ pub fn max_difference(a: &Tensor, b: &Tensor) -> f64 {
 
 mod hub;
 mod job;
+mod pods;
 
 pub use hub::{Fault, Hub, Received, Server, Storage};
 pub use job::{Job, Outcome, trainer_binary};
+pub use pods::{Ended, Pods, hang, terminate, wait_for};
