@@ -116,7 +116,7 @@ struct RunArguments {
     profiles: Option<PathBuf>,
 }
 
-/// One stage of a job whose stages run in pods of their own
+// No comment for clap here: it would stand in the place of the command's own.
 #[derive(Debug, clap::Args)]
 struct PodArguments {
     /// Run configuration, as the operator writes it, instead of a FineTuneJob

@@ -84,6 +84,12 @@ pub fn choose(precision: Precision, cpus: Option<f64>, cuda: &Result<(), String>
     Chosen { device, device_name, device_reason, kind, kind_reason, threads, threads_reason }
 }
 
+/// As many threads as [`choose`] takes, for what is computed without a device: libtorch by itself counts the machine's
+/// cores, whatever the cgroup allows.
+pub fn limit_threads(cpus: Option<f64>) {
+    tch::set_num_threads(cpu_threads(cpus).0 as i32);
+}
+
 /// What is planned with for an accelerator of another machine.
 pub fn expect_accelerator(precision: Precision) -> Chosen {
     let (kind, kind_reason) = match precision {

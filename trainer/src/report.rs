@@ -1,5 +1,5 @@
-//! The last word of an attempt: said once, by whoever ends the process. It goes to the termination message first, which
-//! lies on the node, then to the volume: `reports/<stage>.json` for the stage's own, `report.json` for the newest.
+//! The last word of an attempt: said once, by whoever ends the process. It goes to the termination message, which lies on
+//! the node, and to the volume: `reports/<stage>.json` for the stage's own, `report.json` for the newest.
 
 use std::fs;
 use std::io::{self, Write};
@@ -72,7 +72,22 @@ impl LastWord {
         if self.0.said.swap(true, Ordering::SeqCst) {
             return Ok(());
         }
-        let report = self.update(|report| {
+        let run = self.0.run.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let write = |report: &Report| run.as_ref().map_or(Ok(()), |run| write(run, report));
+        let succeeded = failure.is_none();
+        let mut report = self.end(failure);
+        // A result counts once it lies on the volume; a failure is told even if the volume hangs.
+        let written = if succeeded { write(&report) } else { Ok(()) };
+        if let Err(error) = &written {
+            let message = format!("the report cannot be written ({error}); free space on the volume");
+            report = self.end(Some(Failure::new(ExitCode::CannotWrite, message)));
+        }
+        self.tell_node(&report);
+        if succeeded { written } else { write(&report) }
+    }
+
+    fn end(&self, failure: Option<Failure>) -> Report {
+        self.update(|report| {
             let yielded = |failure: &Failure| failure.exit_code == i32::from(ExitCode::Preempted.code());
             match &failure {
                 None => report.stage = Stage::Succeeded,
@@ -81,10 +96,7 @@ impl LastWord {
             }
             report.failure = failure;
             report.clone()
-        });
-        self.tell_node(&report);
-        let run = self.0.run.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        run.map_or(Ok(()), |run| write(&run, &report))
+        })
     }
 
     /// Hands on another pod's report as this one's last word.

@@ -128,6 +128,16 @@ impl Error {
         if train::is_out_of_memory(text) { Self::OutOfMemory(first) } else { Self::Bug { message: first } }
     }
 
+    /// Whether another attempt or another job owns the run directory.
+    fn folder_is_of_another(&self) -> bool {
+        match self {
+            Self::Checkpoint(error) => error.folder_is_of_another(),
+            Self::Train(train::Error::Surroundings(error)) => error.folder_is_of_another(),
+            Self::Report(report::Error::Foreign { .. }) => true,
+            _ => false,
+        }
+    }
+
     /// The exit code that this error ends the trainer with.
     pub fn exit(&self) -> ExitCode {
         match self {
@@ -172,7 +182,7 @@ pub struct Context<'a> {
 impl<'a> Context<'a> {
     /// What the sources of `config` are reached through.
     fn access(&self, config: &'a RunConfig) -> Access<'a> {
-        Access { hub: self.hub, claims: config.storage.as_ref().map_or_else(no_claims, |storage| &storage.claims) }
+        Access { hub: self.hub, claims: claims(config) }
     }
 
     fn claim(&self, config: &RunConfig) -> Claim<'a> {
@@ -185,10 +195,10 @@ impl<'a> Context<'a> {
     }
 }
 
-/// A local run has no claims.
-fn no_claims() -> &'static Claims {
+/// Where claims are mounted; a local run has none.
+fn claims(config: &RunConfig) -> &Claims {
     static NONE: Claims = Claims::new();
-    &NONE
+    config.storage.as_ref().map_or(&NONE, |storage| &storage.claims)
 }
 
 /// The report of an attempt that has just begun.
@@ -285,6 +295,7 @@ pub fn run_stage(
             claim_stage(context.run, stage.name(), &config.job.uid, context.claim(config))?;
             context.last_word.continue_from(&trained);
             observer.observe(&Event::Trained(Box::new(trained))).map_err(context.write_error())?;
+            device::limit_threads(config.resources.cpus);
             let base = noted_base(config, context.run, context.access(config))?;
             publish_stage(config, context, &base, observer)
         }
@@ -309,9 +320,7 @@ fn attempt(
     let mut observers = Observers(vec![&mut noting, &mut watching, observer]);
     let attempted = std::panic::AssertUnwindSafe(|| stages(&mut observers));
     let result = std::panic::catch_unwind(attempted).unwrap_or_else(|payload| Err(Error::from_panic(payload.as_ref())));
-    if let Err(Error::Checkpoint(error)) = &result
-        && error.folder_is_of_another()
-    {
+    if result.as_ref().is_err_and(Error::folder_is_of_another) {
         last_word.leave_volume();
     }
     let said = last_word.say(result.as_ref().err().map(|error| Failure::new(error.exit(), error.to_string())));

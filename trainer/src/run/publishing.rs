@@ -5,7 +5,7 @@ use crds::run::{Method, OutputFormat, RunConfig};
 use tch::{Kind, Tensor};
 
 use super::surroundings::WEIGHTS;
-use super::{Context, Error, no_claims};
+use super::{Context, Error, claims};
 use crate::checkpoint::{Stored, find_by_digest};
 use crate::export::{Weights, model_card, write_output};
 use crate::model::{self, target_linears};
@@ -32,8 +32,8 @@ pub fn publish(
         return Ok(None);
     }
     observer.observe(&Event::Stage(Stage::Publishing)).map_err(failed)?;
-    let claims = config.storage.as_ref().map_or_else(no_claims, |storage| &storage.claims);
-    let destination = config.output.uri.as_ref().map(|uri| Destination::open(uri, &config.job, claims)).transpose()?;
+    let destination =
+        config.output.uri.as_ref().map(|uri| Destination::open(uri, &config.job, claims(config))).transpose()?;
     let digest = report.checkpoint_digest.as_deref().unwrap_or_default();
     let stored = find_by_digest(context.run, &config.job.uid, digest)?;
     let artifact = write(config, context, base, report, &stored)?;
