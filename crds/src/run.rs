@@ -585,14 +585,16 @@ pub struct ResourceLimits {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
 
     fn config() -> RunConfig {
         let text = "apiVersion: finetune.dev/v1alpha1\nkind: FineTuneJob\nmetadata: {name: bot}\nspec:\n  \
-                    model: {uri: hf://owner/name}\n  dataset: {train: {uri: hf://datasets/a/b/c}}\n  method: {type: LoRA}\n  \
+                    model: {uri: hf://owner/name}\n  dataset: {train: {uri: hf://datasets/a/b/c}, splitPercent: 5}\n  method: {type: LoRA}\n  \
                     validation: {gates: [{metric: evalLoss, operator: AtMost, value: \"1\"}]}\n";
         let checked = crate::check::check(text, crate::check::Scope::Local).expect("valid");
-        let claims = std::collections::BTreeMap::new();
+        let claims = BTreeMap::new();
         let target = crate::resolve::Target::Local { folder: std::path::Path::new("/"), claims: &claims };
         let profiles = crate::profile::built_in();
         let mut config = crate::resolve::resolve(&checked.job, &profiles, target).expect("supported").config;
@@ -621,7 +623,7 @@ mod tests {
                 "batchSize: many",
                 "hyperparameters.batchSize: invalid type: string \"many\", expected i64",
             ),
-            ("rank: 16", "rank: 16\n    rang: 3", "method.LoRA.lora.rang: unknown field `rang`, expected one of"),
+            ("rank: 16", "rank: 16\n      rang: 3", "method.LoRA.lora.rang: unknown field `rang`, expected one of"),
             ("name: bot", "nom: bot", "job.nom: unknown field `nom`, expected one of"),
             ("  uid: local-bot\n", "", "job: missing field `uid`"),
             ("version: 1", "version: 2", "version: found 2, expected 1"),

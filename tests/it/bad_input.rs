@@ -304,6 +304,8 @@ fn a_full_disk_keeps_what_is_there_and_the_run_goes_on_once_there_is_space() {
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(73), "{stderr}");
     assert!(stderr.contains("cannot be written") && stderr.contains("older checkpoints are untouched"), "{stderr}");
+    let failures = stderr.matches("warning: no checkpoint at step").count();
+    assert_eq!(failures, 4, "it goes on for three intervals and ends with the next\n{stderr}");
     assert_eq!(committed(), before);
     assert_eq!(job.run().code, Some(0));
     assert_eq!(job.adapter_digest(), undisturbed.adapter_digest());

@@ -490,7 +490,8 @@ fn xet_that_is_not_well_does_not_take_minutes() {
 
 #[test]
 fn addresses_that_are_none() {
-    let repository = "expected hf://owner/name (datasets: hf://datasets/owner/name/file) or file://path";
+    let repository =
+        "expected hf://owner/name (datasets: hf://datasets/owner/name/file), pvc://claim/path or file://path";
     let cases = [
         ("acme/tiny", "acme", format!("spec.model.uri: found hf://acme, {repository}")),
         ("acme/tiny", "../tiny", format!("spec.model.uri: found hf://../tiny, {repository}")),
@@ -498,7 +499,7 @@ fn addresses_that_are_none() {
         (
             "acme/tiny",
             "acme/tiny/config.json",
-            "spec.model.uri: found hf://acme/tiny/config.json, expected hf://owner/name or file://path".to_owned(),
+            "spec.model.uri: found hf://acme/tiny/config.json, expected hf://owner/name, pvc://claim/path or file://path".to_owned(),
         ),
         (
             "rows/data/train.jsonl",

@@ -11,4 +11,5 @@ mod numerics;
 mod operator;
 mod resume;
 mod run;
+mod stages;
 mod validation;

@@ -1,31 +1,15 @@
 //! A run that is interrupted anywhere ends with the bytes of one that was not.
 
 use std::fs;
-use std::process::Child;
 use std::time::{Duration, Instant};
 
-use harness::Job;
+use harness::{Job, wait_for};
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 
 /// Kill -9 this often.
 const KILLS: usize = 20;
-
-/// Waits until `condition` holds or the process ends; whether the condition held.
-fn wait_for(child: &mut Child, condition: impl Fn() -> bool) -> bool {
-    let deadline = Instant::now() + Duration::from_mins(2);
-    loop {
-        if condition() {
-            return true;
-        }
-        if child.try_wait().expect("a child of ours").is_some() {
-            return false;
-        }
-        assert!(Instant::now() < deadline, "the trainer neither ends nor gets there");
-        std::thread::yield_now();
-    }
-}
 
 #[test]
 fn kill_9_at_random_moments_changes_no_byte() {

@@ -155,6 +155,8 @@ pub mod cluster;
 mod hub;
 mod job;
 pub mod operator;
+mod pods;
 
 pub use hub::{Fault, Hub, Received, Server, Storage};
 pub use job::{Job, Outcome, trainer_binary};
+pub use pods::{Ended, Pods, hang, terminate, wait_for};

@@ -68,13 +68,35 @@ pub enum Error {
         /// The run directory.
         path: PathBuf,
     },
+    /// Another job writes here.
+    #[error("{}: the run directory belongs to job {found}, this is job {expected}; choose another checkpoint.storage.path", path.display())]
+    ForeignRun {
+        /// The claim that says so.
+        path: PathBuf,
+        /// The other job.
+        found: String,
+        /// This one.
+        expected: String,
+    },
+    /// The judged checkpoint is not there as it was judged.
+    #[error("{}: no checkpoint with digest {digest} that verifies ({message}); the result that was judged cannot be published", path.display())]
+    Missing {
+        /// The folder of checkpoints.
+        path: PathBuf,
+        /// Of its manifest.
+        digest: String,
+        /// What was found.
+        message: String,
+    },
     /// The attempt's number is taken.
-    #[error("attempt {number} of {} is claimed already; a run is in progress there, or the attempt number was used twice", path.display())]
+    #[error("attempt {number} of {} is claimed already by {owner}; a run is in progress there, or the attempt number was used twice", path.display())]
     AttemptTaken {
         /// The run directory.
         path: PathBuf,
         /// The number.
         number: i32,
+        /// Who claimed it.
+        owner: String,
     },
 }
 
@@ -83,12 +105,17 @@ impl Error {
         Self::Write { path: path.into(), source, space: String::new() }
     }
 
+    /// Whether another attempt or another job owns the run directory.
+    pub fn folder_is_of_another(&self) -> bool {
+        matches!(self, Self::InUse { .. } | Self::Fenced { .. } | Self::AttemptTaken { .. } | Self::ForeignRun { .. })
+    }
+
     /// The exit code that this error ends the trainer with.
     pub fn exit(&self) -> crds::exit::ExitCode {
         use crds::exit::ExitCode;
         match self {
             Self::Write { .. } | Self::Read { .. } | Self::InUse { .. } => ExitCode::CannotWrite,
-            Self::Foreign { .. } => ExitCode::ForeignCheckpoint,
+            Self::Foreign { .. } | Self::ForeignRun { .. } | Self::Missing { .. } => ExitCode::ForeignCheckpoint,
             Self::Fenced { .. } | Self::AttemptTaken { .. } => ExitCode::Preempted,
         }
     }
@@ -117,18 +144,18 @@ pub struct Store {
 }
 
 impl Store {
-    /// Opens the checkpoints of `run` and claims an attempt: `number`, or, where nobody counts attempts, the next free one
-    /// and the folder for this process alone.
-    pub fn open(run: &Path, identity: Identity, class: EquivalenceClass, number: Option<i32>) -> Result<Self, Error> {
+    /// Opens the checkpoints of `run` and claims an attempt: the claim's number, or, where nobody counts attempts, the next
+    /// free one and the folder for this process alone.
+    pub fn open(run: &Path, identity: Identity, class: EquivalenceClass, claim: Claim) -> Result<Self, Error> {
         for folder in ["attempts", "checkpoints"].map(|name| run.join(name)) {
             fs::create_dir_all(&folder).map_err(|source| Error::write(&folder, source))?;
         }
-        let lock = if number.is_none() { Some(lock(run)?) } else { None };
-        let attempt = attempt::claim(run, &identity.job_uid, number)?;
+        let lock = if claim.number.is_none() { Some(lock(run)?) } else { None };
+        let attempt = attempt::claim(run, "", &identity.job_uid, claim)?;
         let mut store =
             Self { run: run.into(), identity, class, attempt, sequence: 0, resumed_from: None, _lock: lock };
         // A number that was ever given is not given again: the order of commits must hold whatever is read.
-        let manifests = store.folders()?.into_iter().filter_map(|folder| read_manifest(&folder).ok());
+        let manifests = folders(run)?.into_iter().filter_map(|folder| read_manifest(&folder).ok());
         store.sequence = manifests.map(|(manifest, _)| manifest.sequence).max().unwrap_or(0);
         store.remove_leftovers();
         Ok(store)
@@ -143,7 +170,7 @@ impl Store {
     /// belongs to other inputs is an error: going on without it would lose its work without a word.
     pub fn latest(&mut self) -> Result<(Option<Stored>, Vec<String>), Error> {
         let mut warnings = Vec::new();
-        let mut candidates = self.folders()?;
+        let mut candidates = folders(&self.run)?;
         // Newest by sequence; a folder without a readable manifest comes first, so that it is named.
         candidates.sort_by_key(|folder| std::cmp::Reverse(read_manifest(folder).map_or(i64::MAX, |(m, _)| m.sequence)));
         let starts = attempt::starts(&self.run);
@@ -175,7 +202,7 @@ impl Store {
     /// Begins anew: checkpoints that are there are kept, in a folder whose path is returned, and never read again.
     pub fn set_aside(&mut self) -> Result<Option<PathBuf>, Error> {
         attempt::record_start(&self.run, Start { attempt: self.attempt, sequence: 0 })?;
-        if self.folders()?.is_empty() {
+        if folders(&self.run)?.is_empty() {
             return Ok(None);
         }
         let checkpoints = self.run.join("checkpoints");
@@ -197,7 +224,7 @@ impl Store {
     /// Checkpoints of this run by their manifests; their files are not looked at.
     fn own(&self) -> Result<Vec<(PathBuf, Manifest)>, Error> {
         let starts = attempt::starts(&self.run);
-        let manifests = self.folders()?.into_iter().filter_map(|folder| {
+        let manifests = folders(&self.run)?.into_iter().filter_map(|folder| {
             let (manifest, _) = read_manifest(&folder).ok()?;
             let foreign = self.identity.difference(&manifest).is_some();
             let superseded = starts.iter().any(|start| start.supersedes(&manifest));
@@ -316,19 +343,6 @@ impl Store {
         Ok(())
     }
 
-    fn folders(&self) -> Result<Vec<PathBuf>, Error> {
-        let checkpoints = self.run.join("checkpoints");
-        let read = |source| Error::Read { path: checkpoints.clone(), source };
-        let mut folders = Vec::new();
-        for entry in fs::read_dir(&checkpoints).map_err(read)? {
-            let entry = entry.map_err(read)?;
-            if entry.file_name().to_string_lossy().starts_with("step-") {
-                folders.push(entry.path());
-            }
-        }
-        Ok(folders)
-    }
-
     /// Temporary folders of attempts that died; this attempt holds the fence, nobody else may commit them.
     fn remove_leftovers(&self) {
         for entry in fs::read_dir(self.run.join("checkpoints")).into_iter().flatten().flatten() {
@@ -338,6 +352,51 @@ impl Store {
             }
         }
     }
+}
+
+/// Who claims an attempt.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Claim<'a> {
+    /// Its number; `None`: the next free one.
+    pub number: Option<i32>,
+    /// `metadata.uid` of the pod; empty where there is none.
+    pub pod_uid: &'a str,
+}
+
+/// Claims an attempt of a stage that writes no checkpoints: a second pod of the same attempt leaves.
+pub fn claim_stage(run: &Path, stage: &str, job_uid: &str, claim: Claim) -> Result<(), Error> {
+    let folder = run.join("attempts");
+    fs::create_dir_all(&folder).map_err(|source| Error::write(&folder, source))?;
+    attempt::claim(run, &format!("{stage}-"), job_uid, claim).map(|_| ())
+}
+
+/// The job's checkpoint whose manifest has this digest, if it verifies.
+pub fn find_by_digest(run: &Path, job_uid: &str, digest: &str) -> Result<Stored, Error> {
+    let path = run.join("checkpoints");
+    let mut message = "there is none".to_owned();
+    for folder in folders(run)? {
+        if read_manifest(&folder).is_ok_and(|(manifest, found)| found == digest && manifest.job_uid == job_uid) {
+            match verify(&folder) {
+                Ok(stored) => return Ok(stored),
+                Err(reason) => message = format!("{}: {reason}", folder.display()),
+            }
+        }
+    }
+    Err(Error::Missing { path, digest: digest.to_owned(), message })
+}
+
+/// Folders of checkpoints, whatever is in them.
+fn folders(run: &Path) -> Result<Vec<PathBuf>, Error> {
+    let checkpoints = run.join("checkpoints");
+    let read = |source| Error::Read { path: checkpoints.clone(), source };
+    let mut folders = Vec::new();
+    for entry in fs::read_dir(&checkpoints).map_err(read)? {
+        let entry = entry.map_err(read)?;
+        if entry.file_name().to_string_lossy().starts_with("step-") {
+            folders.push(entry.path());
+        }
+    }
+    Ok(folders)
 }
 
 /// Takes the folder for this process. The lock goes with the process, however it ends.
@@ -370,8 +429,12 @@ mod tests {
         Identity { job_uid: text("job"), config: text("config"), dataset: text("data"), base_model: text("base") }
     }
 
+    fn claim(number: Option<i32>) -> Claim<'static> {
+        Claim { number, pod_uid: "pod-1" }
+    }
+
     fn open(run: &Path, attempt: Option<i32>) -> Store {
-        Store::open(run, identity(), EquivalenceClass::default(), attempt).expect("opens")
+        Store::open(run, identity(), EquivalenceClass::default(), claim(attempt)).expect("opens")
     }
 
     fn commit(store: &mut Store, step: i64, best: bool) -> Stored {
@@ -415,7 +478,7 @@ mod tests {
     fn a_folder_is_for_one_process_where_nobody_counts_attempts() {
         let run = tempfile::tempdir().expect("a temporary folder");
         let first = open(run.path(), None);
-        let error = Store::open(run.path(), identity(), EquivalenceClass::default(), None).expect_err("in use");
+        let error = Store::open(run.path(), identity(), EquivalenceClass::default(), claim(None)).expect_err("in use");
         assert!(error.to_string().contains("another run is in progress") && error.exit().code() == 73, "{error}");
         drop(first);
         assert_eq!(open(run.path(), None).attempt(), 2);
@@ -476,7 +539,7 @@ mod tests {
         for (what, change) in changes {
             let mut other = identity();
             change(&mut other);
-            let mut store = Store::open(run.path(), other, EquivalenceClass::default(), None).expect("opens");
+            let mut store = Store::open(run.path(), other, EquivalenceClass::default(), claim(None)).expect("opens");
             let error = store.latest().expect_err("foreign");
             assert!(error.to_string().contains(what) && error.exit().code() == 78, "{error}");
         }
@@ -495,9 +558,35 @@ mod tests {
         commit(&mut second, 30, false);
         assert_eq!(latest_step(run.path()), (Some(30), 0));
         assert!(matches!(
-            Store::open(run.path(), identity(), EquivalenceClass::default(), Some(2)),
-            Err(Error::AttemptTaken { number: 2, .. })
+            Store::open(run.path(), identity(), EquivalenceClass::default(), claim(Some(2))),
+            Err(Error::AttemptTaken { number: 2, owner, .. }) if owner == "pod pod-1"
         ));
+    }
+
+    #[test]
+    fn stages_count_their_own_attempts_and_a_folder_is_of_one_job() {
+        let run = tempfile::tempdir().expect("a temporary folder");
+        let prepare = |uid: &str, number| claim_stage(run.path(), "prepare", uid, claim(Some(number)));
+        prepare("job", 1).expect("the first");
+        assert!(matches!(prepare("job", 1), Err(Error::AttemptTaken { number: 1, .. })));
+        prepare("job", 2).expect("the next");
+        assert_eq!(open(run.path(), Some(1)).attempt(), 1);
+        let error = prepare("another", 3).expect_err("foreign");
+        assert!(error.exit().code() == 78 && error.to_string().contains("belongs to job job"), "{error}");
+    }
+
+    #[test]
+    fn the_judged_checkpoint_is_found_by_its_digest_or_refused() {
+        let run = tempfile::tempdir().expect("a temporary folder");
+        let mut store = open(run.path(), Some(1));
+        let (first, second) = (commit(&mut store, 10, true), commit(&mut store, 20, false));
+        let find = |uid: &str, digest: &str| find_by_digest(run.path(), uid, digest);
+        assert_eq!(find("job", &first.digest).expect("there"), first);
+        assert!(matches!(find("another", &first.digest), Err(Error::Missing { .. })));
+        assert!(matches!(find("job", "sha256:0"), Err(Error::Missing { .. })));
+        fs::write(second.folder.join("a.safetensors"), "other").expect("writable");
+        let error = find("job", &second.digest).expect_err("damaged");
+        assert!(error.to_string().contains("a.safetensors is damaged"), "{error}");
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The commands. Results go to standard output, everything else to standard error.
 
+use std::collections::BTreeMap;
 use std::io::{IsTerminal, Write};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -11,18 +12,20 @@ use crds::exit::ExitCode;
 use crds::profile;
 use crds::report::Verdict;
 use crds::resolve::{Target, resolve};
-use crds::run::{Method, Precision, RunConfig};
+use crds::run::{Method, PodStage, Precision, RunConfig};
 
 use crate::display::{Display, summary};
 use crate::export::AdapterInfo;
 use crate::generate::{Limits, generate};
 use crate::linear::Adapters;
 use crate::model::{Config, Source, build};
+use crate::pod::{self, Order};
 use crate::record::Observers;
-use crate::run::{Context, finished, plan_run, run};
+use crate::report::LastWord;
+use crate::run::{Context, Place, finished, first_report, plan_run, run};
 use crate::serve::{Server, Telemetry};
 use crate::signal::Stop;
-use crate::source::HubSettings;
+use crate::source::{Access, Claims, HubSettings};
 use crate::tokenizer::Tokenizer;
 
 /// Fine-tunes and validates a language model from a FineTuneJob file.
@@ -38,7 +41,9 @@ enum Command {
     /// Fine-tune, validate and write the result; continues where an earlier run of the same file stopped
     Run {
         #[command(flatten)]
-        job: JobArguments,
+        job: RunArguments,
+        #[command(flatten)]
+        pod: PodArguments,
         /// Serve GET /status, /metrics and /healthz here, for example 127.0.0.1:9464
         #[arg(long)]
         listen: Option<SocketAddr>,
@@ -78,6 +83,17 @@ enum PrecisionArgument {
     Fp32,
 }
 
+impl Arguments {
+    /// Whether something is computed: an accelerator takes a while to be found, and is none of the other commands' business.
+    pub fn computes(&self) -> bool {
+        match &self.command {
+            Command::Run { pod, .. } => pod.stage.is_none_or(|stage| stage == StageArgument::Train),
+            Command::Plan(_) | Command::Generate { .. } => true,
+            Command::Check { .. } => false,
+        }
+    }
+}
+
 impl PrecisionArgument {
     fn precision(self) -> Precision {
         match self {
@@ -85,6 +101,76 @@ impl PrecisionArgument {
             Self::Bf16 => Precision::BF16,
             Self::Fp32 => Precision::FP32,
         }
+    }
+}
+
+#[derive(Debug, clap::Args)]
+struct RunArguments {
+    /// A FineTuneJob
+    #[arg(required_unless_present = "config", conflicts_with = "config")]
+    file: Option<PathBuf>,
+    /// Run directory; by default runs/<name>
+    #[arg(long, conflicts_with = "config")]
+    dir: Option<PathBuf>,
+    /// File of profiles (prices, allowed sources)
+    #[arg(long, conflicts_with = "config")]
+    profiles: Option<PathBuf>,
+}
+
+// No comment for clap here: it would stand in the place of the command's own.
+#[derive(Debug, clap::Args)]
+struct PodArguments {
+    /// Run configuration, as the operator writes it, instead of a FineTuneJob
+    #[arg(long, requires_all = ["stage", "attempt"])]
+    config: Option<PathBuf>,
+    /// The stage to run
+    #[arg(long, value_enum, requires = "config")]
+    stage: Option<StageArgument>,
+    /// Attempt number, counted from 1 in each stage
+    #[arg(long, requires = "config", value_parser = clap::value_parser!(i32).range(1..))]
+    attempt: Option<i32>,
+    /// The stage whose last word `--stage report` hands on
+    #[arg(long, value_enum, requires = "config", required_if_eq("stage", "report"))]
+    of: Option<StageArgument>,
+    /// File that may say `stopRequested: true` while the run goes on; it may be absent
+    #[arg(long, requires = "config")]
+    control: Option<PathBuf>,
+    /// Where the last word goes, in at most 4096 bytes
+    #[arg(long, requires = "config")]
+    termination_message: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum StageArgument {
+    Prepare,
+    Train,
+    Publish,
+    Report,
+}
+
+impl StageArgument {
+    const fn stage(self) -> PodStage {
+        match self {
+            Self::Prepare => PodStage::Prepare,
+            Self::Train => PodStage::Train,
+            Self::Publish => PodStage::Publish,
+            Self::Report => PodStage::Report,
+        }
+    }
+}
+
+impl PodArguments {
+    /// What the pod is to do, if it is one.
+    fn order(&self, listen: Option<SocketAddr>) -> Option<Order<'_>> {
+        Some(Order {
+            config: self.config.as_deref()?,
+            stage: self.stage?.stage(),
+            attempt: self.attempt?,
+            of: self.of.map(StageArgument::stage),
+            control: self.control.as_deref(),
+            termination_message: self.termination_message.as_deref(),
+            listen,
+        })
     }
 }
 
@@ -107,6 +193,8 @@ pub struct Environment {
     pub hub: HubSettings,
     /// Whether libtorch's CUDA half is loaded; if not, why.
     pub cuda: Result<(), String>,
+    /// `metadata.uid` of the pod; empty where there is none.
+    pub pod_uid: String,
 }
 
 /// Prints a result. A reader that has gone away (`| head`) ends nothing.
@@ -143,7 +231,11 @@ pub fn report_panic(payload: &(dyn std::any::Any + Send)) -> ExitCode {
 /// Executes a command.
 pub fn execute(arguments: &Arguments, environment: &Environment) -> ExitCode {
     let result = match &arguments.command {
-        Command::Run { job, listen } => run_job(job, *listen, environment),
+        Command::Run { job, pod, listen } => match (pod.order(*listen), &job.file) {
+            (Some(order), _) => pod::execute(&order, environment).map(|()| ExitCode::Done),
+            (None, Some(file)) => run_job(file, job, *listen, environment),
+            (None, None) => unreachable!("clap asks for one of the two"),
+        },
         Command::Plan(job) => plan_job(job, environment),
         Command::Check { file, profiles } => check_file(file, profiles.as_deref()),
         Command::Generate { folder, prompt, base, max_new_tokens, precision } => {
@@ -183,7 +275,7 @@ fn load(file: &Path, profiles: Option<&Path>) -> Result<RunConfig, (ExitCode, St
     };
     let absolute = std::path::absolute(file).unwrap_or_else(|_| file.to_path_buf());
     let folder = absolute.parent().unwrap_or(Path::new("/"));
-    let resolved = resolve(&checked.job, &profiles, Target::Local { folder }).map_err(|problems| {
+    let resolved = resolve(&checked.job, &profiles, Target::Local { folder, claims: &BTreeMap::new() }).map_err(|problems| {
         refuse(problems.into_iter().map(|p| checked.problem(&p.field, p.message).to_string()).collect())
     })?;
     for warning in resolved.warnings {
@@ -199,22 +291,22 @@ fn check_file(file: &Path, profiles: Option<&Path>) -> Outcome {
     Ok(ExitCode::Done)
 }
 
-fn run_directory(job: &JobArguments, config: &RunConfig) -> PathBuf {
-    job.dir.clone().unwrap_or_else(|| Path::new("runs").join(&config.job.name))
+fn run_directory(dir: Option<&PathBuf>, config: &RunConfig) -> PathBuf {
+    dir.cloned().unwrap_or_else(|| Path::new("runs").join(&config.job.name))
 }
 
-fn run_job(job: &JobArguments, listen: Option<SocketAddr>, environment: &Environment) -> Outcome {
-    let config = load(&job.file, job.profiles.as_deref())?;
-    let directory = run_directory(job, &config);
+fn run_job(file: &Path, job: &RunArguments, listen: Option<SocketAddr>, environment: &Environment) -> Outcome {
+    let config = load(file, job.profiles.as_deref())?;
+    let directory = run_directory(job.dir.as_ref(), &config);
     if let Some(report) = finished(&config, &directory) {
         tell(&format!("{} is finished, nothing to do; its result:\n\n{}", config.job.name, summary(&report)));
         return Ok(ExitCode::Done);
     }
-    let stop =
-        Stop::on_signals().map_err(|error| (ExitCode::InternalError, format!("signals cannot be handled: {error}")))?;
-    let context = Context { run: &directory, hub: &environment.hub, cuda: &environment.cuda, stop: &stop };
+    let last_word = LastWord::new(first_report(&config), Some(directory.clone()), None);
+    let stop = stop_on_signals(&last_word)?;
+    let context = local_context(&directory, &stop, &last_word, environment);
     let mut display = Display::new(std::io::stderr().is_terminal());
-    let mut telemetry = Telemetry::new(&config)
+    let mut telemetry = Telemetry::new(&config, &last_word.report())
         .map_err(|error| (ExitCode::InternalError, format!("series cannot be registered: {error}")))?;
     if let Some(address) = listen {
         let server = Server::start(address, Arc::clone(&telemetry)).map_err(|error| {
@@ -232,17 +324,30 @@ fn run_job(job: &JobArguments, listen: Option<SocketAddr>, environment: &Environ
     Ok(ExitCode::Done)
 }
 
+fn stop_on_signals(last_word: &LastWord) -> Result<Stop, (ExitCode, String)> {
+    Stop::on_signals(last_word)
+        .map_err(|error| (ExitCode::InternalError, format!("signals cannot be handled: {error}")))
+}
+
+fn local_context<'a>(
+    run: &'a Path,
+    stop: &'a Stop,
+    last_word: &'a LastWord,
+    environment: &'a Environment,
+) -> Context<'a> {
+    Context { run, hub: &environment.hub, cuda: &environment.cuda, stop, pod_uid: "", last_word }
+}
+
 fn plan_job(job: &JobArguments, environment: &Environment) -> Outcome {
     let config = load(&job.file, job.profiles.as_deref())?;
-    let directory = run_directory(job, &config);
-    let stop =
-        Stop::on_signals().map_err(|error| (ExitCode::InternalError, format!("signals cannot be handled: {error}")))?;
-    let context = Context { run: &directory, hub: &environment.hub, cuda: &environment.cuda, stop: &stop };
+    let directory = run_directory(job.dir.as_ref(), &config);
+    // A plan leaves no report.
+    let last_word = LastWord::default();
+    let stop = stop_on_signals(&last_word)?;
+    let context = local_context(&directory, &stop, &last_word, environment);
     let mut display = Display::new(std::io::stderr().is_terminal());
-    let planned = plan_run(&config, &context, &mut display).map_err(|error| (error.exit(), error.to_string()))?;
-    for event in planned.derived(&config) {
-        let _ = crate::record::Observer::observe(&mut display, &event);
-    }
+    let planned = plan_run(&config, &context, Place::Here, &mut display);
+    let planned = planned.map_err(|error| (error.exit(), error.to_string()))?;
     tell(&planned.describe(&config));
     Ok(ExitCode::Done)
 }
@@ -265,7 +370,8 @@ fn answering(folder: &Path, base: Option<&Path>, hub: &HubSettings) -> Result<An
         None if Path::new(&adapter.base_model).is_dir() => PathBuf::from(&adapter.base_model),
         None => {
             let uri = format!("hf://{}", adapter.base_model);
-            let fetched = crate::source::fetch_model(&uri, adapter.revision.as_deref(), hub).map_err(|error| {
+            let access = Access { hub, claims: &Claims::new() };
+            let fetched = crate::source::fetch_model(&uri, adapter.revision.as_deref(), access).map_err(|error| {
                 let message = format!(
                     "{}: the base model {} is no folder here and cannot be fetched ({error}); give its folder with --base",
                     folder.display(),

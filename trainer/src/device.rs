@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use crds::run::Precision;
 use tch::{Cuda, Device, Kind};
 
+use crate::gpu::Gpus;
+
 /// What was chosen and why.
 #[derive(Clone, Debug)]
 pub struct Chosen {
@@ -80,6 +82,31 @@ pub fn choose(precision: Precision, cpus: Option<f64>, cuda: &Result<(), String>
         Precision::Auto => (Kind::Float, "the CPU has no bf16 arithmetic".to_owned()),
     };
     Chosen { device, device_name, device_reason, kind, kind_reason, threads, threads_reason }
+}
+
+/// As many threads as [`choose`] takes, for what is computed without a device: libtorch by itself counts the machine's
+/// cores, whatever the cgroup allows.
+pub fn limit_threads(cpus: Option<f64>) {
+    tch::set_num_threads(cpu_threads(cpus).0 as i32);
+}
+
+/// What is planned with for an accelerator of another machine.
+pub fn expect_accelerator(precision: Precision) -> Chosen {
+    let (kind, kind_reason) = match precision {
+        Precision::FP32 => (Kind::Float, "hyperparameters.precision"),
+        Precision::BF16 => (Kind::BFloat16, "hyperparameters.precision"),
+        Precision::Auto => (Kind::BFloat16, "accelerators compute in it"),
+    };
+    let (threads, threads_reason) = cpu_threads(None);
+    Chosen {
+        device: Device::Cpu,
+        device_name: "accelerator".to_owned(),
+        device_reason: "spec.resources asks for one; this stage runs without it".to_owned(),
+        kind,
+        kind_reason: kind_reason.to_owned(),
+        threads,
+        threads_reason,
+    }
 }
 
 /// The value of the first line `name : value` of a file of the kernel's.
@@ -161,35 +188,23 @@ pub fn peak_memory(device: Device) -> i64 {
         .map_or(0, |kib| kib * 1024)
 }
 
-/// Reads the CPU packages' energy counters (RAPL) where the machine shows them.
+/// Reads the energy counters of the CPU packages (RAPL) and of the GPUs where the machine shows them.
 #[derive(Debug)]
 pub struct EnergyMeter {
     packages: Vec<(PathBuf, u64, u64)>,
+    /// GPUs, and their energy at the start.
+    gpus: Option<(Gpus, f64)>,
 }
 
 impl EnergyMeter {
     /// Starts a measurement; `None` where no counter can be read.
     pub fn start() -> Option<Self> {
-        let read = |path: PathBuf| std::fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
-        let packages: Vec<_> = std::fs::read_dir("/sys/class/powercap")
-            .ok()?
-            .filter_map(|entry| {
-                let entry = entry.ok()?;
-                // `intel-rapl:0` is a package; `intel-rapl:0:0` is a part of it and would count twice.
-                let name = entry.file_name().into_string().ok()?;
-                (name.starts_with("intel-rapl:") && name.matches(':').count() == 1).then_some(())?;
-                let folder = entry.path();
-                Some((
-                    folder.join("energy_uj"),
-                    read(folder.join("energy_uj"))?,
-                    read(folder.join("max_energy_range_uj"))?,
-                ))
-            })
-            .collect();
-        (!packages.is_empty()).then_some(Self { packages })
+        let gpus = Gpus::open().and_then(|gpus| gpus.joules().map(|joules| (gpus, joules)));
+        let packages = packages();
+        (!packages.is_empty() || gpus.is_some()).then_some(Self { packages, gpus })
     }
 
-    /// Joules since the start; a counter that wrapped once is corrected.
+    /// Joules since the start; a package's counter that wrapped once is corrected.
     pub fn joules(&self) -> f64 {
         let microjoules: u64 = self
             .packages
@@ -199,6 +214,23 @@ impl EnergyMeter {
                 Some(if now >= *start { now - start } else { now + range - start })
             })
             .sum();
-        microjoules as f64 / 1e6
+        let gpus = self.gpus.as_ref().and_then(|(gpus, start)| Some(gpus.joules()? - start));
+        microjoules as f64 / 1e6 + gpus.unwrap_or(0.0)
     }
+}
+
+/// The counter of each CPU package, its value, and where it wraps.
+fn packages() -> Vec<(PathBuf, u64, u64)> {
+    let read = |path: PathBuf| std::fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
+    let entries = std::fs::read_dir("/sys/class/powercap").into_iter().flatten().flatten();
+    entries
+        .filter_map(|entry| {
+            // `intel-rapl:0` is a package; `intel-rapl:0:0` is a part of it and would count twice.
+            let name = entry.file_name().into_string().ok()?;
+            (name.starts_with("intel-rapl:") && name.matches(':').count() == 1).then_some(())?;
+            let folder = entry.path();
+            let counter = folder.join("energy_uj");
+            Some((counter.clone(), read(counter)?, read(folder.join("max_energy_range_uj"))?))
+        })
+        .collect()
 }

@@ -140,9 +140,13 @@ impl Observer for Display {
                 self.print(&format!("sample, trained tokens in «» ({}):\n{}{more}", path.display(), lines.join("\n")));
             }
             Event::Plan(plan) => self.print(&format!(
-                "memory: {} predicted of {} (weights {}, trained {}, optimizer {}, activations {}, workspace {})",
+                "memory: {} predicted{} (weights {}, trained {}, optimizer {}, activations {}, workspace {})",
                 display_bytes(plan.memory.total),
-                display_bytes(plan.memory_available),
+                if plan.memory_available > 0 {
+                    format!(" of {}", display_bytes(plan.memory_available))
+                } else {
+                    String::new()
+                },
                 display_bytes(plan.memory.weights),
                 display_bytes(plan.memory.parameters),
                 display_bytes(plan.memory.optimizer),
@@ -178,7 +182,11 @@ impl Observer for Display {
                 record.seconds
             )),
             Event::Warning(text) => self.print(&format!("warning: {text}")),
-            Event::Attempt { .. } | Event::Validated(_) => {}
+            Event::CheckpointFailed { step, message } => {
+                self.print(&format!("warning: no checkpoint at step {step}: {message}"));
+            }
+            Event::Note(text) => self.print(text),
+            Event::Attempt { .. } | Event::Committing { .. } | Event::Validated(_) | Event::Trained(_) => {}
         }
         Ok(())
     }

@@ -70,7 +70,10 @@ pub enum Weights<'a> {
 pub fn write_output(output: &Path, base: &Path, weights: &Weights, card: &str, plot: &Path) -> Result<String, Error> {
     let failed = |source| Error { path: output.into(), source };
     let run = output.parent().unwrap_or(Path::new("."));
-    let temporary = tempfile::Builder::new().prefix(".output-").tempdir_in(run).map_err(failed)?;
+    // A temporary folder is private by default; whoever serves the output may be another user.
+    let readable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    let temporary =
+        tempfile::Builder::new().prefix(".output-").permissions(readable).tempdir_in(run).map_err(failed)?;
     let digest = write_files(temporary.path(), base, weights, card, plot).map_err(failed)?;
     let old = run.join(".output-old");
     if output.exists() {

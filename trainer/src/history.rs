@@ -21,8 +21,17 @@ pub struct History {
     run: PathBuf,
     metrics: BufWriter<File>,
     events: EventFile,
-    /// Entries as `metrics.jsonl` has them.
+    /// Entries as `metrics.jsonl` has them, or should have them.
     entries: Vec<Value>,
+    /// Whether the file lacks some of them: the disk was full.
+    behind: bool,
+}
+
+/// Writes `metrics.jsonl` anew, and opens it for more.
+fn write_entries(path: &Path, entries: &[Value]) -> io::Result<BufWriter<File>> {
+    let text: String = entries.iter().map(|entry| format!("{entry}\n")).collect();
+    write_atomically(path, text.as_bytes())?;
+    Ok(BufWriter::new(OpenOptions::new().append(true).open(path)?))
 }
 
 /// A number as JSON; one that is not finite is null, JSON has no other word for it.
@@ -49,17 +58,21 @@ impl History {
                 entry["step"].as_i64().is_some_and(|step| step <= last)
             })
             .collect();
-        let kept: String = entries.iter().map(|entry| format!("{entry}\n")).collect();
-        write_atomically(&path, kept.as_bytes())?;
-        let metrics = BufWriter::new(OpenOptions::new().append(true).open(&path)?);
-        Ok(Self { run: run.into(), metrics, events: EventFile::create(run, resumed_step)?, entries })
+        let metrics = write_entries(&path, &entries)?;
+        let events = EventFile::create(run, resumed_step)?;
+        Ok(Self { run: run.into(), metrics, events, entries, behind: false })
     }
 
+    /// After an error nothing is lost: what the file lacks is written with the next entry that it takes.
     fn add(&mut self, entry: Value) -> io::Result<()> {
-        writeln!(self.metrics, "{entry}")?;
-        self.metrics.flush()?;
+        let written =
+            if self.behind { Ok(()) } else { writeln!(self.metrics, "{entry}").and_then(|()| self.metrics.flush()) };
         self.entries.push(entry);
-        Ok(())
+        if self.behind {
+            self.metrics = write_entries(&self.run.join("metrics.jsonl"), &self.entries)?;
+        }
+        self.behind = written.is_err();
+        written
     }
 
     fn step(&mut self, record: &StepRecord) -> io::Result<()> {

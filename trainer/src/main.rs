@@ -2,21 +2,29 @@
 
 use std::process::ExitCode;
 
-use trainer::cli::{Environment, execute, parse_arguments};
+use trainer::cli::{Arguments, Environment, execute, parse_arguments};
 
 fn main() -> ExitCode {
     trainer::device::set_library_defaults();
-    // Before any other libtorch call: the answer to "is there CUDA" is cached by the first question.
-    let cuda = trainer::device::load_cuda(std::env::var_os("TRAINER_TORCH_LIB").as_deref().map(std::path::Path::new));
-    trainer::shim::keep_large_allocations();
-    let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
-    let environment = Environment { hub: trainer::source::HubSettings::read(variable), cuda };
     // The message of a panic is told once, below, with what to do about it.
     std::panic::set_hook(Box::new(|_| ()));
     let code = std::panic::catch_unwind(|| match parse_arguments(std::env::args_os()) {
-        Ok(arguments) => execute(&arguments, &environment),
+        Ok(arguments) => execute(&arguments, &environment(&arguments)),
         Err(code) => code,
     });
     let code = code.unwrap_or_else(|payload| trainer::cli::report_panic(payload.as_ref()));
     ExitCode::from(code.code())
+}
+
+fn environment(arguments: &Arguments) -> Environment {
+    let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+    // Before any other libtorch call: the answer to "is there CUDA" is cached by the first question.
+    let cuda = if arguments.computes() {
+        trainer::device::load_cuda(variable("TRAINER_TORCH_LIB").as_deref().map(std::path::Path::new))
+    } else {
+        Err("it is not needed here".to_owned())
+    };
+    trainer::shim::keep_large_allocations();
+    let hub = trainer::source::HubSettings::read(variable);
+    Environment { hub, cuda, pod_uid: variable("POD_UID").unwrap_or_default() }
 }

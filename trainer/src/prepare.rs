@@ -15,10 +15,10 @@ use serde_json::json;
 use crate::checkpoint::{digest_file, digest_of, sync_folder, write_atomically};
 use crate::data::example::{Example, Examples};
 use crate::data::generation::GenerationRow;
-use crate::data::{self, Inputs, Tokenized};
+use crate::data::{self, Tokenized};
 use crate::model::Config;
 use crate::signal::Stop;
-use crate::source::{self, Fetched, HubSettings, MODEL_TEXTS, fetch_model, fetch_rows};
+use crate::source::{self, Access, Fetched, HubSettings, MODEL_TEXTS, fetch_model, fetch_rows};
 use crate::weights;
 
 const MANIFEST: &str = "manifest.json";
@@ -49,6 +49,20 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
+    /// A source is not there as it was prepared.
+    #[error("{uri}: not on the volume as it was prepared ({message}); it is fetched by the prepare stage only")]
+    NotPrepared {
+        /// The source.
+        uri: String,
+        /// What was found.
+        message: String,
+    },
+    /// A source is another than the one that was prepared.
+    #[error("{}: it was changed since it was prepared; keep sources as they are while a job runs, and start a new job", path.display())]
+    Changed {
+        /// The file.
+        path: PathBuf,
+    },
     /// The product cannot be written.
     #[error("{}: cannot be written ({source}); free space or choose another --dir", path.display())]
     Write {
@@ -68,21 +82,40 @@ impl Error {
             Self::Data(error) => error.exit(),
             Self::Model(error) => error.exit(),
             Self::Product(error) => error.exit(),
-            Self::Read { .. } => ExitCode::InputNotFound,
+            Self::Read { .. } | Self::NotPrepared { .. } => ExitCode::InputNotFound,
+            Self::Changed { .. } => ExitCode::BadData,
             Self::Write { .. } => ExitCode::CannotWrite,
         }
     }
 }
 
+/// Where sources may come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sources {
+    /// From wherever they are; what they turn out to be is noted.
+    Anywhere,
+    /// From where they were when they were noted, unchanged, without a network.
+    AsNoted,
+}
+
+/// The base model of a run.
+#[derive(Clone, Debug)]
+pub struct Base {
+    /// Its folder.
+    pub folder: PathBuf,
+    /// Commit of its repository.
+    pub revision: Option<String>,
+    /// SHA-256 over its configuration and weight files.
+    pub digest: String,
+    /// Digests of [`MODEL_TEXTS`], as far as they are there.
+    texts: Vec<(&'static str, String)>,
+}
+
 /// What training starts from.
 #[derive(Debug)]
 pub struct Prepared {
-    /// Folder of the base model.
-    pub model: PathBuf,
-    /// Commit of the base model's repository.
-    pub model_revision: Option<String>,
-    /// SHA-256 over the base model's configuration and weight files.
-    pub model_digest: String,
+    /// The base model.
+    pub base: Base,
     /// Training examples.
     pub train: Examples,
     /// Validation examples; empty if there are none.
@@ -152,19 +185,26 @@ impl SourceRecord {
         &mut self,
         uri: &str,
         revision: Option<&str>,
-        settings: &HubSettings,
-        fetch: impl Fn(Option<&str>, &HubSettings) -> Result<Fetched, source::Error>,
+        from: Sources,
+        access: Access,
+        fetch: impl Fn(Option<&str>, Access) -> Result<Fetched, source::Error>,
     ) -> Result<Fetched, Error> {
         let key = format!("{uri}@{}", revision.unwrap_or("main"));
+        let not_prepared = |message: String| Error::NotPrepared { uri: uri.to_owned(), message };
         if let Some(commit) = self.commits.get(&key) {
             // It was fetched whole once; only if the cache has lost or damaged it the hub is asked again.
-            let from_cache = HubSettings { offline: true, ..settings.clone() };
-            return match fetch(Some(commit), &from_cache) {
-                Ok(fetched) if self.is_intact(&fetched.path) => Ok(fetched),
-                Ok(_) | Err(_) => Ok(fetch(Some(commit), settings)?),
+            let hub = HubSettings { offline: true, ..access.hub.clone() };
+            return match (fetch(Some(commit), Access { hub: &hub, ..access }), from) {
+                (Ok(fetched), _) if self.is_intact(&fetched.path) => Ok(fetched),
+                (_, Sources::Anywhere) => Ok(fetch(Some(commit), access)?),
+                (Ok(fetched), Sources::AsNoted) => Err(not_prepared(format!("{} is damaged", fetched.path.display()))),
+                (Err(_), Sources::AsNoted) => Err(not_prepared(format!("commit {commit} is not in the cache"))),
             };
         }
-        let fetched = fetch(revision, settings)?;
+        if from == Sources::AsNoted && uri.starts_with("hf://") {
+            return Err(not_prepared(format!("{SOURCES} has no commit of it")));
+        }
+        let fetched = fetch(revision, access)?;
         if let Some(commit) = &fetched.revision {
             self.commits.insert(key, commit.clone());
         }
@@ -177,13 +217,16 @@ impl SourceRecord {
         known.all(|(file, known)| known.is_current(file) || digest_file(file).is_ok_and(|found| found == known.digest))
     }
 
-    fn digest(&mut self, path: &Path) -> Result<String, Error> {
+    fn digest(&mut self, path: &Path, from: Sources) -> Result<String, Error> {
         if let Some(known) = self.digests.get(path).filter(|known| known.is_current(path)) {
             return Ok(known.digest.clone());
         }
         let read = |source| Error::Read { path: path.into(), source };
         let metadata = fs::metadata(path).map_err(read)?;
         let digest = digest_file(path).map_err(read)?;
+        if from == Sources::AsNoted && self.digests.get(path).is_none_or(|known| known.digest != digest) {
+            return Err(Error::Changed { path: path.into() });
+        }
         let known = FileDigest {
             bytes: metadata.len(),
             inode: metadata.ino(),
@@ -209,39 +252,60 @@ fn modified(metadata: &fs::Metadata) -> i128 {
     i128::from(metadata.mtime()) * 1_000_000_000 + i128::from(metadata.mtime_nsec())
 }
 
-struct Sources {
-    model: Fetched,
+/// What a product is made from.
+struct Inputs {
+    base: Base,
     train: Fetched,
     validation: Option<Fetched>,
     forgetting: Option<Fetched>,
-    model_digest: String,
-    /// Digests of [`MODEL_TEXTS`], as far as they are there.
-    model_texts: Vec<(&'static str, String)>,
     digests: Vec<SourceDigest>,
 }
 
 /// Makes the product of `config` under `run`, or opens it where it is there and verifies.
-pub fn prepare(config: &RunConfig, run: &Path, settings: &HubSettings, stop: &Stop) -> Result<Prepared, Error> {
+pub fn prepare(config: &RunConfig, run: &Path, from: Sources, access: Access, stop: &Stop) -> Result<Prepared, Error> {
     let mut record = SourceRecord::read(run);
-    let sources = fetch(config, settings, &mut record)?;
+    let inputs = fetch(config, from, access, &mut record)?;
     record.write(run)?;
     let folder = run.join("prepared");
     let manifest = read_manifest(&folder);
-    let key = key(config, &sources);
+    let key = key(config, &inputs);
     if !manifest.as_ref().is_some_and(|manifest| manifest.key == key && verifies(&folder, manifest)) {
         let date = manifest.map_or_else(|| jiff::Zoned::now().datetime(), |manifest| manifest.date);
-        make(config, &sources, &folder, key, date, stop)?;
+        make(config, &inputs, &folder, key, date, stop)?;
     }
-    open(&folder, sources)
+    open(&folder, inputs)
 }
 
-fn fetch(config: &RunConfig, settings: &HubSettings, record: &mut SourceRecord) -> Result<Sources, Error> {
+/// The base model as it was noted.
+pub fn noted_base(config: &RunConfig, run: &Path, access: Access) -> Result<Base, Error> {
+    fetch_base(config, Sources::AsNoted, access, &mut SourceRecord::read(run))
+}
+
+fn fetch_base(config: &RunConfig, from: Sources, access: Access, record: &mut SourceRecord) -> Result<Base, Error> {
     let ModelSource { uri, revision, .. } = &config.model;
     let model =
-        record.fetch(uri, revision.as_deref(), settings, |revision, settings| fetch_model(uri, revision, settings))?;
+        record.fetch(uri, revision.as_deref(), from, access, |revision, access| fetch_model(uri, revision, access))?;
+    let mut texts = Vec::new();
+    for name in MODEL_TEXTS {
+        let path = model.path.join(name);
+        if path.exists() {
+            texts.push((name, record.digest(&path, from)?));
+        }
+    }
+    // The tokens' digest speaks for the tokenizer; the configuration decides what the weights compute.
+    let mut parts: Vec<String> =
+        texts.iter().filter(|(name, _)| *name == "config.json").map(|(_, digest)| digest.clone()).collect();
+    for path in weights::WeightFiles::open(&model.path)?.paths() {
+        parts.push(record.digest(path, from)?);
+    }
+    Ok(Base { folder: model.path, revision: model.revision, digest: digest_of(parts.concat().as_bytes()), texts })
+}
+
+fn fetch(config: &RunConfig, from: Sources, access: Access, record: &mut SourceRecord) -> Result<Inputs, Error> {
+    let base = fetch_base(config, from, access, record)?;
     let mut rows = |field, source: &DataSource| {
         record
-            .fetch(&source.uri, None, settings, |revision, settings| fetch_rows(field, &source.uri, revision, settings))
+            .fetch(&source.uri, None, from, access, |revision, access| fetch_rows(field, &source.uri, revision, access))
     };
     let train = rows("spec.dataset.train.uri", &config.dataset.train)?;
     let validation = match &config.dataset.validation {
@@ -266,26 +330,13 @@ fn fetch(config: &RunConfig, settings: &HubSettings, record: &mut SourceRecord) 
         let (Some(source), Some(file)) = (source, file) else { continue };
         let bytes = fs::metadata(&file.path).map_or(0, |metadata| metadata.len() as i64);
         let uri = source_of(source);
-        digests.push(SourceDigest { uri, revision: file.revision.clone(), digest: record.digest(&file.path)?, bytes });
+        let digest = record.digest(&file.path, from)?;
+        digests.push(SourceDigest { uri, revision: file.revision.clone(), digest, bytes });
     }
-    let mut model_texts = Vec::new();
-    for name in MODEL_TEXTS {
-        let path = model.path.join(name);
-        if path.exists() {
-            model_texts.push((name, record.digest(&path)?));
-        }
-    }
-    // The tokens' digest speaks for the tokenizer; the configuration decides what the weights compute.
-    let mut parts: Vec<String> =
-        model_texts.iter().filter(|(name, _)| *name == "config.json").map(|(_, digest)| digest.clone()).collect();
-    for path in weights::WeightFiles::open(&model.path)?.paths() {
-        parts.push(record.digest(path)?);
-    }
-    let model_digest = digest_of(parts.concat().as_bytes());
-    Ok(Sources { model, train, validation, forgetting, model_digest, model_texts, digests })
+    Ok(Inputs { base, train, validation, forgetting, digests })
 }
 
-fn key(config: &RunConfig, sources: &Sources) -> String {
+fn key(config: &RunConfig, inputs: &Inputs) -> String {
     let made_from = json!({
         "layout": LAYOUT,
         "trainer": env!("CARGO_PKG_VERSION"),
@@ -294,8 +345,8 @@ fn key(config: &RunConfig, sources: &Sources) -> String {
         "fewShotExamples": config.validation.few_shot_examples,
         "seed": config.hyperparameters.seed,
         "maxSequenceLength": config.hyperparameters.max_sequence_length,
-        "sources": sources.digests,
-        "model": sources.model_texts,
+        "sources": inputs.digests,
+        "model": inputs.base.texts,
     });
     digest_of(made_from.to_string().as_bytes())
 }
@@ -310,19 +361,19 @@ fn verifies(folder: &Path, manifest: &Manifest) -> bool {
 
 fn make(
     config: &RunConfig,
-    sources: &Sources,
+    inputs: &Inputs,
     folder: &Path,
     key: String,
     date: jiff::civil::DateTime,
     stop: &Stop,
 ) -> Result<(), Error> {
-    let tokenized = data::tokenize(&Inputs {
+    let tokenized = data::tokenize(&data::Inputs {
         config,
-        train: &sources.train.path,
-        validation: sources.validation.as_ref().map(|file| file.path.as_path()),
-        forgetting: sources.forgetting.as_ref().map(|file| file.path.as_path()),
-        model: &sources.model.path,
-        max_context: Config::read(&sources.model.path)?.max_position_embeddings,
+        train: &inputs.train.path,
+        validation: inputs.validation.as_ref().map(|file| file.path.as_path()),
+        forgetting: inputs.forgetting.as_ref().map(|file| file.path.as_path()),
+        model: &inputs.base.folder,
+        max_context: Config::read(&inputs.base.folder)?.max_position_embeddings,
         date,
         stop,
     })?;
@@ -330,7 +381,7 @@ fn make(
     let failed = |source| Error::Write { path: folder.into(), source };
     fs::create_dir_all(run).map_err(failed)?;
     let temporary = tempfile::Builder::new().prefix(".prepared-").tempdir_in(run).map_err(failed)?;
-    write_product(temporary.path(), tokenized, sources, key, date).map_err(failed)?;
+    write_product(temporary.path(), tokenized, inputs, key, date).map_err(failed)?;
     let old = run.join(".prepared-old");
     if folder.exists() {
         let _ = fs::remove_dir_all(&old);
@@ -345,12 +396,12 @@ fn make(
 fn write_product(
     folder: &Path,
     tokenized: Tokenized,
-    sources: &Sources,
+    inputs: &Inputs,
     key: String,
     date: jiff::civil::DateTime,
 ) -> io::Result<()> {
     let Tokenized { train, validation, forgetting, generation, few_shot, mut report, sample } = tokenized;
-    report.sources.clone_from(&sources.digests);
+    report.sources.clone_from(&inputs.digests);
     let examples = |examples: &[Example]| {
         let mut bytes = Vec::new();
         Examples::write(&mut bytes, examples).map(|()| bytes)
@@ -375,7 +426,7 @@ fn write_product(
     sync_folder(folder)
 }
 
-fn open(folder: &Path, sources: Sources) -> Result<Prepared, Error> {
+fn open(folder: &Path, inputs: Inputs) -> Result<Prepared, Error> {
     let read = |name: &str| {
         let path = folder.join(name);
         fs::read(&path).map_err(|source| Error::Read { path, source })
@@ -385,9 +436,7 @@ fn open(folder: &Path, sources: Sources) -> Result<Prepared, Error> {
     let train = Examples::open(&folder.join("train.safetensors"))?;
     train.digest().clone_into(&mut report.dataset_digest);
     Ok(Prepared {
-        model: sources.model.path,
-        model_revision: sources.model.revision,
-        model_digest: sources.model_digest,
+        base: inputs.base,
         train,
         validation: Examples::open(&folder.join("validation.safetensors"))?,
         forgetting: Examples::open(&folder.join("forgetting.safetensors"))?,

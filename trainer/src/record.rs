@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 
-use crds::report::{DataReport, PlanReport, Scores, Stage, ValidationReport};
+use crds::report::{DataReport, PlanReport, Report, Scores, Stage, ValidationReport};
 
 /// Something that happened.
 #[derive(Clone, Debug)]
@@ -57,12 +57,28 @@ pub enum Event {
     Step(StepRecord),
     /// The validation rows were evaluated.
     Evaluation(EvaluationRecord),
+    /// A checkpoint is about to be written.
+    Committing {
+        /// Bytes of its files, about.
+        bytes: u64,
+    },
     /// A checkpoint was committed.
     Checkpoint(CheckpointRecord),
+    /// A checkpoint could not be written, and the run goes on.
+    CheckpointFailed {
+        /// Completed steps.
+        step: i64,
+        /// Why.
+        message: String,
+    },
     /// Something that the user should know and that does not end the run.
     Warning(String),
+    /// Something that belongs into the report, in a sentence.
+    Note(String),
     /// The final validation is done.
     Validated(Box<ValidationReport>),
+    /// Training was done before, by another pod, which left this report.
+    Trained(Box<Report>),
 }
 
 /// One optimizer step.

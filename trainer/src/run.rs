@@ -1,5 +1,5 @@
-//! One run from configuration to report: prepare, plan, train, evaluate, publish. The same stages that a cluster runs in
-//! separate pods run here one after another.
+//! One run from configuration to report: prepare, train, publish. A local run makes them one after another, a cluster in
+//! pods of their own; the stages are the same.
 
 mod evaluation;
 mod planning;
@@ -12,10 +12,10 @@ use std::time::Instant;
 
 use crds::exit::ExitCode;
 use crds::report::{Failure, Report, Stage, Usage};
-use crds::run::{Evaluate, Method, RunConfig};
+use crds::run::{Evaluate, Method, PodStage, RunConfig};
 use serde_json::json;
 
-use crate::checkpoint::{self, EquivalenceClass, Identity, Store, Stored, digest_of, write_atomically};
+use crate::checkpoint::{self, Claim, EquivalenceClass, Identity, Store, Stored, claim_stage, digest_of};
 use crate::data::example::Examples;
 use crate::data::generation::max_new_tokens;
 use crate::device::{self, EnergyMeter};
@@ -23,14 +23,16 @@ use crate::export;
 use crate::history::History;
 use crate::model::{self, Built, build};
 use crate::plan;
-use crate::prepare;
-use crate::record::{Event, Observer};
+use crate::prepare::{self, noted_base};
+use crate::record::{Event, Observer, Observers};
+use crate::report::{self, LastWord};
 use crate::signal::Stop;
-use crate::source::HubSettings;
+use crate::source::{Access, Claims, HubSettings};
 use crate::train::{self, Outcome, TrainState, train};
-pub use planning::{Planned, plan_run};
+use crate::watchdog::Watchdog;
+pub use planning::{Place, Planned, plan_run};
 use publishing::publish;
-use surroundings::{Earlier, RunSurroundings};
+use surroundings::{Earlier, Failures, RunSurroundings};
 
 /// A run ended without a result.
 #[derive(Debug, thiserror::Error)]
@@ -53,6 +55,25 @@ pub enum Error {
     /// The output.
     #[error(transparent)]
     Export(#[from] export::Error),
+    /// The copy of the output.
+    #[error(transparent)]
+    Publish(#[from] crate::publish::Error),
+    /// What the stage before left.
+    #[error(transparent)]
+    Report(#[from] report::Error),
+    /// The rows are others than those that were prepared.
+    #[error(
+        "the training rows are not those that were prepared (found {found}, the prepare stage had {expected}); start a new job"
+    )]
+    OtherRows {
+        /// Digest now.
+        found: String,
+        /// Digest in the report of prepare.
+        expected: String,
+    },
+    /// The stage before was made with another configuration.
+    #[error("the {stage} stage was made with another configuration than this; start a new job", stage = .0.name())]
+    OtherConfiguration(PodStage),
     /// The tokenizer.
     #[error(transparent)]
     Tokenizer(#[from] crate::tokenizer::Error),
@@ -70,6 +91,12 @@ pub enum Error {
     /// A gate needs what was not measured.
     #[error("spec.validation: {0}")]
     CannotValidate(String),
+    /// The checkpoint of the last step does not verify.
+    #[error("the checkpoint of the last step, {step}, is damaged; the next attempt goes on from the one before it")]
+    LastCheckpointLost {
+        /// Completed steps.
+        step: i64,
+    },
     /// A stop was asked for.
     #[error("stopped at step {step}; run the same command again to continue")]
     Stopped {
@@ -101,6 +128,16 @@ impl Error {
         if train::is_out_of_memory(text) { Self::OutOfMemory(first) } else { Self::Bug { message: first } }
     }
 
+    /// Whether another attempt or another job owns the run directory.
+    fn folder_is_of_another(&self) -> bool {
+        match self {
+            Self::Checkpoint(error) => error.folder_is_of_another(),
+            Self::Train(train::Error::Surroundings(error)) => error.folder_is_of_another(),
+            Self::Report(report::Error::Foreign { .. }) => true,
+            _ => false,
+        }
+    }
+
     /// The exit code that this error ends the trainer with.
     pub fn exit(&self) -> ExitCode {
         match self {
@@ -110,9 +147,13 @@ impl Error {
             Self::Checkpoint(error) => error.exit(),
             Self::Train(error) => error.exit(),
             Self::Export(error) => error.exit(),
+            Self::Publish(error) => error.exit(),
+            Self::Report(error) => error.exit(),
+            Self::OtherRows { .. } => ExitCode::BadData,
+            Self::OtherConfiguration(_) => ExitCode::ForeignCheckpoint,
             Self::Tokenizer(error) => error.exit(),
             Self::Weights(error) => error.exit(),
-            Self::Write { .. } => ExitCode::CannotWrite,
+            Self::Write { .. } | Self::LastCheckpointLost { .. } => ExitCode::CannotWrite,
             Self::CannotValidate(_) | Self::NoAccelerator(_) => ExitCode::BadConfiguration,
             Self::Stopped { .. } => ExitCode::Preempted,
             Self::OutOfMemory(_) => ExitCode::OutOfMemory,
@@ -132,6 +173,42 @@ pub struct Context<'a> {
     pub cuda: &'a Result<(), String>,
     /// The request to stop.
     pub stop: &'a Stop,
+    /// `metadata.uid` of the pod; empty in local runs.
+    pub pod_uid: &'a str,
+    /// What is said at the end.
+    pub last_word: &'a LastWord,
+}
+
+impl<'a> Context<'a> {
+    /// What the sources of `config` are reached through.
+    fn access(&self, config: &'a RunConfig) -> Access<'a> {
+        Access { hub: self.hub, claims: claims(config) }
+    }
+
+    fn claim(&self, config: &RunConfig) -> Claim<'a> {
+        Claim { number: config.job.attempt, pod_uid: self.pod_uid }
+    }
+
+    fn write_error(&self) -> impl Fn(io::Error) -> Error + use<> {
+        let path = self.run.to_path_buf();
+        move |source| Error::Write { path: path.clone(), source }
+    }
+}
+
+/// Where claims are mounted; a local run has none.
+fn claims(config: &RunConfig) -> &Claims {
+    static NONE: Claims = Claims::new();
+    config.storage.as_ref().map_or(&NONE, |storage| &storage.claims)
+}
+
+/// The report of an attempt that has just begun.
+pub fn first_report(config: &RunConfig) -> Report {
+    Report {
+        job_uid: config.job.uid.clone(),
+        attempt: config.job.attempt.unwrap_or(0),
+        config_digest: config_digest(config),
+        ..Report::default()
+    }
 }
 
 /// The digest of what a configuration says, whichever attempt it is and whatever it costs.
@@ -178,65 +255,104 @@ pub fn finished(config: &RunConfig, run: &Path) -> Option<Report> {
     (same_rows && output_is_there).then_some(report)
 }
 
-/// Runs to the end, or to the next durable checkpoint after a stop was asked for. The report is on disk in either case.
+/// Runs all stages to the end, or to the next durable checkpoint after a stop was asked for. The last word is said in either
+/// case.
 pub fn run(config: &RunConfig, context: &Context, observer: &mut dyn Observer) -> Result<Report, Error> {
-    let mut report = Report {
-        job_uid: config.job.uid.clone(),
-        attempt: config.job.attempt.unwrap_or(0),
-        stage: Stage::Preparing,
-        failure: None,
-        step: 0,
-        total_steps: 0,
-        resumed_from_step: None,
-        checkpoint_digest: None,
-        config_digest: config_digest(config),
-        dataset_digest: None,
-        model_revision: None,
-        data: None,
-        plan: None,
-        metrics: Vec::new(),
-        validation: None,
-        usage: Usage::default(),
-        artifact: None,
-    };
-    // The last word is written whatever happens, a panic included.
-    let attempted = std::panic::AssertUnwindSafe(|| stages(config, context, observer, &mut report));
-    let result = std::panic::catch_unwind(attempted).unwrap_or_else(|payload| Err(Error::from_panic(payload.as_ref())));
-    if let Err(error) = &result {
-        report.failure = Some(Failure::new(error.exit(), error.to_string()));
-        if error.exit() != ExitCode::Preempted {
-            report.stage = Stage::Failed;
-        }
-    }
-    let text = serde_json::to_vec_pretty(&report).expect("a report is JSON");
-    let written = write_atomically(&context.run.join("report.json"), &text);
-    result?;
-    written.map_err(|source| Error::Write { path: context.run.into(), source })?;
-    Ok(report)
+    attempt(context, observer, |observer| {
+        let meter = Meter::start();
+        let planned = plan_run(config, context, Place::Here, observer)?;
+        train_stage(config, context, &planned, meter, observer)?;
+        publish_stage(config, context, &planned.prepared.base, observer)
+    })
 }
 
-fn stages(
+/// Runs one stage of a job whose other stages run elsewhere. The last word is said in any case.
+pub fn run_stage(
     config: &RunConfig,
+    stage: PodStage,
     context: &Context,
     observer: &mut dyn Observer,
-    report: &mut Report,
-) -> Result<(), Error> {
-    let started = Instant::now();
-    let energy = EnergyMeter::start();
-    let planned = plan_run(config, context, observer)?;
-    let write = |source| Error::Write { path: context.run.into(), source };
-    for event in planned.derived(config) {
-        observer.observe(&event).map_err(write)?;
-    }
-    report.data = Some(planned.prepared.report.clone());
-    report.model_revision.clone_from(&planned.prepared.model_revision);
-    report.dataset_digest = Some(planned.prepared.train.digest().to_owned());
-    report.plan = Some(planned.report());
-    report.total_steps = planned.schedule.total_steps;
+) -> Result<Report, Error> {
+    attempt(context, observer, |observer| match stage {
+        PodStage::Prepare => {
+            claim_stage(context.run, stage.name(), &config.job.uid, context.claim(config))?;
+            plan_run(config, context, Place::Elsewhere, observer).map(|_| ())
+        }
+        PodStage::Train => {
+            let meter = Meter::start();
+            let prepared = report::read_done(context.run, &config.job.uid, PodStage::Prepare)?;
+            check_configuration(config, PodStage::Prepare, &prepared)?;
+            let planned = plan_run(config, context, Place::Prepared, observer)?;
+            let found = planned.prepared.train.digest();
+            match prepared.dataset_digest {
+                Some(expected) if expected != found => Err(Error::OtherRows { found: found.to_owned(), expected }),
+                _ => train_stage(config, context, &planned, meter, observer),
+            }
+        }
+        PodStage::Publish => {
+            let trained = report::read_done(context.run, &config.job.uid, PodStage::Train)?;
+            check_configuration(config, PodStage::Train, &trained)?;
+            claim_stage(context.run, stage.name(), &config.job.uid, context.claim(config))?;
+            context.last_word.continue_from(&trained);
+            observer.observe(&Event::Trained(Box::new(trained))).map_err(context.write_error())?;
+            device::limit_threads(config.resources.cpus);
+            let base = noted_base(config, context.run, context.access(config))?;
+            publish_stage(config, context, &base, observer)
+        }
+        PodStage::Report => unreachable!("a report is handed on without a run"),
+    })
+}
 
-    let mut store = open_store(config, context, &planned)?;
-    report.attempt = store.attempt();
-    let source = model_source(config, &planned);
+fn check_configuration(config: &RunConfig, stage: PodStage, report: &Report) -> Result<(), Error> {
+    if report.config_digest == config_digest(config) { Ok(()) } else { Err(Error::OtherConfiguration(stage)) }
+}
+
+/// Makes `stages`, and says the last word whatever happens, a panic included.
+fn attempt(
+    context: &Context,
+    observer: &mut dyn Observer,
+    stages: impl FnOnce(&mut dyn Observer) -> Result<(), Error>,
+) -> Result<Report, Error> {
+    let last_word = context.last_word;
+    let mut noting = last_word.clone();
+    let watching = Watchdog::start(context.stop.clone(), last_word.clone());
+    let mut watching = watching.map_err(context.write_error())?;
+    let mut observers = Observers(vec![&mut noting, &mut watching, observer]);
+    let attempted = std::panic::AssertUnwindSafe(|| stages(&mut observers));
+    let result = std::panic::catch_unwind(attempted).unwrap_or_else(|payload| Err(Error::from_panic(payload.as_ref())));
+    if result.as_ref().is_err_and(Error::folder_is_of_another) {
+        last_word.leave_volume();
+    }
+    let said = last_word.say(result.as_ref().err().map(|error| Failure::new(error.exit(), error.to_string())));
+    result?;
+    said.map_err(context.write_error())?;
+    Ok(last_word.report())
+}
+
+/// What an attempt takes, from its beginning.
+struct Meter {
+    started: Instant,
+    energy: Option<EnergyMeter>,
+}
+
+impl Meter {
+    fn start() -> Self {
+        Self { started: Instant::now(), energy: EnergyMeter::start() }
+    }
+}
+
+/// Trains to the end and judges the result.
+fn train_stage(
+    config: &RunConfig,
+    context: &Context,
+    planned: &Planned,
+    Meter { started, energy }: Meter,
+    observer: &mut dyn Observer,
+) -> Result<(), Error> {
+    let write = context.write_error();
+    let last_word = context.last_word;
+    let mut store = open_store(config, context, planned)?;
+    let source = model_source(config, planned);
     let Built { model, mut parameters } = build(&source)?;
     let mut state = TrainState {
         evaluated_step: -1,
@@ -246,49 +362,57 @@ fn stages(
     if config.checkpoint.resume {
         let (stored, warnings) = store.latest()?;
         for warning in warnings {
-            observer.observe(&Event::Warning(warning)).map_err(write)?;
+            observer.observe(&Event::Warning(warning)).map_err(&write)?;
         }
         if let Some(stored) = stored {
             state = surroundings::restore(&stored, &mut parameters)?;
-            report.resumed_from_step = Some(state.step);
             let inexact_because = store.inexact_because(&stored);
-            observer.observe(&Event::Resumed { step: state.step, inexact_because }).map_err(write)?;
+            observer.observe(&Event::Resumed { step: state.step, inexact_because }).map_err(&write)?;
         }
     } else if let Some(aside) = store.set_aside()? {
         let text = format!("checkpoint.resume is Never: earlier checkpoints were moved to {}", aside.display());
-        observer.observe(&Event::Warning(text)).map_err(write)?;
+        observer.observe(&Event::Warning(text)).map_err(&write)?;
     }
-    observer.observe(&Event::Attempt { number: store.attempt(), step: state.step }).map_err(write)?;
+    observer.observe(&Event::Attempt { number: store.attempt(), step: state.step }).map_err(&write)?;
 
-    observer.observe(&Event::Stage(Stage::Training)).map_err(write)?;
-    report.stage = Stage::Training;
-    let history = History::open(context.run, state.step, state.evaluated_step).map_err(write)?;
+    observer.observe(&Event::Stage(Stage::Training)).map_err(&write)?;
+    let history = History::open(context.run, state.step, state.evaluated_step).map_err(&write)?;
     let earlier = Earlier { seconds: state.wall_seconds, joules: state.energy_joules };
-    let mut surroundings =
-        RunSurroundings { config, context, planned: &planned, observer, history, store, started, energy, earlier };
-    let loop_plan = surroundings::loop_plan(config, &planned);
+    let mut surroundings = RunSurroundings {
+        config,
+        context,
+        planned,
+        observer,
+        history,
+        store,
+        started,
+        energy,
+        earlier,
+        failures: Failures::default(),
+    };
+    let loop_plan = surroundings::loop_plan(config, planned);
     let outcome = train(&model, &mut parameters, &mut state, &loop_plan, context.stop, &mut surroundings);
-    report.step = state.step;
     let title = format!("{}: loss", config.job.name);
     let best = state.best.map(|best| (best.step, best.value));
-    surroundings.history.write_summaries(planned.schedule.total_steps, best, &title).map_err(write)?;
-    report.metrics = surroundings.history.newest();
+    let summaries = surroundings.history.write_summaries(planned.schedule.total_steps, best, &title);
+    let metrics = surroundings.history.newest();
+    last_word.update(|report| report.metrics = metrics);
     if outcome? == Outcome::Yielded {
         return Err(Error::Stopped { step: state.step });
     }
+    summaries.map_err(&write)?;
+    if state.stopped_by_request {
+        let note = format!("stopped early by request at step {} of {}", state.step, planned.schedule.total_steps);
+        surroundings.emit_event(&Event::Note(note))?;
+    }
 
     surroundings.emit_event(&Event::Stage(Stage::Evaluating))?;
-    report.stage = Stage::Evaluating;
-    let judged = judged_checkpoint(config, &surroundings.store, &state)?;
-    if let (None, Evaluate::Best, Some(best)) = (&judged, config.validation.evaluate, state.best) {
-        let text = format!("the best checkpoint, step {}, is damaged or gone; the last weights are judged", best.step);
+    let (judged, warning) = judged_checkpoint(config, &surroundings.store, &state)?;
+    if let Some(text) = warning {
         surroundings.emit_event(&Event::Warning(text))?;
     }
-    if let Some(stored) = &judged {
-        surroundings::restore_weights(stored, &mut parameters)?;
-        report.checkpoint_digest = Some(stored.digest.clone());
-    }
-    let judged_step = judged.as_ref().map_or(state.step, |stored| stored.manifest.step);
+    surroundings::restore_weights(&judged, &mut parameters, context.stop)?;
+    last_word.update(|report| report.checkpoint_digest = Some(judged.digest.clone()));
     let mut evaluation = evaluation::Evaluation {
         config,
         prepared: &planned.prepared,
@@ -297,25 +421,32 @@ fn stages(
         observer: &mut *surroundings.observer,
         run: context.run,
     };
-    let Some(validation) = evaluation.validate(&model, &mut parameters, &source, judged_step, judged.as_ref())? else {
+    let judged_step = judged.manifest.step;
+    let Some(validation) = evaluation.validate(&model, &mut parameters, &source, judged_step)? else {
         return Err(Error::Stopped { step: state.step });
     };
-    surroundings.emit_event(&Event::Validated(Box::new(validation.clone())))?;
-    let gate_failed = validation.verdict == crds::report::Verdict::GateFailed;
-    report.validation = Some(validation);
+    surroundings.emit_event(&Event::Validated(Box::new(validation)))?;
     let (wall_seconds, energy_joules) = surroundings.spent();
-    report.usage = usage(config, &planned, &state, wall_seconds, energy_joules);
-    if let Some(plan) = &mut report.plan {
-        plan.measured_peak = device::peak_memory(planned.chosen.device);
-        plan.measured_seconds = state.train_seconds;
-    }
+    let usage = usage(config, planned, &state, wall_seconds, energy_joules);
+    last_word.update(|report| {
+        report.usage = usage;
+        if let Some(plan) = &mut report.plan {
+            plan.measured_peak = device::peak_memory(planned.chosen.device);
+            plan.measured_seconds = state.train_seconds;
+        }
+    });
+    Ok(())
+}
 
-    if !gate_failed || config.output.publish_always {
-        surroundings.emit_event(&Event::Stage(Stage::Publishing))?;
-        report.stage = Stage::Publishing;
-        report.artifact = Some(publish(config, context, &planned, &parameters, report)?);
-    }
-    report.stage = Stage::Succeeded;
+/// Writes what training left, if it is to be written.
+fn publish_stage(
+    config: &RunConfig,
+    context: &Context,
+    base: &prepare::Base,
+    observer: &mut dyn Observer,
+) -> Result<(), Error> {
+    let artifact = publish(config, context, base, &context.last_word.report(), observer)?;
+    context.last_word.update(|report| report.artifact = artifact);
     Ok(())
 }
 
@@ -326,7 +457,7 @@ fn open_store(config: &RunConfig, context: &Context, planned: &Planned) -> Resul
         config: training_digest(config),
         // Validation rows decide which checkpoint is best and when to stop.
         dataset: digest_of(format!("{}\n{}", prepared.train.digest(), prepared.validation.digest()).as_bytes()),
-        base_model: prepared.model_digest.clone(),
+        base_model: prepared.base.digest.clone(),
     };
     let class = EquivalenceClass {
         trainer: env!("CARGO_PKG_VERSION").to_owned(),
@@ -335,7 +466,7 @@ fn open_store(config: &RunConfig, context: &Context, planned: &Planned) -> Resul
         precision: format!("{:?}", planned.chosen.kind),
         threads: planned.chosen.threads,
     };
-    Ok(Store::open(context.run, identity, class, config.job.attempt)?)
+    Ok(Store::open(context.run, identity, class, context.claim(config))?)
 }
 
 fn model_source<'a>(config: &'a RunConfig, planned: &'a Planned) -> model::Source<'a> {
@@ -348,7 +479,7 @@ fn model_source<'a>(config: &'a RunConfig, planned: &'a Planned) -> model::Sourc
     let examples = [&prepared.train, &prepared.validation, &prepared.few_shot, &prepared.forgetting];
     let max_positions = prompts.chain(examples.map(Examples::longest)).max().unwrap_or(1) as i64;
     model::Source {
-        folder: &prepared.model,
+        folder: &prepared.base.folder,
         method: Some(&config.method),
         kind: planned.chosen.kind,
         device: planned.chosen.device,
@@ -357,13 +488,20 @@ fn model_source<'a>(config: &'a RunConfig, planned: &'a Planned) -> model::Sourc
     }
 }
 
-/// The checkpoint that is judged: the best, or `None` for the weights as they are.
-fn judged_checkpoint(config: &RunConfig, store: &Store, state: &TrainState) -> Result<Option<Stored>, Error> {
-    let wanted = match (config.validation.evaluate, state.best) {
-        (Evaluate::Best, Some(best)) => best.step,
-        _ => state.step,
-    };
-    Ok(store.find(wanted)?)
+/// The checkpoint that is judged: the best, or the last; and what should be known about the choice.
+fn judged_checkpoint(config: &RunConfig, store: &Store, state: &TrainState) -> Result<(Stored, Option<String>), Error> {
+    let mut warning = None;
+    if let (Evaluate::Best, Some(best)) = (config.validation.evaluate, state.best) {
+        if let Some(stored) = store.find(best.step)? {
+            return Ok((stored, None));
+        }
+        warning =
+            Some(format!("the best checkpoint, step {}, is damaged or gone; the last weights are judged", best.step));
+    }
+    match store.find(state.step)? {
+        Some(stored) => Ok((stored, warning)),
+        None => Err(Error::LastCheckpointLost { step: state.step }),
+    }
 }
 
 fn usage(

@@ -9,12 +9,14 @@ use axum::Json;
 use axum::Router;
 use axum::extract::State;
 use axum::routing::get;
-use crds::report::{CheckpointInfo, MetricValue, Progress, Stage};
+use crds::report::{CheckpointInfo, MetricValue, Progress, Report, Stage};
 use crds::run::{Method, RunConfig};
 use prometheus::{
-    Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, Opts, Registry, TextEncoder,
+    CounterVec, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, Opts, Registry,
+    TextEncoder,
 };
 
+use crate::gpu::Gpus;
 use crate::record::{CheckpointRecord, EvaluationRecord, Event, Observer, RecentSteps, StepRecord};
 
 /// Checkpoints that `/status` lists.
@@ -26,6 +28,7 @@ pub struct Telemetry {
     recent: Mutex<RecentSteps>,
     registry: Registry,
     series: Series,
+    gpus: Option<Gpus>,
 }
 
 struct Series {
@@ -52,6 +55,9 @@ struct Series {
     step_duration: Histogram,
     step_phase: HistogramVec,
     checkpoint_duration: Histogram,
+    gpu_memory: GaugeVec,
+    gpu_utilization: GaugeVec,
+    gpu_energy: CounterVec,
 }
 
 const PHASES: [(Stage, &str); 4] = [
@@ -62,13 +68,20 @@ const PHASES: [(Stage, &str); 4] = [
 ];
 
 impl Telemetry {
-    /// Series with the constant label `finetunejob`.
-    pub fn new(config: &RunConfig) -> Result<Arc<Self>, prometheus::Error> {
+    /// Series with the constant label `finetunejob`; `report` says whose they are.
+    pub fn new(config: &RunConfig, report: &Report) -> Result<Arc<Self>, prometheus::Error> {
         let labels = [("finetunejob".to_owned(), config.job.name.clone())].into();
         let registry = Registry::new_custom(Some("finetune".into()), Some(labels))?;
         let series = Series::register(&registry, config)?;
-        let progress = Progress { job_uid: config.job.uid.clone(), ..Progress::default() };
-        Ok(Arc::new(Self { progress: Mutex::new(progress), recent: Mutex::default(), registry, series }))
+        let progress = Progress {
+            job_uid: config.job.uid.clone(),
+            pod_uid: report.pod_uid.clone(),
+            pod_stage: report.pod_stage,
+            attempt: report.attempt,
+            ..Progress::default()
+        };
+        let (progress, recent) = (Mutex::new(progress), Mutex::default());
+        Ok(Arc::new(Self { progress, recent, registry, series, gpus: Gpus::open() }))
     }
 
     fn progress(&self) -> MutexGuard<'_, Progress> {
@@ -134,6 +147,37 @@ impl Telemetry {
         }
     }
 
+    /// What another pod trained.
+    fn trained(&self, report: &Report) {
+        self.series.step.set(report.step as f64);
+        self.series.steps_planned.set(report.total_steps as f64);
+        let mut progress = self.progress();
+        progress.step = report.step;
+        progress.total_steps = report.total_steps;
+        progress.trained_tokens = report.usage.trained_tokens;
+        progress.input_tokens = report.usage.input_tokens;
+        progress.metrics.clone_from(&report.metrics);
+    }
+
+    /// Asks the GPUs; nobody else does.
+    fn read_gpus(&self) {
+        for gpu in self.gpus.iter().flat_map(Gpus::read) {
+            let device = [gpu.device.as_str()];
+            if let Some(bytes) = gpu.memory_bytes {
+                self.series.gpu_memory.with_label_values(&device).set(bytes);
+            }
+            if let Some(ratio) = gpu.utilization {
+                self.series.gpu_utilization.with_label_values(&device).set(ratio);
+            }
+            if let Some(joules) = gpu.joules {
+                // The driver counts; this only shows it.
+                let counter = self.series.gpu_energy.with_label_values(&device);
+                counter.reset();
+                counter.inc_by(joules);
+            }
+        }
+    }
+
     fn stage(&self, stage: Stage) {
         for (phase, name) in PHASES {
             self.series.phase.with_label_values(&[name]).set(f64::from(u8::from(phase == stage)));
@@ -157,7 +201,12 @@ impl Observer for Arc<Telemetry> {
             Event::Step(record) => self.step(record),
             Event::Evaluation(record) => self.evaluation(record),
             Event::Checkpoint(record) => self.checkpoint(record),
-            Event::Resumed { .. } => self.series.resumes.inc(),
+            Event::Resumed { step, .. } => {
+                self.series.resumes.inc();
+                self.progress().resumed_from_step = Some(*step);
+            }
+            Event::CheckpointFailed { .. } => self.series.checkpoints.with_label_values(&["error"]).inc(),
+            Event::Trained(report) => self.trained(report),
             Event::Attempt { number, step } => {
                 self.series.step.set(*step as f64);
                 let mut progress = self.progress();
@@ -176,6 +225,8 @@ impl Observer for Arc<Telemetry> {
             | Event::Data(_)
             | Event::Sample { .. }
             | Event::Answered { .. }
+            | Event::Note(_)
+            | Event::Committing { .. }
             | Event::Warning(_)
             | Event::Validated(_) => {}
         }
@@ -222,11 +273,19 @@ impl Series {
             Method::QLoRA { .. } => "QLoRA",
             Method::Full {} => "Full",
         };
+        let gpu_energy = CounterVec::new(
+            Opts::new("gpu_energy_joules_total", "Energy that the GPU took since its driver was loaded"),
+            &["device"],
+        )?;
+        registry.register(Box::new(gpu_energy.clone()))?;
         // A query may be a presigned one, and is nobody's label.
         let base_model = config.model.uri.split('?').next().unwrap_or_default();
         Ok(Self {
             labels: [method.to_owned(), base_model.to_owned()],
             step_phase,
+            gpu_energy,
+            gpu_memory: gauges("gpu_memory_allocated_bytes", "Memory of the GPU that is taken", &["device"])?,
+            gpu_utilization: gauges("gpu_utilization_ratio", "Share of time that the GPU computed", &["device"])?,
             job_info: gauges("job_info", "1, with what is trained as labels", &["method", "base_model", "dtype"])?,
             step: gauge("step", "Completed optimizer steps")?,
             steps_planned: gauge("steps_planned", "Planned optimizer steps")?,
@@ -290,6 +349,7 @@ async fn status(State(telemetry): State<Arc<Telemetry>>) -> Json<Progress> {
 }
 
 async fn metrics(State(telemetry): State<Arc<Telemetry>>) -> Result<String, axum::http::StatusCode> {
+    telemetry.read_gpus();
     let families = telemetry.registry.gather();
     TextEncoder::new().encode_to_string(&families).map_err(|_| axum::http::StatusCode::INTERNAL_SERVER_ERROR)
 }
@@ -304,7 +364,8 @@ mod tests {
         let text = "apiVersion: finetune.dev/v1alpha1\nkind: FineTuneJob\nmetadata: {name: bot}\nspec:\n  \
                     model: {uri: hf://owner/name}\n  dataset: {train: {uri: hf://datasets/a/b/c}}\n  method: {type: LoRA}\n";
         let checked = crds::check::check(text, crds::check::Scope::Local).expect("valid");
-        let target = crds::resolve::Target::Local { folder: std::path::Path::new("/") };
+        let claims = std::collections::BTreeMap::new();
+        let target = crds::resolve::Target::Local { folder: std::path::Path::new("/"), claims: &claims };
         crds::resolve::resolve(&checked.job, &crds::profile::built_in(), target).expect("supported").config
     }
 
@@ -318,7 +379,7 @@ mod tests {
 
     #[test]
     fn status_metrics_and_health_are_served_and_nothing_can_be_changed() {
-        let mut telemetry = Telemetry::new(&config()).expect("series register");
+        let mut telemetry = Telemetry::new(&config(), &Report::default()).expect("series register");
         let server =
             Server::start("127.0.0.1:0".parse().expect("an address"), Arc::clone(&telemetry)).expect("listens");
         telemetry.observe(&Event::Stage(Stage::Training)).expect("noted");
@@ -355,6 +416,11 @@ mod tests {
         ] {
             assert!(text.contains(line), "{line}\n{text}");
         }
+        assert_eq!(text.contains("finetune_gpu_memory_allocated_bytes{"), Gpus::open().is_some());
+        let message = "no space".to_owned();
+        telemetry.observe(&Event::CheckpointFailed { step: 3, message }).expect("noted");
+        let text = request(server.address, "GET /metrics");
+        assert!(text.contains("finetune_checkpoints_total{result=\"error\",finetunejob=\"bot\"} 1"), "{text}");
         assert!(request(server.address, "GET /healthz").contains("200 OK"));
         assert!(request(server.address, "POST /status").contains("405"));
         assert!(request(server.address, "GET /").contains("404"));

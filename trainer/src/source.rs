@@ -1,12 +1,14 @@
-//! From URIs to files: `file://` is used in place, `hf://` is fetched through the hub's cache at a pinned commit. Only
+//! From URIs to files: `file://` and `pvc://` are used in place, `hf://` is fetched through the hub's cache at a pinned commit. Only
 //! weights, configuration and tokenizer files are taken from a model; never pickles, never code.
 
+mod claim;
 mod hub;
 
 use std::path::{Path, PathBuf};
 
 use crds::exit::ExitCode;
 
+pub use claim::{Claims, Place, place};
 pub use hub::HubSettings;
 
 /// What decides how a model's weights are used and a text is tokenised: read beside the weights, as far as it is there.
@@ -43,6 +45,24 @@ pub enum Error {
         /// What is possible.
         expected: &'static str,
     },
+    /// A place in a claim cannot be used.
+    #[error("{field}: {uri}: {message}")]
+    Claim {
+        /// The field of the resource.
+        field: &'static str,
+        /// As written.
+        uri: String,
+        /// The system's words.
+        message: String,
+    },
+    /// A link leads out of the claim.
+    #[error("{field}: {uri} leads out of the claim; put the file itself there")]
+    LeavesClaim {
+        /// The field of the resource.
+        field: &'static str,
+        /// What leads out.
+        uri: String,
+    },
     /// The hub gave no answer, or not the wanted one.
     #[error("{field}: {uri}: {message}")]
     Hub {
@@ -61,7 +81,8 @@ impl Error {
     /// The exit code that this error ends the trainer with.
     pub fn exit(&self) -> ExitCode {
         match self {
-            Self::NotFound { .. } => ExitCode::InputNotFound,
+            Self::NotFound { .. } | Self::Claim { .. } => ExitCode::InputNotFound,
+            Self::LeavesClaim { .. } => ExitCode::AccessDenied,
             Self::Uri { .. } => ExitCode::BadConfiguration,
             Self::Hub { exit, .. } => *exit,
         }
@@ -77,40 +98,58 @@ pub struct Fetched {
     pub revision: Option<String>,
 }
 
+/// What sources are reached through.
+#[derive(Clone, Copy, Debug)]
+pub struct Access<'a> {
+    /// How the hub is reached.
+    pub hub: &'a HubSettings,
+    /// Where claims are mounted.
+    pub claims: &'a Claims,
+}
+
+const A_MODEL: &str = "a folder with config.json, safetensors weights and a tokenizer";
+const ROWS: &str = "a file of JSON lines";
+
 /// The folder of a base model.
-pub fn fetch_model(uri: &str, revision: Option<&str>, settings: &HubSettings) -> Result<Fetched, Error> {
+pub fn fetch_model(uri: &str, revision: Option<&str>, access: Access) -> Result<Fetched, Error> {
     const FIELD: &str = "spec.model.uri";
+    if let Some(place) = place(FIELD, uri, access.claims)? {
+        let fetched = existing(FIELD, claim::resolve(FIELD, uri, &place)?, Path::is_dir, A_MODEL)?;
+        return claim::check_links(FIELD, uri, &place, &fetched.path).map(|()| fetched);
+    }
     if let Some(path) = local_path(uri) {
-        return existing(FIELD, path, Path::is_dir, "a folder with config.json, safetensors weights and a tokenizer");
+        return existing(FIELD, path, Path::is_dir, A_MODEL);
     }
     let (owner, name, rest) = hub_repository(FIELD, uri, "hf://")?;
     if !rest.is_empty() {
-        return Err(Error::Uri { field: FIELD, uri: uri.into(), expected: "hf://owner/name or file://path" });
+        return Err(Error::Uri {
+            field: FIELD,
+            uri: uri.into(),
+            expected: "hf://owner/name, pvc://claim/path or file://path",
+        });
     }
     let revision = revision.unwrap_or("main");
     if !is_plain(revision) {
         let expected = "a branch, tag or commit";
         return Err(Error::Uri { field: "spec.model.revision", uri: revision.into(), expected });
     }
-    hub::fetch_model(owner, name, revision, settings).map_err(|refusal| refused(FIELD, uri, refusal))
+    hub::fetch_model(owner, name, revision, access.hub).map_err(|refusal| refused(FIELD, uri, refusal))
 }
 
 /// A file of rows; `revision` is a commit that an earlier attempt took.
-pub fn fetch_rows(
-    field: &'static str,
-    uri: &str,
-    revision: Option<&str>,
-    settings: &HubSettings,
-) -> Result<Fetched, Error> {
+pub fn fetch_rows(field: &'static str, uri: &str, revision: Option<&str>, access: Access) -> Result<Fetched, Error> {
+    if let Some(place) = place(field, uri, access.claims)? {
+        return existing(field, claim::resolve(field, uri, &place)?, Path::is_file, ROWS);
+    }
     if let Some(path) = local_path(uri) {
-        return existing(field, path, Path::is_file, "a file of JSON lines");
+        return existing(field, path, Path::is_file, ROWS);
     }
     let (owner, name, file) = hub_repository(field, uri, "hf://datasets/")?;
     if file.is_empty() {
-        let expected = "hf://datasets/owner/name/path/to/file.jsonl or file://path";
+        let expected = "hf://datasets/owner/name/path/to/file.jsonl, pvc://claim/path or file://path";
         return Err(Error::Uri { field, uri: uri.into(), expected });
     }
-    hub::fetch_file(owner, name, file, revision.unwrap_or("main"), settings)
+    hub::fetch_file(owner, name, file, revision.unwrap_or("main"), access.hub)
         .map_err(|refusal| refused(field, uri, refusal))
 }
 
@@ -142,7 +181,7 @@ fn hub_repository<'a>(field: &'static str, uri: &'a str, prefix: &str) -> Result
         _ => Err(Error::Uri {
             field,
             uri: uri.into(),
-            expected: "hf://owner/name (datasets: hf://datasets/owner/name/file) or file://path",
+            expected: "hf://owner/name (datasets: hf://datasets/owner/name/file), pvc://claim/path or file://path",
         }),
     }
 }

@@ -170,6 +170,9 @@ pub struct TrainState {
     pub micro_batch_tokens: i64,
     /// Whether training is over.
     pub finished: bool,
+    /// Whether it is over because no more steps were asked for.
+    #[serde(default)]
+    pub stopped_by_request: bool,
 }
 
 /// The best evaluation so far.
@@ -217,14 +220,23 @@ pub trait Surroundings {
     fn emit(&mut self, event: Event) -> Result<(), crate::Error>;
     /// Measures the validation rows, so many tokens at once; `None` if a stop was asked for meanwhile.
     fn evaluate(&mut self, model: &Llama, micro_batch_tokens: i64) -> Result<Option<Scores>, crate::Error>;
-    /// Commits a checkpoint durably.
-    fn commit(&mut self, state: &TrainState, parameters: &Parameters) -> Result<(), crate::Error>;
+    /// Commits a checkpoint durably. One that is only [`Need::Due`] may fail for a while.
+    fn commit(&mut self, state: &TrainState, parameters: &Parameters, need: Need) -> Result<(), crate::Error>;
+}
+
+/// What a checkpoint is needed for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Need {
+    /// To lose less if this attempt dies.
+    Due,
+    /// It holds the result.
+    Final,
 }
 
 /// How the loop ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// All steps are done, or early stopping decided.
+    /// All steps are done, early stopping decided, or no more were asked for.
     Finished,
     /// A stop was asked for; the state is committed.
     Yielded,
@@ -241,14 +253,20 @@ pub fn train(
 ) -> Result<Outcome, Error> {
     let mut committed = Committed { step: state.step, at: Instant::now() };
     while !state.finished {
+        let all_done = state.step >= plan.schedule.total_steps;
+        // Asked once a round: the evaluation belongs to the decision.
+        let by_request = !all_done && stop.finish_requested();
+        let ends = all_done || by_request;
         let improved =
-            evaluation_is_due(state, plan) && !stop.requested() && evaluate(model, state, plan, surroundings)?;
-        let last = state.step >= plan.schedule.total_steps || stops_early(state, plan);
+            evaluation_is_due(state, plan, ends) && !stop.requested() && evaluate(model, state, plan, surroundings)?;
+        let last = ends || stops_early(state, plan);
         // An evaluation that a stop cut short is still due: the next attempt makes it before it goes on.
-        state.finished = last && !evaluation_is_due(state, plan);
+        state.finished = last && !evaluation_is_due(state, plan, ends);
+        state.stopped_by_request = state.finished && by_request;
         let due = committed.step != state.step && (stop.requested() || committed.is_due(state, plan));
         if state.finished || improved || due {
-            commit(parameters, state, plan, surroundings)?;
+            let need = if state.finished { Need::Final } else { Need::Due };
+            commit(parameters, state, plan, need, surroundings)?;
             committed = Committed { step: state.step, at: Instant::now() };
         }
         if state.finished {
@@ -279,12 +297,9 @@ impl Committed {
     }
 }
 
-fn evaluation_is_due(state: &TrainState, plan: &Plan) -> bool {
-    plan.evaluate_every.is_some_and(|every| {
-        state.step > 0
-            && state.evaluated_step != state.step
-            && (state.step % every == 0 || state.step >= plan.schedule.total_steps)
-    })
+fn evaluation_is_due(state: &TrainState, plan: &Plan, ends: bool) -> bool {
+    plan.evaluate_every
+        .is_some_and(|every| state.step > 0 && state.evaluated_step != state.step && (state.step % every == 0 || ends))
 }
 
 fn stops_early(state: &TrainState, plan: &Plan) -> bool {
@@ -337,12 +352,13 @@ fn commit(
     parameters: &Parameters,
     state: &TrainState,
     plan: &Plan,
+    need: Need,
     surroundings: &mut dyn Surroundings,
 ) -> Result<(), Error> {
     if !parameters.flat_master().sum(tch::Kind::Float).double_value(&[]).is_finite() {
         return Err(Error::NonFiniteWeights { step: state.step, peak_learning_rate: plan.schedule.peak });
     }
-    surroundings.commit(state, parameters).map_err(surroundings_failed)
+    surroundings.commit(state, parameters, need).map_err(surroundings_failed)
 }
 
 /// Takes the next step; a stop during it leaves everything as it was before.

@@ -8,16 +8,25 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::Error;
 use super::files::{sync_folder, write_atomically};
 use super::manifest::Manifest;
+use super::{Claim, Error};
 
+/// A claim as it lies in the folder.
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct Claim {
+struct Claimed {
     attempt: i32,
     job_uid: String,
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pod_uid: String,
     process: u32,
+}
+
+impl Claimed {
+    fn owner(&self) -> String {
+        if self.pod_uid.is_empty() { format!("process {}", self.process) } else { format!("pod {}", self.pod_uid) }
+    }
 }
 
 /// Which commit an attempt went on from; sequence 0: from the beginning.
@@ -34,28 +43,52 @@ impl Start {
     }
 }
 
-/// Claims `number`, or the next free one.
-pub(super) fn claim(run: &Path, job_uid: &str, number: Option<i32>) -> Result<i32, Error> {
+/// Claims the wanted number, or the next free one. `prefix` tells stages apart that count attempts of their own.
+pub(super) fn claim(run: &Path, prefix: &str, job_uid: &str, claim: Claim) -> Result<i32, Error> {
     let folder = run.join("attempts");
-    let mut attempt = number.unwrap_or_else(|| highest(run) + 1);
+    if claim.number.is_some() {
+        check_owner(run, job_uid)?;
+    }
+    let mut attempt = claim.number.unwrap_or_else(|| highest(run) + 1);
     loop {
-        let path = folder.join(format!("{attempt:06}.json"));
+        let path = folder.join(format!("{prefix}{attempt:06}.json"));
         match OpenOptions::new().write(true).create_new(true).open(&path) {
             Ok(mut file) => {
-                let claim = Claim { attempt, job_uid: job_uid.to_owned(), process: std::process::id() };
-                let bytes = serde_json::to_vec(&claim).expect("a claim is JSON");
+                let claimed = Claimed {
+                    attempt,
+                    job_uid: job_uid.to_owned(),
+                    pod_uid: claim.pod_uid.to_owned(),
+                    process: std::process::id(),
+                };
+                let bytes = serde_json::to_vec(&claimed).expect("a claim is JSON");
                 file.write_all(&bytes).and_then(|()| file.sync_all()).map_err(|source| Error::write(&path, source))?;
                 break;
             }
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && number.is_none() => attempt += 1,
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && claim.number.is_none() => attempt += 1,
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                return Err(Error::AttemptTaken { path: run.into(), number: attempt });
+                let owner = read_claim(&path).map_or_else(|| "somebody".to_owned(), |claimed| claimed.owner());
+                return Err(Error::AttemptTaken { path: run.into(), number: attempt, owner });
             }
             Err(source) => return Err(Error::write(&path, source)),
         }
     }
     sync_folder(&folder).map_err(|source| Error::write(&folder, source))?;
     Ok(attempt)
+}
+
+fn read_claim(path: &Path) -> Option<Claimed> {
+    serde_json::from_slice(&fs::read(path).ok()?).ok()
+}
+
+/// Refuses a folder in which another job made attempts.
+fn check_owner(run: &Path, job_uid: &str) -> Result<(), Error> {
+    let claims = names(run).into_iter().filter(|name| !name.ends_with(".started.json"));
+    for path in claims.map(|name| run.join("attempts").join(name)) {
+        if let Some(claimed) = read_claim(&path).filter(|claimed| claimed.job_uid != job_uid) {
+            return Err(Error::ForeignRun { path, found: claimed.job_uid, expected: job_uid.to_owned() });
+        }
+    }
+    Ok(())
 }
 
 /// The highest attempt that was claimed; 0 if none.

@@ -56,10 +56,12 @@ impl EventFile {
 
     fn record(&mut self, data: &[u8]) -> io::Result<()> {
         let length = (data.len() as u64).to_le_bytes();
-        self.sink.write_all(&length)?;
-        self.sink.write_all(&masked_crc(&length).to_le_bytes())?;
-        self.sink.write_all(data)?;
-        self.sink.write_all(&masked_crc(data).to_le_bytes())
+        let mut record = length.to_vec();
+        record.extend(masked_crc(&length).to_le_bytes());
+        record.extend(data);
+        record.extend(masked_crc(data).to_le_bytes());
+        // In one piece: a full disk may cost a whole record, never a part of one.
+        self.sink.write_all(&record)
     }
 }
 

@@ -16,6 +16,7 @@ use crate::ops::Rope;
 use crate::optim::{ParameterInit, Parameters, Slot};
 use crate::random::generator;
 use crate::shim;
+use crate::signal::Stop;
 use crate::weights::WeightFiles;
 
 /// The linears of a decoder layer, by the path below `model.layers.N.`, in the order of use.
@@ -117,40 +118,49 @@ pub fn lora_parameters(config: &Config, lora: &Lora) -> i64 {
 }
 
 /// Puts the base model's weights in the place of what full fine-tuning made of them: it has no adapter to switch off, and
-/// its baselines are measured so. No second copy of the weights is made.
-pub fn restore_base(source: &Source, parameters: &mut Parameters) -> Result<(), Error> {
+/// its baselines are measured so. No second copy of the weights is made. Reading them takes a while, and `stop` is told that
+/// it goes on.
+pub fn restore_base(source: &Source, parameters: &mut Parameters, stop: &Stop) -> Result<(), Error> {
     let config = Config::read(source.folder)?;
     let files = WeightFiles::open(source.folder)?;
     let loader = Loader { source, config: &config, files: &files };
     let shapes: std::collections::HashMap<_, _> = base_shapes(&config).into_iter().collect();
-    parameters.set_masters(|slot| loader.read(&slot.name, &shapes[&slot.name]))
+    parameters.set_masters(|slot| {
+        stop.alive();
+        loader.read(&slot.name, &shapes[&slot.name])
+    })
 }
 
 /// The whole model with what was trained: masters of full fine-tuning, or `W + scale * B A` computed in fp32; in the dtype
-/// of the base model's files. Tied heads stay tied: they are not among the names.
-pub fn merged(folder: &Path, parameters: &Parameters, lora: Option<&Lora>) -> Result<Vec<(String, Tensor)>, Error> {
+/// of the base model's files. Tied heads stay tied: they are not among the names. `trained` has the masters by name, on the
+/// host. `None` if a stop was asked for meanwhile.
+pub fn merged(
+    folder: &Path,
+    trained: &dyn Fn(&str) -> Option<Tensor>,
+    lora: Option<&Lora>,
+    stop: &Stop,
+) -> Result<Option<Vec<(String, Tensor)>>, Error> {
     let config = Config::read(folder)?;
     let files = WeightFiles::open(folder)?;
-    let slot = |name: &str| parameters.slots().iter().find(|slot| slot.name == name);
     let mut tensors = Vec::new();
     for (name, shape) in base_shapes(&config) {
+        if stop.requested() {
+            return Ok(None);
+        }
         let mapped = files.tensor(&name)?;
         let kind = kind_of(mapped.dtype);
         // SAFETY: the copy below is made while the map is alive.
         let base = unsafe { shim::borrow_bytes(mapped.data, &shape, kind) };
         let module = name.trim_end_matches(".weight");
-        let adapter = slot(&format!("{module}.lora_A.weight")).zip(slot(&format!("{module}.lora_B.weight"))).zip(lora);
-        let value = match (slot(&name), adapter) {
-            (Some(slot), _) => parameters.master(slot).to_device(Device::Cpu),
-            (None, Some(((a, b), lora))) => {
-                let delta = parameters.master(b).matmul(&parameters.master(a)).to_device(Device::Cpu);
-                base.to_kind(Kind::Float) + delta * adapter_scale(lora)
-            }
+        let adapter = |part: &str| trained(&format!("{module}.{part}.weight"));
+        let value = match (trained(&name), adapter("lora_A").zip(adapter("lora_B")).zip(lora)) {
+            (Some(master), _) => master,
+            (None, Some(((a, b), lora))) => base.to_kind(Kind::Float) + b.matmul(&a) * adapter_scale(lora),
             (None, None) => base.copy(),
         };
         tensors.push((name, value.to_kind(kind).contiguous()));
     }
-    Ok(tensors)
+    Ok(Some(tensors))
 }
 
 fn kind_of(dtype: safetensors::Dtype) -> Kind {

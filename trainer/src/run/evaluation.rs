@@ -6,8 +6,7 @@ use std::path::Path;
 use crds::report::ValidationReport;
 use crds::run::{Method, RunConfig};
 
-use super::{Error, surroundings};
-use crate::checkpoint::Stored;
+use super::Error;
 use crate::evaluate::{self, Measurement, Prompt};
 use crate::judge::{Measured, judge};
 use crate::linear::Adapters;
@@ -69,32 +68,28 @@ pub fn measure(
     if answers == Answers::NotAsked || prepared.generation.is_empty() {
         return Ok(Some(Measurement { losses, hits: Vec::new() }));
     }
-    let tokenizer = Tokenizer::open(&prepared.model)?;
+    let tokenizer = Tokenizer::open(&prepared.base.folder)?;
     let (rows, prompt) = (&prepared.generation, subject.prompt);
     let hits = evaluate::answer(model, rows, prompt, subject.adapters, &tokenizer, stop, progress);
     Ok(hits.map(|hits| Measurement { losses, hits }))
 }
 
 impl Evaluation<'_> {
-    /// Measures and judges the parameters as they are; `None` if a stop was asked for meanwhile. `judged` is the checkpoint
-    /// that holds them. Full fine-tuning has no adapter to switch off: it puts the base weights in place meanwhile, and the
-    /// judged ones back at the end.
+    /// Measures and judges the parameters as they are; `None` if a stop was asked for meanwhile. Full fine-tuning has no
+    /// adapter to switch off: it leaves the base weights in place of the judged ones.
     pub fn validate(
         &mut self,
         model: &Llama,
         parameters: &mut Parameters,
         source: &model::Source,
         step: i64,
-        judged: Option<&Stored>,
     ) -> Result<Option<ValidationReport>, Error> {
         let Some(tuned) = self.measure(model, TUNED)? else { return Ok(None) };
         let mut measured = Measured { step, tuned, ..Measured::default() };
         let tuned_general = self.general_loss(model, Adapters::On);
         let full = matches!(self.config.method, Method::Full {});
-        // A second copy of all weights is made only where the disk has none.
-        let copy = (full && judged.is_none()).then(|| parameters.flat_master().copy());
         if full {
-            restore_base(source, parameters)?;
+            restore_base(source, parameters, self.stop)?;
         }
         let config = &self.config.validation;
         if config.zero_shot {
@@ -109,11 +104,6 @@ impl Evaluation<'_> {
         let base_general = self.general_loss(model, Adapters::Off);
         if self.stop.requested() {
             return Ok(None);
-        }
-        match (judged, copy) {
-            (Some(judged), _) if full => surroundings::restore_weights(judged, parameters)?,
-            (_, Some(copy)) => parameters.set_master(&copy),
-            _ => {}
         }
         measured.general_loss = base_general.zip(tuned_general);
         let mut report = judge(config, &measured);

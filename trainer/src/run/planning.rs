@@ -10,9 +10,21 @@ use crate::device::{self, Chosen};
 use crate::evaluate::GENERATION_CACHE_TOKENS;
 use crate::model::Config;
 use crate::plan::{self, Estimate, display_bytes};
-use crate::prepare::{Prepared, prepare};
+use crate::prepare::{Prepared, Sources, prepare};
 use crate::record::{Event, Observer};
 use crate::schedule::Schedule;
+
+/// Where a run is prepared and where it is trained.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// Both in this process.
+    Here,
+    /// Prepared here, trained on another machine, of which only the resources are known.
+    Elsewhere,
+    /// Prepared on another machine, trained here: everything comes from the volume.
+    Prepared,
+}
+
 /// Device, prepared rows and plan: everything that is known before anything is trained.
 #[derive(Debug)]
 pub struct Planned {
@@ -28,22 +40,48 @@ pub struct Planned {
     pub estimate: Estimate,
     /// The other method, for comparison.
     pub alternative: Estimate,
-    /// Bytes that there are.
-    pub memory: i64,
+    /// Bytes that there are; `None` where nobody tells.
+    pub memory: Option<i64>,
 }
 
 /// Prepares and plans a run; refuses one that cannot fit before anything is allocated.
-pub fn plan_run(config: &RunConfig, context: &Context, observer: &mut dyn Observer) -> Result<Planned, Error> {
-    let write = |source| Error::Write { path: context.run.into(), source };
-    std::fs::create_dir_all(context.run).map_err(write)?;
-    observer.observe(&Event::Stage(Stage::Preparing)).map_err(write)?;
-    let prepared = prepare(config, context.run, context.hub, context.stop)?;
-    observer.observe(&Event::Data(Box::new(prepared.report.clone()))).map_err(write)?;
+pub fn plan_run(
+    config: &RunConfig,
+    context: &Context,
+    place: Place,
+    observer: &mut dyn Observer,
+) -> Result<Planned, Error> {
+    let write = context.write_error();
+    std::fs::create_dir_all(context.run).map_err(&write)?;
+    observer.observe(&Event::Stage(Stage::Preparing)).map_err(&write)?;
+    let from = if place == Place::Prepared { Sources::AsNoted } else { Sources::Anywhere };
+    let prepared = prepare(config, context.run, from, context.access(config), context.stop)?;
+    context.last_word.update(|report| {
+        report.model_revision.clone_from(&prepared.base.revision);
+        report.dataset_digest = Some(prepared.train.digest().to_owned());
+    });
+    observer.observe(&Event::Data(Box::new(prepared.report.clone()))).map_err(&write)?;
     let sample = Event::Sample { text: prepared.sample.clone(), path: prepared.sample_path.clone() };
-    observer.observe(&sample).map_err(write)?;
+    observer.observe(&sample).map_err(&write)?;
     check_gates(config, &prepared)?;
-    let chosen = device::choose(config.hyperparameters.precision, config.resources.cpus, context.cuda);
-    let model = Config::read(&prepared.model)?;
+    let planned = plan(config, context, place, prepared)?;
+    for event in planned.derived(config) {
+        observer.observe(&event).map_err(&write)?;
+    }
+    Ok(planned)
+}
+
+fn plan(config: &RunConfig, context: &Context, place: Place, prepared: Prepared) -> Result<Planned, Error> {
+    let precision = config.hyperparameters.precision;
+    // Another machine's accelerator is planned for, and is not looked for here.
+    let expected = place == Place::Elsewhere && config.resources.accelerator;
+    let chosen = if expected {
+        device::expect_accelerator(precision)
+    } else {
+        device::choose(precision, config.resources.cpus, context.cuda)
+    };
+    let accelerator = expected || chosen.device.is_cuda();
+    let model = Config::read(&prepared.base.folder)?;
     let hyperparameters = &config.hyperparameters;
     let batch_size = hyperparameters.batch_size.unsigned_abs() as usize;
     let order = Order::new(hyperparameters.seed, prepared.train.digest(), prepared.train.len(), batch_size);
@@ -54,25 +92,32 @@ pub fn plan_run(config: &RunConfig, context: &Context, observer: &mut dyn Observ
         hyperparameters.warmup_ratio,
         total_steps,
     );
-    if config.resources.accelerator && !chosen.device.is_cuda() {
+    if config.resources.accelerator && !accelerator {
         return Err(Error::NoAccelerator(chosen.device_reason));
     }
-    let machine = device::memory_limit(chosen.device).unwrap_or(i64::MAX);
-    let memory = config.resources.memory_bytes.map_or(machine, |limit| limit.min(machine));
+    let machine = if place == Place::Elsewhere { None } else { device::memory_limit(chosen.device) };
+    // The limit is one of the host's memory, and says nothing about an accelerator's.
+    let limit = config.resources.memory_bytes.filter(|_| !accelerator);
+    let memory = machine.into_iter().chain(limit).min();
     let longest = prepared.train.longest() as i64;
     let inputs = plan::Inputs {
         model: &model,
         config,
         kind: chosen.kind,
-        accelerator: chosen.device.is_cuda(),
+        accelerator,
         longest,
         step_tokens: (longest * hyperparameters.batch_size).min(prepared.train.total_tokens() as i64),
         cache_tokens: if prepared.generation.is_empty() { 0 } else { GENERATION_CACHE_TOKENS },
         epoch_tokens: prepared.train.total_tokens() as i64,
         total_steps,
         steps_per_epoch: order.steps_per_epoch(),
-        memory,
-        matmul_rate: plan::measure_matmul_rate(&model, chosen.kind, chosen.device),
+        memory: memory.unwrap_or(i64::MAX),
+        matmul_rate: if expected {
+            // Nothing here tells how fast it is: no time is estimated.
+            f64::INFINITY
+        } else {
+            plan::measure_matmul_rate(&model, chosen.kind, chosen.device)
+        },
     };
     let estimate = plan::plan(&inputs)?;
     let alternative = plan::estimate(&inputs, &plan::other_method(&config.method));
@@ -152,7 +197,7 @@ impl Planned {
             device: self.chosen.device_name.clone(),
             precision: format!("{:?}", self.chosen.kind),
             memory: self.estimate.memory,
-            memory_available: self.memory,
+            memory_available: self.memory.unwrap_or(0),
             measured_peak: 0,
             micro_batch_tokens: self.estimate.micro_batch_tokens,
             total_steps: self.schedule.total_steps,
@@ -164,7 +209,7 @@ impl Planned {
     }
 
     /// What was derived, and why.
-    pub fn derived(&self, config: &RunConfig) -> Vec<Event> {
+    fn derived(&self, config: &RunConfig) -> Vec<Event> {
         let hyperparameters = &config.hyperparameters;
         let chosen = &self.chosen;
         let estimate = &self.estimate;
@@ -176,7 +221,7 @@ impl Planned {
             Method::Full {} => "full fine-tuning".to_owned(),
         };
         let share = 100.0 * estimate.trainable_parameters as f64 / estimate.base_parameters as f64;
-        vec![
+        let mut events = vec![
             derived("device", chosen.device_name.clone(), chosen.device_reason.clone()),
             derived("precision", format!("{:?}", chosen.kind), chosen.kind_reason.clone()),
             derived("threads", chosen.threads.to_string(), chosen.threads_reason.clone()),
@@ -209,13 +254,13 @@ impl Planned {
                 format!("{} tokens", estimate.micro_batch_tokens),
                 format!("backward pass recomputes: {:?}; the result does not depend on it", estimate.recompute),
             ),
-            derived(
-                "estimated time",
-                crate::display::display_duration(estimate.seconds),
-                "from a measured matrix product".into(),
-            ),
-            Event::Plan(Box::new(self.report())),
-        ]
+        ];
+        if estimate.seconds > 0.0 {
+            let seconds = crate::display::display_duration(estimate.seconds);
+            events.push(derived("estimated time", seconds, "from a measured matrix product".into()));
+        }
+        events.push(Event::Plan(Box::new(self.report())));
+        events
     }
 
     /// What `plan` prints: the configured method beside the other.

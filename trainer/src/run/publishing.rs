@@ -1,58 +1,104 @@
-//! The output folder of a run: the adapter or the whole model, with its card.
+//! The output folder of a run: the adapter or the whole model, from the checkpoint that was judged, with its card.
 
-use crds::report::{Artifact, Report};
+use crds::report::{Artifact, Report, Stage, Verdict};
 use crds::run::{Method, OutputFormat, RunConfig};
+use tch::{Kind, Tensor};
 
-use super::{Context, Error, Planned, surroundings};
+use super::surroundings::WEIGHTS;
+use super::{Context, Error, claims};
+use crate::checkpoint::{Stored, find_by_digest};
 use crate::export::{Weights, model_card, write_output};
 use crate::model::{self, target_linears};
-use crate::optim::Parameters;
+use crate::prepare::Base;
+use crate::publish::Destination;
+use crate::record::{Event, Observer};
+use crate::run::surroundings;
+use crate::weights::{MappedFile, TensorView};
 
-/// Writes `output` and tells what it is.
+/// Writes the output of the weights that `report` judged, and copies it to where it is wanted; `None` if it is not to be
+/// written.
 pub fn publish(
     config: &RunConfig,
     context: &Context,
-    planned: &Planned,
-    parameters: &Parameters,
+    base: &Base,
     report: &Report,
+    observer: &mut dyn Observer,
+) -> Result<Option<Artifact>, Error> {
+    let failed = |source| Error::Write { path: context.run.into(), source };
+    let gate_failed = report.validation.as_ref().is_some_and(|validation| validation.verdict == Verdict::GateFailed);
+    if gate_failed && !config.output.publish_always {
+        let note = "not published: validation failed, and output.publishWhen is ValidationPassed";
+        observer.observe(&Event::Note(note.into())).map_err(failed)?;
+        return Ok(None);
+    }
+    observer.observe(&Event::Stage(Stage::Publishing)).map_err(failed)?;
+    let destination =
+        config.output.uri.as_ref().map(|uri| Destination::open(uri, &config.job, claims(config))).transpose()?;
+    let digest = report.checkpoint_digest.as_deref().unwrap_or_default();
+    let stored = find_by_digest(context.run, &config.job.uid, digest)?;
+    let artifact = write(config, context, base, report, &stored)?;
+    if let Some(destination) = destination {
+        destination.fill(&context.run.join("output"), context.stop)?;
+    }
+    Ok(Some(artifact))
+}
+
+fn write(
+    config: &RunConfig,
+    context: &Context,
+    base: &Base,
+    report: &Report,
+    stored: &Stored,
 ) -> Result<Artifact, Error> {
     let output = context.run.join("output");
     let (lora, kind) = match (&config.method, config.output.format) {
         (Method::LoRA { lora } | Method::QLoRA { lora, .. }, format) => (Some(lora), format),
         (Method::Full {}, _) => (None, OutputFormat::Merged),
     };
+    let uri = match (&config.output.uri, &config.storage) {
+        (Some(uri), _) => uri.clone(),
+        (None, Some(storage)) => format!("{}/output", storage.uri.trim_end_matches('/')),
+        (None, None) => format!("file://{}", output.display()),
+    };
     let mut artifact = Artifact {
-        uri: format!("file://{}", output.display()),
+        uri,
         digest: String::new(),
         kind,
         lora_rank: lora.filter(|_| kind == OutputFormat::Adapter).map(|lora| lora.rank),
         base_model: config.model.uri.clone(),
     };
-    let mut described = report.clone();
-    described.artifact = Some(artifact.clone());
+    let described = Report { artifact: Some(artifact.clone()), ..report.clone() };
     let card = model_card(config, &described);
-    let prepared = &planned.prepared;
     let plot = context.run.join("loss.svg");
+    let file = MappedFile::open(&stored.folder.join(WEIGHTS))?;
     artifact.digest = if let (Some(lora), OutputFormat::Adapter) = (lora, kind) {
         let targets = target_linears(lora)?;
-        let tensors = surroundings::host_masters(parameters);
-        write_output(
-            &output,
-            &prepared.model,
-            &Weights::Adapter {
-                lora,
-                targets: &targets,
-                tensors: &surroundings::views(&tensors),
-                base_model: &config.model.uri,
-                revision: prepared.model_revision.as_deref(),
-            },
-            &card,
-            &plot,
-        )?
+        let tensors: Vec<TensorView> = file
+            .names()
+            .into_iter()
+            .filter_map(|name| {
+                let mapped = file.tensor(&name)?;
+                Some(TensorView { name, dtype: mapped.dtype, shape: mapped.shape, data: mapped.data })
+            })
+            .collect();
+        let weights = Weights::Adapter {
+            lora,
+            targets: &targets,
+            tensors: &tensors,
+            base_model: &config.model.uri,
+            revision: base.revision.as_deref(),
+        };
+        write_output(&output, &base.folder, &weights, &card, &plot)?
     } else {
-        let tensors = model::merged(&prepared.model, parameters, lora)?;
+        let trained = |name: &str| {
+            let mapped = file.tensor(name)?;
+            let shape: Vec<i64> = mapped.shape.iter().map(|&size| size as i64).collect();
+            Some(Tensor::from_data_size(mapped.data, &shape, Kind::Float))
+        };
+        let tensors = model::merged(&base.folder, &trained, lora, context.stop)?;
+        let tensors = tensors.ok_or(Error::Stopped { step: stored.manifest.step })?;
         let views = surroundings::views(&tensors);
-        write_output(&output, &prepared.model, &Weights::Model { tensors: &views }, &card, &plot)?
+        write_output(&output, &base.folder, &Weights::Model { tensors: &views }, &card, &plot)?
     };
     Ok(artifact)
 }

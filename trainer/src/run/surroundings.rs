@@ -9,7 +9,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::evaluation::{Answers, TUNED, measure};
 use super::{Context, Error, Planned};
-use crate::checkpoint::{Content, Store, Stored};
+use crate::checkpoint::{self, Content, Store, Stored};
 use crate::device::{self, EnergyMeter};
 use crate::export::dtype;
 use crate::history::History;
@@ -17,12 +17,15 @@ use crate::model::Llama;
 use crate::optim::Parameters;
 use crate::record::{CheckpointRecord, Event, Observer};
 use crate::shim::{release_free_memory, tensor_bytes};
-use crate::train::{self, Surroundings, TrainState};
+use crate::signal::Stop;
+use crate::train::{self, Need, Surroundings, TrainState};
 use crate::weights::{MappedFile, TensorView, write_safetensors};
 
-const WEIGHTS: &str = "weights.safetensors";
+pub const WEIGHTS: &str = "weights.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
 const STATE: &str = "state.json";
+/// Checkpoints in a row that may fail before the run ends: a full disk may be somebody's for a while.
+const TOLERATED_FAILURES: u32 = 3;
 /// Evaluations over a run where the configuration is silent.
 const EVALUATIONS: i64 = 10;
 
@@ -37,6 +40,14 @@ pub struct RunSurroundings<'a> {
     pub started: Instant,
     pub energy: Option<EnergyMeter>,
     pub earlier: Earlier,
+    pub failures: Failures,
+}
+
+/// What could not be written, since it last could.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Failures {
+    checkpoints: u32,
+    record: bool,
 }
 
 /// What earlier attempts took.
@@ -85,9 +96,49 @@ impl RunSurroundings<'_> {
             // What one stage needed stands in the way of the next.
             release_free_memory();
         }
-        let failed = |source| Error::Write { path: self.context.run.into(), source };
-        self.history.observe(event).map_err(failed)?;
-        self.observer.observe(event).map_err(failed)
+        // Checkpoints decide how long a run goes on without space; what the record lacks is added when there is some.
+        if let Err(error) = self.history.observe(event) {
+            if !self.failures.record {
+                self.failures.record = true;
+                let path = self.context.run.join("metrics.jsonl");
+                let text = format!("{}: cannot be written ({error}); it is completed when it can be", path.display());
+                self.observer.observe(&Event::Warning(text)).map_err(self.context.write_error())?;
+            }
+        } else if matches!(event, Event::Step(_)) {
+            self.failures.record = false;
+        }
+        self.observer.observe(event).map_err(self.context.write_error())
+    }
+
+    fn try_commit(&mut self, state: &TrainState, parameters: &Parameters) -> Result<CheckpointRecord, Error> {
+        let started = Instant::now();
+        let mut state = state.clone();
+        (state.wall_seconds, state.energy_joules) = self.spent();
+        let best = state.best.is_some_and(|best| best.step == state.step);
+        // Masters and both moments, fp32.
+        let bytes = 12 * parameters.num_elements().unsigned_abs();
+        self.emit_event(&Event::Committing { bytes })?;
+        let weights = host_masters(parameters);
+        let optimizer = host_moments(parameters);
+        let write_state = |sink: &mut dyn Write| serde_json::to_writer_pretty(sink, &state).map_err(Into::into);
+        let write_weights = |sink: &mut dyn Write| write_safetensors(sink, &[], &views(&weights));
+        let write_optimizer = |sink: &mut dyn Write| write_safetensors(sink, &[], &views(&optimizer));
+        let stored = self.store.commit(
+            state.step,
+            best,
+            &[
+                Content { name: WEIGHTS, write: &write_weights },
+                Content { name: OPTIMIZER, write: &write_optimizer },
+                Content { name: STATE, write: &write_state },
+            ],
+        )?;
+        Ok(CheckpointRecord {
+            step: state.step,
+            bytes: stored.bytes(),
+            seconds: started.elapsed().as_secs_f64(),
+            eval_loss: state.eval_loss.filter(|_| state.evaluated_step == state.step),
+            best,
+        })
     }
 }
 
@@ -119,33 +170,23 @@ impl Surroundings for RunSurroundings<'_> {
         Ok(measured.map(|measured| measured.scores()))
     }
 
-    fn commit(&mut self, state: &TrainState, parameters: &Parameters) -> Result<(), crate::Error> {
-        let started = Instant::now();
-        let mut state = state.clone();
-        (state.wall_seconds, state.energy_joules) = self.spent();
-        let best = state.best.is_some_and(|best| best.step == state.step);
-        let weights = host_masters(parameters);
-        let optimizer = host_moments(parameters);
-        let write_state = |sink: &mut dyn Write| serde_json::to_writer_pretty(sink, &state).map_err(Into::into);
-        let write_weights = |sink: &mut dyn Write| write_safetensors(sink, &[], &views(&weights));
-        let write_optimizer = |sink: &mut dyn Write| write_safetensors(sink, &[], &views(&optimizer));
-        let stored = self.store.commit(
-            state.step,
-            best,
-            &[
-                Content { name: WEIGHTS, write: &write_weights },
-                Content { name: OPTIMIZER, write: &write_optimizer },
-                Content { name: STATE, write: &write_state },
-            ],
-        )?;
-        self.store.retain(self.config.checkpoint.keep_latest, self.config.checkpoint.keep_best)?;
-        let record = CheckpointRecord {
-            step: state.step,
-            bytes: stored.bytes(),
-            seconds: started.elapsed().as_secs_f64(),
-            eval_loss: state.eval_loss.filter(|_| state.evaluated_step == state.step),
-            best,
+    fn commit(&mut self, state: &TrainState, parameters: &Parameters, need: Need) -> Result<(), crate::Error> {
+        let record = match self.try_commit(state, parameters) {
+            Ok(record) => record,
+            Err(Error::Checkpoint(error @ checkpoint::Error::Write { .. })) => {
+                self.failures.checkpoints += 1;
+                let failed = Event::CheckpointFailed { step: state.step, message: error.to_string() };
+                self.emit_event(&failed)?;
+                // Whoever is asked to leave leaves with the last one.
+                let tolerated = self.failures.checkpoints <= TOLERATED_FAILURES && need == Need::Due;
+                return if tolerated || self.context.stop.requested() { Ok(()) } else { Err(error.into()) };
+            }
+            Err(error) => return Err(error),
         };
+        self.failures.checkpoints = 0;
+        if let Err(error) = self.store.retain(self.config.checkpoint.keep_latest, self.config.checkpoint.keep_best) {
+            self.emit_event(&Event::Warning(error.to_string()))?;
+        }
         self.emit_event(&Event::Checkpoint(record))
     }
 }
@@ -193,9 +234,12 @@ fn stored_tensor(file: &MappedFile, stored: &Stored, name: &str, shape: &[i64]) 
 }
 
 /// Puts a checkpoint's weights in place, and leaves the moments.
-pub fn restore_weights(stored: &Stored, parameters: &mut Parameters) -> Result<(), Error> {
+pub fn restore_weights(stored: &Stored, parameters: &mut Parameters, stop: &Stop) -> Result<(), Error> {
     let file = MappedFile::open(&stored.folder.join(WEIGHTS))?;
-    parameters.set_masters(|slot| stored_tensor(&file, stored, &slot.name, &slot.shape))
+    parameters.set_masters(|slot| {
+        stop.alive();
+        stored_tensor(&file, stored, &slot.name, &slot.shape)
+    })
 }
 
 fn read_masters(stored: &Stored, parameters: &Parameters) -> Result<Tensor, Error> {

@@ -193,7 +193,7 @@ fn is_weights(path: &str) -> bool {
     path.starts_with("model") && path.ends_with(".safetensors") && !path.contains('/')
 }
 
-fn is_read(path: &str) -> bool {
+pub(super) fn is_read(path: &str) -> bool {
     path == WEIGHTS_INDEX || MODEL_TEXTS.contains(&path) || is_weights(path)
 }
 

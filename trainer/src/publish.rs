@@ -1,0 +1,334 @@
+//! From the run directory to `output.uri`: the output is copied beside its destination, compared by digest, and renamed
+//! into place. What is there already is replaced only if the same job left it: anything else is somebody's.
+
+use std::fs::{self, File, Permissions};
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use crds::exit::ExitCode;
+use crds::run::JobIdentity;
+use serde::{Deserialize, Serialize};
+
+use crate::checkpoint::{digest_file, sync_folder};
+use crate::signal::Stop;
+use crate::source::{self, Claims, Place, place};
+
+const FIELD: &str = "spec.output.uri";
+/// Says whose output a folder is.
+const MARKER: &str = ".finetune-output.json";
+
+/// The output could not be copied.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The URI is not one that can be written to.
+    #[error(transparent)]
+    Source(#[from] source::Error),
+    /// Something that is not ours is there.
+    #[error("{FIELD}: {uri}: {found} is there already, which this job did not write; choose another path or remove it")]
+    Occupied {
+        /// The destination.
+        uri: String,
+        /// What was found.
+        found: String,
+    },
+    /// It cannot be written.
+    #[error("{FIELD}: {uri}: cannot be written ({source}); free space, or give a claim that can be written to")]
+    Write {
+        /// The destination.
+        uri: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// What was written is not what was read.
+    #[error("{FIELD}: {uri}: {name} did not arrive as it was written; the volume damages files")]
+    Damaged {
+        /// The destination.
+        uri: String,
+        /// The file.
+        name: String,
+    },
+    /// A stop was asked for.
+    #[error("stopped while the output was copied; nothing was replaced")]
+    Stopped,
+}
+
+impl Error {
+    /// The exit code that this error ends the trainer with.
+    pub fn exit(&self) -> ExitCode {
+        match self {
+            Self::Source(error) => error.exit(),
+            Self::Occupied { .. } | Self::Write { .. } | Self::Damaged { .. } => ExitCode::CannotWrite,
+            Self::Stopped => ExitCode::Preempted,
+        }
+    }
+}
+
+/// Whose output a folder is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Marker {
+    job_name: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    job_namespace: Option<String>,
+    job_uid: String,
+}
+
+impl Marker {
+    fn of(job: &JobIdentity) -> Self {
+        Self { job_name: job.name.clone(), job_namespace: job.namespace.clone(), job_uid: job.uid.clone() }
+    }
+
+    /// The same job, or an earlier one of its name: who deletes a job and makes it again wants the new result.
+    fn is_of(&self, job: &JobIdentity) -> bool {
+        self.job_uid == job.uid || (self.job_name == job.name && self.job_namespace == job.namespace)
+    }
+}
+
+/// A destination that may be written.
+pub struct Destination<'a> {
+    uri: &'a str,
+    job: &'a JobIdentity,
+    folder: PathBuf,
+}
+
+impl<'a> Destination<'a> {
+    /// Looks at the destination before anything is made for it.
+    pub fn open(uri: &'a str, job: &'a JobIdentity, claims: &Claims) -> Result<Self, Error> {
+        let expected = "pvc://claim/path of a folder";
+        let refuse = || Error::Source(source::Error::Uri { field: FIELD, uri: uri.into(), expected });
+        let place = place(FIELD, uri, claims)?.ok_or_else(refuse)?;
+        if place.path == place.root {
+            // The folder of a mount cannot be renamed over.
+            return Err(refuse());
+        }
+        let folder = below(&place, uri)?;
+        let destination = Self { uri, job, folder };
+        match destination.occupant()? {
+            None => Ok(destination),
+            Some(found) => Err(Error::Occupied { uri: uri.into(), found }),
+        }
+    }
+
+    fn failed(&self) -> impl Fn(io::Error) -> Error {
+        let uri = self.uri.to_owned();
+        move |source| Error::Write { uri: uri.clone(), source }
+    }
+
+    /// What is there and must stay.
+    fn occupant(&self) -> Result<Option<String>, Error> {
+        let metadata = match fs::symlink_metadata(&self.folder) {
+            Ok(metadata) => metadata,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(self.failed()(error)),
+        };
+        if !metadata.is_dir() {
+            return Ok(Some("a file".into()));
+        }
+        if let Ok(bytes) = fs::read(self.folder.join(MARKER))
+            && let Ok(marker) = serde_json::from_slice::<Marker>(&bytes)
+        {
+            let other = || format!("the output of job {} ({})", marker.job_name, marker.job_uid);
+            return Ok((!marker.is_of(self.job)).then(other));
+        }
+        let is_empty = fs::read_dir(&self.folder).map_err(self.failed())?.next().is_none();
+        Ok((!is_empty).then(|| "a folder with files".into()))
+    }
+
+    /// Copies `output` into place.
+    pub fn fill(&self, output: &Path, stop: &Stop) -> Result<(), Error> {
+        let (parent, name) = (self.folder.parent(), self.folder.file_name());
+        let (parent, name) = parent.zip(name).expect("a path below a claim's folder");
+        fs::create_dir_all(parent).map_err(self.failed())?;
+        let prefix = format!(".{}.{}-", name.to_string_lossy(), self.job.uid);
+        remove_leftovers(parent, &prefix);
+        let temporary = tempfile::Builder::new()
+            .prefix(&prefix)
+            .permissions(Permissions::from_mode(0o755))
+            .tempdir_in(parent)
+            .map_err(self.failed())?;
+        self.copy(output, temporary.path(), stop)?;
+        let marker = serde_json::to_vec(&Marker::of(self.job)).expect("a marker is JSON");
+        let written = fs::write(temporary.path().join(MARKER), marker)
+            .and_then(|()| File::open(temporary.path().join(MARKER))?.sync_all())
+            .and_then(|()| sync_folder(temporary.path()));
+        written.map_err(self.failed())?;
+        if stop.requested() {
+            return Err(Error::Stopped);
+        }
+        self.replace(temporary.keep(), &parent.join(format!("{prefix}old"))).map_err(self.failed())?;
+        sync_folder(parent).map_err(self.failed())
+    }
+
+    fn replace(&self, new: PathBuf, old: &Path) -> io::Result<()> {
+        let is_there = self.folder.exists();
+        if is_there {
+            fs::rename(&self.folder, old)?;
+        }
+        if let Err(error) = fs::rename(&new, &self.folder) {
+            if is_there {
+                fs::rename(old, &self.folder)?;
+            }
+            let _ = fs::remove_dir_all(&new);
+            return Err(error);
+        }
+        // What is left of it is nobody's output any more.
+        let _ = fs::remove_dir_all(old);
+        Ok(())
+    }
+
+    fn copy(&self, from: &Path, to: &Path, stop: &Stop) -> Result<(), Error> {
+        for entry in fs::read_dir(from).map_err(self.failed())? {
+            if stop.requested() {
+                return Err(Error::Stopped);
+            }
+            let entry = entry.map_err(self.failed())?;
+            let (source, target) = (entry.path(), to.join(entry.file_name()));
+            if entry.file_type().map_err(self.failed())?.is_dir() {
+                fs::create_dir(&target).map_err(self.failed())?;
+                self.copy(&source, &target, stop)?;
+                continue;
+            }
+            fs::copy(&source, &target)
+                .and_then(|_| fs::set_permissions(&target, Permissions::from_mode(0o644)))
+                .and_then(|()| File::open(&target)?.sync_all())
+                .map_err(self.failed())?;
+            let digests = digest_file(&source).and_then(|source| Ok((source, digest_file(&target)?)));
+            let (expected, found) = digests.map_err(self.failed())?;
+            if found != expected {
+                let name = entry.file_name().to_string_lossy().into_owned();
+                return Err(Error::Damaged { uri: self.uri.into(), name });
+            }
+        }
+        sync_folder(to).map_err(self.failed())
+    }
+}
+
+/// The folder that a place leads to, links resolved as far as it exists; it must stay in the claim.
+fn below(place: &Place, uri: &str) -> Result<PathBuf, Error> {
+    let mut missing = Vec::new();
+    let mut existing = place.path.as_path();
+    while fs::symlink_metadata(existing).is_err() {
+        let (Some(parent), Some(name)) = (existing.parent(), existing.file_name()) else { break };
+        missing.push(name);
+        existing = parent;
+    }
+    let mut folder = fs::canonicalize(existing).map_err(|source| Error::Write { uri: uri.into(), source })?;
+    if !folder.starts_with(&place.root) || folder == place.root && missing.is_empty() {
+        return Err(source::Error::LeavesClaim { field: FIELD, uri: uri.into() }.into());
+    }
+    folder.extend(missing.into_iter().rev());
+    Ok(folder)
+}
+
+/// What attempts of this job left that died while they copied.
+fn remove_leftovers(parent: &Path, prefix: &str) {
+    for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
+        if entry.file_name().to_string_lossy().starts_with(prefix) {
+            // What cannot be removed is nobody's output.
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn job(name: &str, uid: &str) -> JobIdentity {
+        JobIdentity { name: name.into(), namespace: Some("team".into()), uid: uid.into(), attempt: None }
+    }
+
+    struct Volume {
+        folder: tempfile::TempDir,
+        claims: Claims,
+    }
+
+    impl Volume {
+        fn new() -> Self {
+            let folder = tempfile::tempdir().expect("a temporary folder");
+            fs::create_dir_all(folder.path().join("claim")).expect("writable");
+            let claims = [("models".to_owned(), folder.path().join("claim").display().to_string())].into();
+            Self { folder, claims }
+        }
+
+        fn path(&self, name: &str) -> PathBuf {
+            self.folder.path().join("claim").join(name)
+        }
+
+        /// Publishes a file that says `content`.
+        fn publish(&self, uri: &str, job: &JobIdentity, content: &str) -> Result<(), Error> {
+            let output = self.folder.path().join("output");
+            fs::create_dir_all(output.join("templates")).expect("writable");
+            fs::write(output.join("adapter_model.safetensors"), content).expect("writable");
+            fs::write(output.join("templates/tool_use.jinja"), content).expect("writable");
+            Destination::open(uri, job, &self.claims)?.fill(&output, &Stop::default())
+        }
+
+        fn published(&self, name: &str) -> String {
+            fs::read_to_string(self.path(name).join("adapter_model.safetensors")).expect("published")
+        }
+    }
+
+    #[test]
+    fn an_output_replaces_what_the_same_job_left_and_nothing_else() {
+        let volume = Volume::new();
+        let uri = "pvc://models/team/bot";
+        volume.publish(uri, &job("bot", "1"), "first").expect("a new folder");
+        assert_eq!(fs::read_to_string(volume.path("team/bot/templates/tool_use.jinja")).expect("there"), "first");
+        volume.publish(uri, &job("bot", "1"), "second").expect("the same job");
+        assert_eq!(volume.published("team/bot"), "second");
+        volume.publish(uri, &job("bot", "2"), "third").expect("the job made again");
+        assert_eq!(volume.published("team/bot"), "third");
+        let error = volume.publish(uri, &job("other", "3"), "fourth").expect_err("another job's");
+        assert!(error.exit().code() == 73 && error.to_string().contains("the output of job bot (2)"), "{error}");
+        assert_eq!(volume.published("team/bot"), "third");
+        let names: Vec<_> = fs::read_dir(volume.path("team")).expect("there").flatten().collect();
+        assert_eq!(names.len(), 1, "{names:?}");
+        let mode = fs::metadata(volume.path("team/bot")).expect("there").permissions().mode();
+        assert_eq!(mode & 0o555, 0o555, "whoever serves it is another user");
+    }
+
+    #[test]
+    fn what_nobody_marked_stays() {
+        let volume = Volume::new();
+        fs::create_dir_all(volume.path("empty")).expect("writable");
+        fs::create_dir_all(volume.path("full")).expect("writable");
+        fs::write(volume.path("full/notes"), "x").expect("writable");
+        fs::write(volume.path("file"), "x").expect("writable");
+        std::os::unix::fs::symlink(volume.folder.path(), volume.path("out")).expect("writable");
+        let job = job("bot", "1");
+        volume.publish("pvc://models/empty", &job, "x").expect("nothing was there");
+        for (uri, code, words) in [
+            ("pvc://models/full", 73, "a folder with files is there already"),
+            ("pvc://models/file", 73, "a file is there already"),
+            ("pvc://models/file/below", 73, "cannot be written"),
+            ("pvc://models/out/x", 77, "leads out of the claim"),
+            ("pvc://models/out", 77, "leads out of the claim"),
+            ("pvc://models", 64, "of a folder"),
+            ("pvc://models/../x", 64, "without . and .."),
+            ("pvc://others/x", 64, "storage.claims"),
+            ("s3://bucket/x", 64, "of a folder"),
+        ] {
+            let error = volume.publish(uri, &job, "x").expect_err(uri);
+            assert!(error.exit().code() == code && error.to_string().contains(words), "{uri}: {error}");
+        }
+        assert_eq!(fs::read_to_string(volume.path("full/notes")).expect("there"), "x");
+    }
+
+    #[test]
+    fn a_copy_that_is_stopped_replaces_nothing() {
+        let volume = Volume::new();
+        let job = job("bot", "1");
+        volume.publish("pvc://models/bot", &job, "first").expect("a new folder");
+        let stop = Stop::default();
+        stop.request();
+        let destination = Destination::open("pvc://models/bot", &job, &volume.claims).expect("ours");
+        assert_eq!(
+            destination.fill(&volume.folder.path().join("output"), &stop).expect_err("stopped").exit().code(),
+            75
+        );
+        assert_eq!(volume.published("bot"), "first");
+        assert_eq!(fs::read_dir(volume.path("")).expect("there").count(), 1);
+    }
+}
