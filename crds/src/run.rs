@@ -623,7 +623,7 @@ mod tests {
                 "batchSize: many",
                 "hyperparameters.batchSize: invalid type: string \"many\", expected i64",
             ),
-            ("rank: 16", "rank: 16\n      rang: 3", "method.LoRA.lora.rang: unknown field `rang`, expected one of"),
+            ("rank: 16", "rank: 16\n      rang: 3", "method.loRA.lora.rang: unknown field `rang`, expected one of"),
             ("name: bot", "nom: bot", "job.nom: unknown field `nom`, expected one of"),
             ("  uid: local-bot\n", "", "job: missing field `uid`"),
             ("version: 1", "version: 2", "version: found 2, expected 1"),
