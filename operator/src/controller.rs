@@ -101,6 +101,18 @@ impl Error {
         }
     }
 
+    /// What the API server said, where it said something; its own text is shorter than kube's.
+    fn cause(&self) -> String {
+        let source = match self {
+            Self::Apply(source) | Self::Status(source) | Self::Observe(observe::Error::Get { source, .. }) => source,
+            Self::Observe(observe::Error::Plan { .. }) => return String::new(),
+        };
+        match &**source {
+            kube::Error::Api(status) => format!(": {}", status.message),
+            other => format!(": {other}"),
+        }
+    }
+
     /// Somebody wrote in between: the next pass sees it.
     fn is_conflict(&self) -> bool {
         matches!(self, Self::Status(error) if matches!(&**error, kube::Error::Api(status) if status.is_conflict()))
@@ -213,8 +225,7 @@ fn error_policy(guarded: Arc<Guarded>, error: &Error, context: Arc<Context>) -> 
         return Action::requeue(CACHE_DELAY);
     }
     context.telemetry.count_error(error.reason());
-    let cause = std::error::Error::source(error).map(|cause| format!(": {cause}")).unwrap_or_default();
-    tracing::warn!("{name}: {error}{cause}");
+    tracing::warn!("{name}: {error}{}", error.cause());
     Action::requeue(RETRY)
 }
 
