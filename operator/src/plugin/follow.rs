@@ -1,0 +1,223 @@
+//! Following one job through the API's watch, until it ends or enough time went by.
+
+use std::time::Duration;
+
+use crds::FineTuneJob;
+use crds::finetunejob::Phase;
+use futures::StreamExt;
+use indicatif::{ProgressBar, ProgressStyle};
+use kube::ResourceExt;
+use kube::runtime::{WatchStreamExt, watcher};
+
+use super::cluster::Cluster;
+use super::error::{Error, explain, is_final};
+use super::outcome::{Outcome, has_reached, outcome};
+use super::table::{is_trouble, metric};
+use super::text::{clean, duration, print, tell};
+
+/// When following ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Until {
+    /// With the job.
+    End,
+    /// In a phase, or with the job.
+    Phase(Phase),
+}
+
+/// Where what happens is shown.
+pub enum Shown {
+    /// A bar that is drawn again and again.
+    Bar(Box<ProgressBar>),
+    /// One line a change.
+    Lines,
+    /// Nowhere.
+    Nothing,
+}
+
+impl Shown {
+    /// A bar on a terminal, lines elsewhere.
+    pub fn on(terminal: bool) -> Self {
+        if !terminal {
+            return Self::Lines;
+        }
+        let style = ProgressStyle::with_template("step {pos}/{len} [{bar:30}] {msg}").expect("a valid template");
+        Self::Bar(Box::new(ProgressBar::new(0).with_style(style.progress_chars("=> "))))
+    }
+}
+
+/// Follows a job that was just read; returns how that ended, and the job as it was then.
+pub async fn follow(
+    cluster: &Cluster,
+    job: FineTuneJob,
+    until: Until,
+    timeout: Option<Duration>,
+    shown: Shown,
+) -> Result<(Outcome, FineTuneJob), Error> {
+    let name = job.name_any();
+    let mut show = Show { shown, last: String::new(), job: job.clone() };
+    let following = watch(cluster, job, until, &mut show);
+    let followed = tokio::select! {
+        followed = following => followed,
+        () = elapsed(timeout) => Ok(Outcome::TimedOut),
+        interrupted = tokio::signal::ctrl_c() => {
+            interrupted.map_err(|error| Error::Broken(format!("no signals: {error}")))?;
+            Ok(Outcome::Interrupted)
+        }
+    };
+    if let Shown::Bar(bar) = &show.shown {
+        bar.finish_and_clear();
+    }
+    let namespace = &cluster.namespace;
+    match &followed {
+        Ok(Outcome::Interrupted) => tell(&format!(
+            "no longer following; the job goes on\n  \
+             end it and keep what was learned: kubectl finetune stop {name} -n {namespace}\n  \
+             remove it:                        kubectl delete finetunejob {name} -n {namespace}"
+        )),
+        Ok(Outcome::TimedOut) => {
+            tell(&format!("{name} has not ended after {}", duration(timeout.unwrap_or_default().as_secs() as i64)));
+        }
+        Ok(Outcome::Deleted) => tell(&format!("{name} was deleted")),
+        _ => {}
+    }
+    followed.map(|outcome| (outcome, show.job))
+}
+
+async fn elapsed(timeout: Option<Duration>) {
+    match timeout {
+        Some(timeout) => tokio::time::sleep(timeout).await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn watch(cluster: &Cluster, job: FineTuneJob, until: Until, show: &mut Show) -> Result<Outcome, Error> {
+    let (name, uid) = (job.name_any(), job.uid());
+    if let Some(end) = look(&job, until, show)? {
+        return Ok(end);
+    }
+    let mut changes = std::pin::pin!(watcher::watch_object(cluster.jobs(), &name).default_backoff());
+    let mut connected = true;
+    while let Some(change) = changes.next().await {
+        match change {
+            Ok(Some(job)) if job.uid() == uid => {
+                connected = true;
+                if let Some(end) = look(&job, until, show)? {
+                    return Ok(end);
+                }
+            }
+            // Gone, or another one of the same name.
+            Ok(_) => return Ok(Outcome::Deleted),
+            Err(
+                watcher::Error::InitialListFailed(error)
+                | watcher::Error::WatchStartFailed(error)
+                | watcher::Error::WatchFailed(error),
+            ) => {
+                if is_final(&error) {
+                    return Err(explain(&error, &cluster.asked("watch", "finetunejobs")));
+                }
+                if std::mem::take(&mut connected) {
+                    let said = explain(&error, &cluster.asked("watch", "finetunejobs"));
+                    show.beside(&format!("{said}; trying again until it answers"));
+                }
+            }
+            // An old resource version: the watch begins anew by itself.
+            Err(watcher::Error::WatchError(_)) => {}
+            Err(error @ watcher::Error::NoResourceVersion) => return Err(Error::Broken(error.to_string())),
+        }
+    }
+    Err(Error::Broken("the watch ended".into()))
+}
+
+fn look(job: &FineTuneJob, until: Until, show: &mut Show) -> Result<Option<Outcome>, Error> {
+    show.show(job)?;
+    match until {
+        Until::Phase(phase) if has_reached(job, phase) => Ok(Some(Outcome::Succeeded)),
+        Until::Phase(_) | Until::End => Ok(outcome(job)),
+    }
+}
+
+struct Show {
+    shown: Shown,
+    last: String,
+    job: FineTuneJob,
+}
+
+impl Show {
+    fn show(&mut self, job: &FineTuneJob) -> Result<(), Error> {
+        let line = line(job);
+        match &self.shown {
+            Shown::Nothing => {}
+            Shown::Lines => {
+                if line != self.last {
+                    print(&format!("{line}\n"))?;
+                }
+            }
+            Shown::Bar(bar) => {
+                let progress = job.status.as_ref().and_then(|status| status.progress.as_ref());
+                let (step, total) = progress.map_or((0, 0), |progress| (progress.step, progress.total_steps));
+                bar.set_length(total.unsigned_abs());
+                bar.set_position(step.unsigned_abs());
+                bar.set_message(state(job));
+            }
+        }
+        self.last = line;
+        self.job = job.clone();
+        Ok(())
+    }
+
+    fn beside(&self, text: &str) {
+        match &self.shown {
+            Shown::Bar(bar) => bar.suspend(|| tell(text)),
+            Shown::Lines | Shown::Nothing => tell(text),
+        }
+    }
+}
+
+/// A job in one line.
+pub fn line(job: &FineTuneJob) -> String {
+    let progress = job.status.as_ref().and_then(|status| status.progress.as_ref());
+    let step = progress.map_or(String::new(), |progress| format!("  step {}", clean(&progress.summary)));
+    let state = state(job);
+    match state.split_once("  ") {
+        Some((phase, rest)) => format!("{phase}{step}  {rest}"),
+        None => format!("{state}{step}"),
+    }
+}
+
+/// Phase, numbers, and what is in the way.
+fn state(job: &FineTuneJob) -> String {
+    let Some(status) = &job.status else { return "Pending".into() };
+    let mut parts = vec![status.phase.map_or("Pending".to_owned(), |phase| format!("{phase:?}"))];
+    parts.extend(metric(job, "trainLoss").map(|loss| format!("loss {loss}")));
+    parts.extend(metric(job, "evalLoss").map(|loss| format!("eval {loss}")));
+    let left = status.progress.as_ref().and_then(|progress| progress.estimated_remaining_seconds);
+    parts.extend(left.map(|left| format!("{} left", duration(left))));
+    let trouble = status.conditions.iter().find(|found| is_trouble(&found.type_, &found.status, &found.reason));
+    parts.extend(trouble.map(|found| format!("{}: {}", found.reason, clean(&found.message))));
+    parts.join("  ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plugin::fixture::{condition, finished, job, training};
+
+    #[test]
+    fn a_change_is_one_line() {
+        let stuck = job(
+            "{}",
+            &format!(
+                "{{phase: Pending, conditions: [{}]}}",
+                condition("Running", "False", "Unschedulable", "0/3 nodes")
+            ),
+        );
+        for (job, expected) in [
+            (job("{}", "{}"), "Pending"),
+            (stuck, "Pending  Unschedulable: 0/3 nodes"),
+            (training(), "Training  step 12/40  loss 1.9134  eval 1.881  1h30m left"),
+            (finished(), "Succeeded  step 40/40  loss 0.4123  eval 0.3981"),
+        ] {
+            assert_eq!(line(&job), expected);
+        }
+    }
+}
