@@ -57,7 +57,7 @@ async fn carry_out(command: Command, target: &Target) -> Result<u8, Error> {
                 tell(&format!("follow it: kubectl finetune watch {} -n {}", job.name_any(), cluster.namespace));
                 return Ok(0);
             }
-            let (outcome, job) = follow(&cluster, job, Until::End, None, Shown::on(is_terminal())).await?;
+            let (outcome, job) = Box::pin(follow(&cluster, job, Until::End, None, Shown::on(is_terminal()))).await?;
             if matches!(outcome, Outcome::Succeeded | Outcome::Failed | Outcome::ValidationFailed) {
                 print(format!("\n{}", page::page(&job, Timestamp::now(), paint())))?;
             }
@@ -83,7 +83,7 @@ async fn carry_out(command: Command, target: &Target) -> Result<u8, Error> {
             let cluster = Cluster::connect(target).await?;
             let job = cluster.job(&name).await?;
             let terminal = is_terminal();
-            let (outcome, job) = follow(&cluster, job, Until::End, None, Shown::on(terminal)).await?;
+            let (outcome, job) = Box::pin(follow(&cluster, job, Until::End, None, Shown::on(terminal))).await?;
             if terminal && outcome != Outcome::Interrupted {
                 print(format!("{}\n", follow::line(&job)))?;
             }
@@ -93,7 +93,7 @@ async fn carry_out(command: Command, target: &Target) -> Result<u8, Error> {
             let cluster = Cluster::connect(target).await?;
             let job = cluster.job(&name).await?;
             let until = until.map_or(Until::End, Until::Phase);
-            let (outcome, job) = follow(&cluster, job, until, timeout, Shown::Nothing).await?;
+            let (outcome, job) = Box::pin(follow(&cluster, job, until, timeout, Shown::Nothing)).await?;
             print(format!("{}\n", follow::line(&job)))?;
             return Ok(outcome.exit_code());
         }

@@ -51,6 +51,12 @@ impl Cluster {
         Ok(Self { client, url, namespace })
     }
 
+    /// A cluster whose API server is a function.
+    #[cfg(test)]
+    pub fn fake(client: Client) -> Self {
+        Self { client, url: "https://fake/".into(), namespace: "team-a".into() }
+    }
+
     /// The jobs of the namespace.
     pub fn jobs(&self) -> Api<FineTuneJob> {
         Api::namespaced(self.client.clone(), &self.namespace)
@@ -170,4 +176,43 @@ async fn configuration(target: &Target) -> Result<Config, Error> {
 /// `finetunejob.finetune.dev/NAME`, as kubectl names objects.
 pub fn object_name(name: &str) -> String {
     format!("{}.{}/{name}", FineTuneJob::kind(&()).to_lowercase(), FineTuneJob::group(&()))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::plugin::fixture::{client, training};
+
+    #[tokio::test]
+    async fn a_job_that_is_not_there_is_told_with_its_neighbours() {
+        let cluster = Cluster::fake(client(|request| {
+            if request.uri().path().ends_with("/support-bt") {
+                let details = json!({"name": "support-bt", "group": "finetune.dev", "kind": "finetunejobs"});
+                let status = json!({"code": 404, "reason": "NotFound", "message": "not found", "details": details});
+                return (404, status.to_string());
+            }
+            let items = vec![serde_json::to_value(training()).expect("JSON"), json!({"metadata": {"name": "broken"}})];
+            let list = json!({"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJobList", "metadata": {}, "items": items});
+            (200, list.to_string())
+        }));
+        let error = cluster.job("support-bt").await.expect_err("no such job");
+        let expected = "there is no FineTuneJob support-bt in namespace team-a; did you mean support-bot?";
+        assert_eq!(error.to_string(), expected);
+        let jobs = cluster.list(Scope::All).await.expect("a list");
+        assert_eq!(jobs.iter().map(ResourceExt::name_any).collect::<Vec<_>>(), ["support-bot"], "one cannot be read");
+    }
+
+    #[tokio::test]
+    async fn without_a_cluster_the_address_or_the_file_is_told() {
+        let target = Target { namespace: None, context: None, kubeconfig: Some("/nowhere/config".into()) };
+        let Err(error) = Cluster::connect(&target).await else { panic!("there is no such file") };
+        let text = error.to_string();
+        assert!(text.starts_with("no cluster is configured: ") && text.contains("/nowhere/config"), "{text}");
+        let closed: http::Uri = "http://127.0.0.1:1/".parse().expect("an address");
+        let client = Client::try_from(Config::new(closed)).expect("a client");
+        let error = Cluster::fake(client).list(Scope::Namespace).await.expect_err("a closed port");
+        assert!(error.to_string().starts_with("https://fake/: the API server cannot be reached: "), "{error}");
+    }
 }

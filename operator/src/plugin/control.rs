@@ -93,38 +93,35 @@ mod tests {
             "{suspend: true}",
             "{phase: Suspended, attempts: {total: 1, failed: 0, preempted: 0, checkpointStep: 10}}",
         );
+        let asked = job("{stopRequested: true}", "{phase: Training}");
+        let (training, finished) = (training(), finished());
         for (job, wish, patch, told) in [
             (
-                training(),
+                &training,
                 Wish::Stop,
                 Some(json!({"stopRequested": true})),
                 "support-bot: training ends at its next step; evaluation and publishing follow",
             ),
+            (&asked, Wish::Stop, None, "support-bot was asked to stop before"),
             (
-                job("{stopRequested: true}", "{phase: Training}"),
-                Wish::Stop,
-                None,
-                "support-bot was asked to stop before",
-            ),
-            (
-                held.clone(),
+                &held,
                 Wish::Stop,
                 Some(json!({"stopRequested": true})),
                 "support-bot: training will end at its first step; kubectl delete finetunejob ends it at once; \
                  held until kubectl finetune resume support-bot -n team-a",
             ),
             (
-                training(),
+                &training,
                 Wish::Suspend,
                 Some(json!({"suspend": true})),
                 "support-bot: its pod writes a checkpoint and leaves; to go on: kubectl finetune resume support-bot -n team-a",
             ),
-            (held.clone(), Wish::Suspend, None, "support-bot is held already"),
-            (held, Wish::Resume, Some(json!({"suspend": false})), "support-bot goes on from step 10"),
-            (training(), Wish::Resume, None, "support-bot is not held"),
-            (finished(), Wish::Stop, None, "support-bot has ended (Succeeded); there is nothing to stop"),
+            (&held, Wish::Suspend, None, "support-bot is held already"),
+            (&held, Wish::Resume, Some(json!({"suspend": false})), "support-bot goes on from step 10"),
+            (&training, Wish::Resume, None, "support-bot is not held"),
+            (&finished, Wish::Stop, None, "support-bot has ended (Succeeded); there is nothing to stop"),
         ] {
-            assert_eq!(answer(&job, wish), Answer { patch, told: told.into() });
+            assert_eq!(answer(job, wish), Answer { patch, told: told.into() });
         }
     }
 }

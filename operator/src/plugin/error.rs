@@ -143,7 +143,11 @@ pub fn is_final(error: &kube::Error) -> bool {
 pub fn explain(error: &kube::Error, asked: &Asked) -> Error {
     match error {
         kube::Error::Api(status) => explain_status(status, asked),
-        other => Error::Unreachable { url: asked.url.clone(), cause: causes(other) },
+        kube::Error::HyperError(_) | kube::Error::Service(_) => {
+            Error::Unreachable { url: asked.url.clone(), cause: causes(error) }
+        }
+        // Credentials that could not be had, an answer that is no object, …
+        other => Error::Broken(format!("{}: {}", asked.url, causes(other))),
     }
 }
 

@@ -2,6 +2,8 @@
 
 use crds::FineTuneJob;
 use k8s_openapi::jiff::Timestamp;
+use kube::Client;
+use kube::client::Body;
 use serde_json::Value;
 
 /// When the tests look.
@@ -9,6 +11,17 @@ pub const NOW: &str = "2026-11-24T12:05:00Z";
 
 pub fn now() -> Timestamp {
     NOW.parse().expect("a time")
+}
+
+/// A client of an API server that answers with a code and a text.
+pub fn client(answer: impl Fn(&http::Request<Body>) -> (u16, String) + Send + Sync + 'static) -> Client {
+    let answer = std::sync::Arc::new(answer);
+    let service = tower::service_fn(move |request: http::Request<Body>| {
+        let (code, text) = answer(&request);
+        let response = http::Response::builder().status(code).body(Body::from(text.into_bytes()));
+        std::future::ready(response)
+    });
+    Client::new(service, "team-a")
 }
 
 fn yaml(text: &str) -> Value {

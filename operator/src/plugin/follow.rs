@@ -149,7 +149,7 @@ impl Show {
             Shown::Nothing => {}
             Shown::Lines => {
                 if line != self.last {
-                    print(&format!("{line}\n"))?;
+                    print(format!("{line}\n"))?;
                 }
             }
             Shown::Bar(bar) => {
@@ -199,8 +199,67 @@ fn state(job: &FineTuneJob) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
+
+    use serde_json::{Value, json};
+
     use super::*;
-    use crate::plugin::fixture::{condition, finished, job, training};
+    use crate::plugin::fixture::{client, condition, finished, job, training};
+
+    /// Longer than any of these tests takes.
+    const HOUR: Duration = Duration::from_hours(1);
+
+    /// Follows the training job while the API server tells `events`, one a watch.
+    async fn followed(events: Vec<(u16, Value)>, until: Until, timeout: Duration) -> Result<Outcome, Error> {
+        let events = Mutex::new(events.into_iter());
+        let cluster = Cluster::fake(client(move |request| {
+            let query = request.uri().query().unwrap_or_default();
+            assert!(query.contains("metadata.name%3Dsupport-bot"), "{query}");
+            if !query.contains("watch=true") {
+                let metadata = json!({"resourceVersion": "1"});
+                let list = json!({"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJobList",
+                                  "metadata": metadata, "items": [training()]});
+                return (200, list.to_string());
+            }
+            let event = events.lock().expect("one thread").next();
+            event.map_or((200, String::new()), |(code, event)| (code, format!("{event}\n")))
+        }));
+        let followed = follow(&cluster, training(), until, Some(timeout), Shown::Nothing);
+        Box::pin(followed).await.map(|(outcome, _)| outcome)
+    }
+
+    fn event(kind: &str, mut job: FineTuneJob) -> (u16, Value) {
+        job.metadata.resource_version = Some("2".into());
+        (200, json!({"type": kind, "object": job}))
+    }
+
+    #[tokio::test]
+    async fn following_ends_with_the_job() {
+        let mut another = finished();
+        another.metadata.uid = Some("u-2".into());
+        let unavailable = (503, json!({"code": 503, "message": "not now"}));
+        for (events, expected) in [
+            (vec![event("MODIFIED", training()), event("MODIFIED", finished())], Outcome::Succeeded),
+            (vec![unavailable, event("MODIFIED", finished())], Outcome::Succeeded),
+            (vec![event("DELETED", training())], Outcome::Deleted),
+            (vec![event("MODIFIED", another)], Outcome::Deleted),
+        ] {
+            let told = format!("{expected:?} after {} events", events.len());
+            let outcome = followed(events, Until::End, HOUR).await.unwrap_or_else(|error| panic!("{told}: {error}"));
+            assert_eq!(outcome, expected, "{told}");
+        }
+    }
+
+    #[tokio::test]
+    async fn following_ends_before_the_job_for_a_phase_a_timeout_or_a_right() {
+        let reached = followed(vec![], Until::Phase(Phase::Preparing), HOUR).await.expect("it trains");
+        assert_eq!(reached, Outcome::Succeeded, "no request is needed to see that");
+        let late = followed(vec![], Until::End, Duration::ZERO).await.expect("time goes by");
+        assert_eq!(late, Outcome::TimedOut);
+        let forbidden = (403, json!({"code": 403, "message": "User cannot watch"}));
+        let error = followed(vec![forbidden], Until::End, HOUR).await.expect_err("no right");
+        assert!(error.to_string().starts_with("you may not watch finetunejobs in namespace team-a"), "{error}");
+    }
 
     #[test]
     fn a_change_is_one_line() {

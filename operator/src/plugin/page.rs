@@ -5,9 +5,7 @@ mod next;
 mod tests;
 
 use crds::condition;
-use crds::finetunejob::{
-    AttemptOutcome, GateOperator, GateStatus, JobReference, Phase, ScoresStatus, ValidationStatus,
-};
+use crds::finetunejob::{AttemptOutcome, GateOperator, GateStatus, JobReference, Phase, ScoresStatus};
 use crds::run::{Baseline, Metric};
 use crds::{FineTuneJob, FineTuneJobStatus};
 use k8s_openapi::jiff::Timestamp;
@@ -28,9 +26,7 @@ pub fn page(job: &FineTuneJob, now: Timestamp, paint: Paint) -> String {
     let mut page = Page { text: String::new(), paint };
     page.head(job, &status, now);
     page.course(&status);
-    if let Some(validation) = &status.validation {
-        page.validation(validation);
-    }
+    page.validation(&status);
     page.made_of(&status);
     page.attempts(&status, now);
     page.left(&status);
@@ -91,12 +87,13 @@ impl Page {
             let bad = is_trouble(&found.type_, &found.status, &found.reason);
             let said = match (found.type_.as_str(), found.status.as_str()) {
                 _ if bad => true,
-                (condition::SUSPENDED | condition::COMPLETE, "True") => true,
+                (condition::SUSPENDED, "True") => true,
+                (condition::COMPLETE, "True") => status.validation.is_none() && !found.message.is_empty(),
                 // A failed job tells the same sentence as its end.
                 (condition::VALIDATION_PASSED | condition::PUBLISHED, "False") => status.phase != Some(Phase::Failed),
                 _ => false,
             };
-            if said && !(found.message.is_empty() && found.type_ == condition::COMPLETE) {
+            if said {
                 let colon = if found.message.is_empty() { "" } else { ": " };
                 let text = format!("{}{colon}{}", found.reason, found.message);
                 self.field("why", &text, |line| if bad { paint.bad(line) } else { line.to_owned() });
@@ -153,7 +150,8 @@ impl Page {
         self.gap();
     }
 
-    fn validation(&mut self, validation: &ValidationStatus) {
+    fn validation(&mut self, status: &FineTuneJobStatus) {
+        let Some(validation) = &status.validation else { return };
         let paint = self.paint;
         let tuned = validation.best.as_ref().and_then(|best| best.scores.as_ref());
         let columns = [validation.zero_shot.as_ref(), validation.few_shot.as_ref(), tuned];
@@ -193,7 +191,12 @@ impl Page {
             self.line(if index == 0 { "gates" } else { "" }, &text);
         }
         if let Some(verdict) = &validation.verdict {
-            let summary = validation.summary.as_deref().map_or(String::new(), |summary| format!(": {summary}"));
+            // A job that a gate failed has told the same sentence as its reason.
+            let told = |text: &&str| {
+                status.conditions.iter().any(|found| found.type_ == condition::FAILED && found.message == **text)
+            };
+            let summary = validation.summary.as_deref().filter(|text| !told(text));
+            let summary = summary.map_or(String::new(), |summary| format!(": {summary}"));
             self.field("verdict", &format!("{verdict}{summary}"), |line| match verdict.as_str() {
                 "Better" => paint.good(line),
                 "GateFailed" => paint.bad(line),

@@ -27,7 +27,9 @@ pub fn list(jobs: &[FineTuneJob], scope: Scope, now: Timestamp) -> String {
     let mut rows: Vec<Vec<String>> = jobs.iter().map(|job| row(job, now)).collect();
     if scope == Scope::Namespace {
         columns.remove(0);
-        rows.iter_mut().for_each(|row| drop(row.remove(0)));
+        for row in &mut rows {
+            row.remove(0);
+        }
     }
     lines(&table(&columns, &rows))
 }
@@ -198,7 +200,7 @@ NAME         PHASE      TRAINED  GPU HOURS  COST
 support-bot  Training     6m40s       0.11     -
 support-bot  Succeeded   55m33s       0.93  1.94
 support-bot  -               1m       0.00     -
-all                       1h3m       1.04  1.94
+all                        1h3m       1.04  1.94
 attempts that still run are counted when they end
 a job without a cost has a profile without pricePerHour
 "

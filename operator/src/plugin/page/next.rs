@@ -33,7 +33,7 @@ pub fn next(job: &FineTuneJob, status: &FineTuneJobStatus) -> Vec<Advice> {
     let again = || {
         advice(
             "the training inputs of a job do not change: mend the file, delete this job and run it again",
-            format!("kubectl delete finetunejob {name} {place} && kubectl finetune run FILE {place}"),
+            format!("kubectl delete finetunejob {name} {place}\nkubectl finetune run FILE {place}"),
         )
     };
     let logs = || advice("what the trainer said", format!("kubectl finetune logs {name} {place}"));
@@ -168,7 +168,7 @@ fn succeeded(name: &str, status: &FineTuneJobStatus) -> Vec<Advice> {
     let mut list = Vec::new();
     match status.validation.as_ref().and_then(|validation| validation.verdict.as_deref()) {
         Some("NotWorthIt") => {
-            list.push(advice("fine-tuning did not pay here: prefer the base model, as the verdict says", ""))
+            list.push(advice("fine-tuning did not pay here: prefer the base model, as the verdict says", ""));
         }
         Some("GateFailed") => list.push(advice("a gate does not hold: do not serve this result", "")),
         _ => {}
@@ -186,7 +186,7 @@ fn succeeded(name: &str, status: &FineTuneJobStatus) -> Vec<Advice> {
     let folder = format!("{MOUNT}/{path}").trim_end_matches('/').to_owned();
     list.push(advice(
         format!("mount the claim {claim} at {MOUNT} in the pod that serves"),
-        format!("volumes: [{{name: tuned, persistentVolumeClaim: {{claimName: {claim}, readOnly: true}}}}]"),
+        format!("volumes:\n- name: tuned\n  persistentVolumeClaim: {{claimName: {claim}, readOnly: true}}"),
     ));
     list.extend(load(name, artifact, &folder));
     list

@@ -10,7 +10,34 @@ fn a_job_that_trains() {
     assert_eq!(
         shown(&training()),
         "\
-X"
+job          support-bot in team-a
+             LoRA of hf://HuggingFaceTB/SmolLM2-135M-Instruct, profile a100
+phase        Training for 2h5m
+
+progress     [=========                     ] 30 %  step 12/40  epoch 0.6  1h30m left
+metrics      loss 1.9134, eval loss 1.881, learning rate 2e-4, 8,123 tokens/s
+checkpoints  step 10 (eval 1.881, best)
+
+plan         1.2 GiB of memory predicted, 4,884,480 trained parameters, 2,048 tokens at once
+data         150 training rows, 30 validation rows, 123,456 tokens, 32,100 of them trained;
+             0 duplicates, 2 leaked, 0 truncated
+
+attempts     stage    attempt  outcome    reason       took
+             prepare        1  Done       Completed     45s
+             train          1  Preempted  PodDeleted  6m40s
+             train          2  running    -           1h56m
+             0 failed, 1 preempted; the last went on from step 8
+
+volume       claim support-bot-data
+used         6m40s of training in ended attempts, 0.11 GPU hours
+
+next         follow it
+               kubectl finetune watch support-bot -n team-a
+             see the loss
+               kubectl finetune plot support-bot -n team-a
+             end it early and keep what was learned
+               kubectl finetune stop support-bot -n team-a
+"
     );
 }
 
@@ -19,7 +46,49 @@ fn a_job_that_succeeded() {
     assert_eq!(
         shown(&finished()),
         "\
-X"
+job          support-bot in team-a
+             LoRA of hf://HuggingFaceTB/SmolLM2-135M-Instruct, profile default
+phase        Succeeded after 1h
+
+progress     [==============================] 100 %  step 40/40  epoch 2
+metrics      loss 0.4123, eval loss 0.3981, 8,123 tokens/s
+checkpoints  step 20 (eval 0.6), step 40 (eval 0.3981, best)
+
+validation                     base  few-shot   tuned
+             exact match     12.0 %    35.0 %  81.0 %
+             loss              1.92      1.31  0.3981
+             perplexity        6.82       3.7   1.489
+             token accuracy       -         -  90.0 %
+forgetting   loss on general text 2.71 before, 2.75 after: passed
+gates        loss at most 1.9, found 0.3981: passed
+             exact match better than few-shot (0.35) by 0.05, found 0.81: passed
+verdict      Better: the tuned model is better than the base model with 4 examples in the
+             prompt: exactMatch 0.81 against 0.35
+
+plan         1.2 GiB of memory predicted, 4,884,480 trained parameters, 2,048 tokens at once
+data         150 training rows, 30 validation rows, 123,456 tokens, 32,100 of them trained;
+             0 duplicates, 0 leaked, 0 truncated
+
+attempts     stage    attempt  outcome  reason       took
+             prepare        1  Done     Completed     45s
+             train          1  Done     Completed  55m33s
+             publish        1  Done     Completed      2m
+
+volume       claim support-bot-data
+artifact     Adapter of rank 16 at pvc://support-bot-data/output
+             sha256:0123456789abcdef
+used         55m33s of training in ended attempts, 0.93 GPU hours, cost 1.944
+
+next         mount the claim support-bot-data at /models in the pod that serves
+               volumes:
+               - name: tuned
+                 persistentVolumeClaim: {claimName: support-bot-data, readOnly: true}
+             with vLLM
+               vllm serve HuggingFaceTB/SmolLM2-135M-Instruct --enable-lora --max-lora-rank 16 \\
+                 --lora-modules support-bot=/models/output
+             with PEFT
+               AutoPeftModelForCausalLM.from_pretrained(\"/models/output\")
+"
     );
 }
 
@@ -28,7 +97,31 @@ fn a_job_that_a_gate_failed() {
     assert_eq!(
         shown(&refused()),
         "\
-X"
+job          support-bot in team-a
+             Full of hf://HuggingFaceTB/SmolLM2-135M-Instruct, profile default
+phase        Failed after 30m
+why          ValidationFailed: 1 of 1 gates does not hold: exactMatch 0.2, at least 0.8 was
+             asked for
+
+validation                base  few-shot   tuned
+             exact match     -         -  20.0 %
+             loss            -         -     1.5
+gates        exact match at least 0.8, found 0.2: FAILED
+verdict      GateFailed
+
+data         1,500 training rows, 30 validation rows, 123,456 tokens, 32,100 of them
+             trained; 0 duplicates, 12 leaked, 0 truncated
+
+next         a gate does not hold: more or better rows, more epochs, or a gate that asks for
+             less; output.publishWhen: Always publishes in any case; 12 training rows are in
+             the validation rows too
+             what the trainer said
+               kubectl finetune logs support-bot -n team-a
+             the training inputs of a job do not change: mend the file, delete this job and
+             run it again
+               kubectl delete finetunejob support-bot -n team-a
+               kubectl finetune run FILE -n team-a
+"
     );
 }
 
@@ -68,7 +161,7 @@ fn stopped(phase: &str, name: &str, status: &str, reason: &str, message: &str) -
 
 #[test]
 fn every_situation_has_something_to_do() {
-    for (job, expected) in [
+    for (job, expected) in vec![
         (job("{}", "{}"), "kubectl get pods -A -l app.kubernetes.io/name=finetune-operator"),
         (job("{managedBy: kueue}", "{}"), "the job is left to the controller kueue"),
         (
@@ -77,7 +170,7 @@ fn every_situation_has_something_to_do() {
         ),
         (
             stopped("Pending", "Accepted", "False", "ResourceLimitExceeded", "spec.resources: 9"),
-            "kubectl delete finetunejob support-bot -n team-a && kubectl finetune run FILE -n team-a",
+            "kubectl delete finetunejob support-bot -n team-a\nkubectl finetune run FILE -n team-a",
         ),
         (stopped("Pending", "Accepted", "False", "ChildNameTaken", "ConfigMap x"), "remove what is in the way"),
         (stopped("Queued", "Admitted", "False", "WaitingForQuota", "no quota"), "kubectl get workloads -n team-a"),
