@@ -95,7 +95,13 @@ mod tests {
         curve.add_evaluation(5, 3.0);
         let expected = "\
 bot: loss (nats per token) by step; line: training, o: validation
-       9 ┤
+       9 ┤⢇
+         │⠘⡄
+   5.444 ┤ ⠱⣀
+         │   ⠉⠢⢄⡀
+   1.889 ┤      ⠈⠉⠉o⠒⠤⠤⠤⠤⢄⣀⣀
+         └──────────────────
+          1       5        9
 ";
         assert_eq!(draw(&curve, "bot", 18, 5), expected);
     }
