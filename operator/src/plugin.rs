@@ -94,7 +94,9 @@ async fn carry_out(command: Command, target: &Target) -> Result<u8, Error> {
             let job = cluster.job(&name).await?;
             let until = until.map_or(Until::End, Until::Phase);
             let (outcome, job) = Box::pin(follow(&cluster, job, until, timeout, Shown::Nothing)).await?;
-            print(format!("{}\n", follow::line(&job)))?;
+            if outcome != Outcome::Deleted {
+                print(format!("{}\n", follow::line(&job)))?;
+            }
             return Ok(outcome.exit_code());
         }
         Command::Logs { name, stage, attempt, follow, tail } => {

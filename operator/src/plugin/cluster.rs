@@ -75,7 +75,7 @@ impl Cluster {
     /// One job; if there is none, names that may have been meant.
     pub async fn job(&self, name: &str) -> Result<FineTuneJob, Error> {
         let error = match self.jobs().get(name).await {
-            Ok(job) => return Ok(job),
+            Ok(job) => return Ok(without_managers(job)),
             Err(error) => explain(&error, &self.asked("get", "finetunejobs")),
         };
         let Error::NotFound { name, namespace, .. } = error else { return Err(error) };
@@ -101,7 +101,7 @@ impl Cluster {
         let mut jobs = Vec::new();
         for guarded in found {
             match guarded.0 {
-                Ok(job) => jobs.push(job),
+                Ok(job) => jobs.push(without_managers(job)),
                 Err(invalid) => {
                     let name = invalid.metadata.name.as_deref().unwrap_or_default();
                     tell(&format!("warning: {name} is left out: {}", invalid.error));
@@ -155,6 +155,12 @@ pub enum Conflicts {
     Refuse,
     /// The file wins.
     Win,
+}
+
+/// As kubectl shows objects: who set which field fills pages, and says nothing about a job.
+fn without_managers(mut job: FineTuneJob) -> FineTuneJob {
+    job.metadata.managed_fields = None;
+    job
 }
 
 async fn configuration(target: &Target) -> Result<Config, Error> {

@@ -143,9 +143,8 @@ pub fn is_final(error: &kube::Error) -> bool {
 pub fn explain(error: &kube::Error, asked: &Asked) -> Error {
     match error {
         kube::Error::Api(status) => explain_status(status, asked),
-        kube::Error::HyperError(_) | kube::Error::Service(_) => {
-            Error::Unreachable { url: asked.url.clone(), cause: causes(error) }
-        }
+        kube::Error::HyperError(cause) => Error::Unreachable { url: asked.url.clone(), cause: causes(cause) },
+        kube::Error::Service(cause) => Error::Unreachable { url: asked.url.clone(), cause: causes(cause.as_ref()) },
         // Credentials that could not be had, an answer that is no object, …
         other => Error::Broken(format!("{}: {}", asked.url, causes(other))),
     }

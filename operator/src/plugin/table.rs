@@ -165,7 +165,7 @@ fn lines(lines: &[String]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plugin::fixture::{NOW, finished, job, now, training};
+    use crate::plugin::fixture::{finished, job, now, training};
 
     #[test]
     fn a_list_shows_every_job_on_one_line() {
@@ -187,7 +187,7 @@ support-bot  LoRA    -              -       -       -      -  2h5m  -
 "
         );
         let all = list(&jobs[..1], Scope::All, now());
-        assert!(all.starts_with("NAMESPACE  NAME ") && all.contains("\nteam-a     support-bot"), "{all}\n{NOW}");
+        assert!(all.starts_with("NAMESPACE  NAME ") && all.contains("\nteam-a     support-bot"), "{all}");
     }
 
     #[test]
