@@ -40,9 +40,14 @@ impl Shown {
         if !terminal {
             return Self::Lines;
         }
-        let style = ProgressStyle::with_template("step {pos}/{len} [{bar:30}] {msg}").expect("a valid template");
-        Self::Bar(Box::new(ProgressBar::new(0).with_style(style.progress_chars("=> "))))
+        Self::Bar(Box::new(ProgressBar::new(0).with_style(bar_style(0))))
     }
+}
+
+/// Until the steps are planned there is nothing to fill a bar with.
+fn bar_style(total_steps: i64) -> ProgressStyle {
+    let template = if total_steps > 0 { "step {pos}/{len} [{bar:30}] {msg}" } else { "{msg}" };
+    ProgressStyle::with_template(template).expect("a valid template").progress_chars("=> ")
 }
 
 /// Follows a job that was just read; returns how that ended, and the job as it was then.
@@ -155,7 +160,10 @@ impl Show {
             Shown::Bar(bar) => {
                 let progress = job.status.as_ref().and_then(|status| status.progress.as_ref());
                 let (step, total) = progress.map_or((0, 0), |progress| (progress.step, progress.total_steps));
-                bar.set_length(total.unsigned_abs());
+                if bar.length() != Some(total.unsigned_abs()) {
+                    bar.set_style(bar_style(total));
+                    bar.set_length(total.unsigned_abs());
+                }
                 bar.set_position(step.unsigned_abs());
                 bar.set_message(state(job));
             }

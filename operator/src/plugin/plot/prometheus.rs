@@ -33,7 +33,8 @@ pub async fn curve(url: &str, job: &FineTuneJob) -> Result<Curve, Error> {
 }
 
 fn broken(url: &str, error: &dyn std::error::Error) -> Error {
-    Error::Broken(format!("{url}: no answer of Prometheus: {}", causes(error)))
+    let said = causes(error);
+    Error::Broken(format!("{url}: no answer of Prometheus: {}", said.trim_start_matches("ServiceError: ")))
 }
 
 fn path(series: &str, job: &FineTuneJob, now: Timestamp) -> String {
