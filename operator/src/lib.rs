@@ -20,6 +20,7 @@ pub mod controller;
 pub mod events;
 pub mod lease;
 pub mod observe;
+pub mod plugin;
 pub mod policy;
 pub mod run;
 pub mod status;
