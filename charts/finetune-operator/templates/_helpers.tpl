@@ -52,10 +52,23 @@ app.kubernetes.io/part-of: finetune-operator
 {{- end }}
 {{- end }}
 
+{{/* Stands in for profiles.default. It is not in values.yaml: Helm would merge it into the administrator's own. */}}
+{{- define "finetune-operator.defaultProfile" -}}
+resources: {limits: {nvidia.com/gpu: "1"}}
+cpuResources: {requests: {cpu: "1", memory: 2Gi}}
+maxResources: {nvidia.com/gpu: "8"}
+tolerations: [{key: nvidia.com/gpu, operator: Exists, effect: NoSchedule}]
+storage: {size: 50Gi}
+{{- end }}
+
 {{/* The profiles as the operator reads them: those without an image get the trainer's. */}}
 {{- define "finetune-operator.profiles" -}}
 {{- $image := include "finetune-operator.image" (list .Values.trainer.image .Values.image.registry .Chart.AppVersion) }}
-{{- range $name, $profile := .Values.profiles }}
+{{- $profiles := merge dict .Values.profiles }}
+{{- if not (hasKey $profiles "default") }}
+{{- $_ := set $profiles "default" (include "finetune-operator.defaultProfile" . | fromYaml) }}
+{{- end }}
+{{- range $name, $profile := $profiles }}
 {{- $profile = deepCopy (default dict $profile) }}
 {{- if not $profile.image }}
 {{- $_ := set $profile "image" $image }}
