@@ -40,7 +40,7 @@ fn a_job_succeeds_and_its_adapter_is_that_of_a_local_run() {
 fn a_killed_trainer_and_a_deleted_pod_end_with_the_same_adapter() {
     let Some(operator) = Operator::shared() else { return };
     let space = operator.workspace("kill");
-    space.job("bot", "hyperparameters: {maxSteps: 400, batchSize: 8, learningRate: \"1e-2\", precision: FP32}");
+    space.job("bot", "checkpoint: {everySteps: 50}\nhyperparameters: {maxSteps: 3000, batchSize: 8, learningRate: \"1e-2\", precision: FP32}");
     let pod = space.trains("bot");
     space.namespace.kill_container(&pod);
     let status = space.until("bot", "the next attempt", |status| status["attempts"]["total"] == 2);
@@ -50,7 +50,7 @@ fn a_killed_trainer_and_a_deleted_pod_end_with_the_same_adapter() {
     let status = space.until("bot", "the third attempt", |status| status["attempts"]["total"] == 3);
     assert_eq!(status["attempts"]["preempted"], 1, "{status:#}");
     let status = space.succeeded("bot");
-    assert_eq!(artifact(&status), local_adapter("maxSteps: 60", "maxSteps: 400"));
+    assert_eq!(artifact(&status), local_adapter("maxSteps: 60", "maxSteps: 3000"));
 }
 
 #[test]

@@ -21,7 +21,8 @@ fn profiles() -> String {
     format!(
         r#"
   default:
-    resources: {{limits: {{memory: 2Gi}}}}
+    # One CPU: the number of threads is part of what a run is.
+    resources: {{limits: {{cpu: "1", memory: 2Gi}}}}
     storage: {{size: 64Mi}}
     maxResources: {{memory: 4Gi}}
     allowed: {{sourcePrefixes: ["pvc://"], tolerationKeys: [{TEST_NODE}, node.kubernetes.io/unreachable], nodeSelectorKeys: [kubernetes.io/hostname]}}
@@ -136,9 +137,15 @@ fn path(path: &Path) -> &str {
 }
 
 /// Pods run as nobody.
-fn readable_by_all(folder: &Path) {
+fn readable_by_all(path: &Path) {
     use std::os::unix::fs::PermissionsExt;
-    std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o777)).expect("ours");
+    let mode = if path.is_dir() { 0o777 } else { 0o644 };
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).expect("ours");
+    if path.is_dir() {
+        for entry in std::fs::read_dir(path).expect("readable") {
+            readable_by_all(&entry.expect("readable").path());
+        }
+    }
 }
 
 /// A namespace of one test, with inputs, in which jobs run.

@@ -275,9 +275,10 @@ fn load(file: &Path, profiles: Option<&Path>) -> Result<RunConfig, (ExitCode, St
     };
     let absolute = std::path::absolute(file).unwrap_or_else(|_| file.to_path_buf());
     let folder = absolute.parent().unwrap_or(Path::new("/"));
-    let resolved = resolve(&checked.job, &profiles, Target::Local { folder, claims: &BTreeMap::new() }).map_err(|problems| {
-        refuse(problems.into_iter().map(|p| checked.problem(&p.field, p.message).to_string()).collect())
-    })?;
+    let resolved =
+        resolve(&checked.job, &profiles, Target::Local { folder, claims: &BTreeMap::new() }).map_err(|problems| {
+            refuse(problems.into_iter().map(|p| checked.problem(&p.field, p.message).to_string()).collect())
+        })?;
     for warning in resolved.warnings {
         let problem = checked.problem(&warning.field, warning.message);
         let _ = writeln!(std::io::stderr(), "warning: {}:{problem}", file.display());

@@ -262,11 +262,11 @@ fn profiles_reach_the_operator_with_an_image_and_an_edit_restarts_it() {
         (profiles, pod["metadata"]["annotations"]["checksum/profiles"].clone())
     };
     let version = text(&parse(&read(&chart().join("Chart.yaml")))["appVersion"]).to_owned();
-    let values = parse(&read(&chart().join("values.yaml")));
     let (profiles, checksum) = of(&[]);
-    let mut expected = values["profiles"].clone();
-    expected["default"]["image"] = json!(format!("registry.example/finetune-trainer:{version}"));
-    assert_eq!(profiles, expected);
+    assert_eq!(profiles["default"]["image"], format!("registry.example/finetune-trainer:{version}"));
+    assert_eq!(profiles["default"]["resources"]["limits"]["nvidia.com/gpu"], "1", "somebody who says nothing has GPUs");
+    let (own, _) = of(&["--set", "profiles.default.pricePerHour=1"]);
+    assert_eq!(own["default"]["resources"], Value::Null, "an administrator's own profile is not mixed with ours");
 
     let digest = format!("sha256:{}", "a".repeat(64));
     let (profiles, changed) = of(&[

@@ -21,7 +21,11 @@ fn prepare(train: &str, validation: &str, rest: &str, max_context: i64) -> Resul
          dataset: {{train: {{uri: file://train.jsonl}}, validation: {{uri: file://test.jsonl}}}}\n  method: {{type: LoRA}}\n{rest}"
     );
     let checked = check(&job, Scope::Local).expect("a valid job");
-    let resolved = resolve(&checked.job, &crds::profile::built_in(), Target::Local { folder, claims: &std::collections::BTreeMap::new() });
+    let resolved = resolve(
+        &checked.job,
+        &crds::profile::built_in(),
+        Target::Local { folder, claims: &std::collections::BTreeMap::new() },
+    );
     let config = resolved.expect("resolves").config;
     let inputs = Inputs {
         config: &config,
