@@ -38,7 +38,7 @@ const WATCH_TIMEOUT_SECONDS: u32 = 200;
 /// Objects of one page of a list.
 const PAGE: u32 = 500;
 /// A running job is looked at again so often, whatever the watches say.
-const RESYNC: Duration = Duration::from_secs(480);
+const RESYNC: Duration = Duration::from_mins(8);
 /// After an error that time can mend.
 const RETRY: Duration = Duration::from_secs(10);
 /// What the cache of jobs lacks of our own last write arrives within.
@@ -218,6 +218,8 @@ fn job_of(pod: &Pod) -> Option<ObjectRef<Guarded>> {
     Some(ObjectRef::new(name).within(pod.metadata.namespace.as_deref()?))
 }
 
+// By value: kube hands both over so.
+#[expect(clippy::needless_pass_by_value)]
 fn error_policy(guarded: Arc<Guarded>, error: &Error, context: Arc<Context>) -> Action {
     let name = ObjectRef::from_obj(&*guarded);
     if error.is_conflict() {
@@ -233,7 +235,7 @@ fn error_policy(guarded: Arc<Guarded>, error: &Error, context: Arc<Context>) -> 
 async fn reconcile(guarded: Arc<Guarded>, context: Arc<Context>) -> Result<Action, Error> {
     let started = std::time::Instant::now();
     let result = match &guarded.0 {
-        Ok(job) => pass(job, &context).await,
+        Ok(job) => Box::pin(pass(job, &context)).await,
         Err(invalid) => {
             let name = ObjectRef::from_obj(&*guarded);
             tracing::warn!("{name} is not a FineTuneJob of this version, and is left alone: {invalid}");

@@ -193,10 +193,8 @@ pub async fn observe(
     };
     let attempt = attempt(client, caches, job, current).await?;
     let report_name = build::report_job_name(job, current);
-    let report_job = match find_job(caches, job, &report_name) {
-        Some(found) => Some(AttemptSeen { pods: pods_of(caches, job, &report_name), job: job_seen(&found, job) }),
-        None => None,
-    };
+    let report_job = find_job(caches, job, &report_name)
+        .map(|found| AttemptSeen { pods: pods_of(caches, job, &report_name), job: job_seen(&found, job) });
     let queued = matches!(attempt.job, JobSeen::Present { suspended: true, finished: false, .. });
     let queue = match (&attempt.job, queued) {
         (JobSeen::Present { uid, .. }, true) => Some(queue(client, job, uid).await?),

@@ -20,7 +20,7 @@ use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
 
 use crate::build;
-use crate::observe::{JobSeen, Observed, PodSeen, QueueSeen};
+use crate::observe::{AttemptSeen, JobSeen, Observed, PodSeen, QueueSeen};
 use crate::policy::backoff::backoff;
 use crate::policy::deadline::{Deadline, deadline, seconds_between, time_to_live};
 use crate::policy::failure::{Ended, Reading, read};
@@ -84,8 +84,8 @@ fn reading(job: &FineTuneJob, observed: &Observed, current: &JobReference) -> Op
     let uid = job.uid().unwrap_or_default();
     let own = attempt.report(&uid, current.stage, current.attempt);
     let from_volume = observed.report_job.as_ref().and_then(|read| read.report(&uid, current.stage, current.attempt));
-    let volume_was_read = observed.report_job.as_ref().is_some_and(|read| read.has_ended());
-    Some(read(attempt, own.or(from_volume), volume_was_read))
+    let volume_was_read = observed.report_job.as_ref().is_some_and(AttemptSeen::has_ended);
+    Some(read(attempt, own.or(from_volume).as_ref(), volume_was_read))
 }
 
 /// How long the operator waits after the first failed attempt.
@@ -430,7 +430,7 @@ impl Transition<'_> {
         let ended = last.completion_time.as_ref().map_or(self.now, |ended| ended.0);
         let waited = self.now.duration_since(ended).unsigned_abs();
         if waited < wait {
-            self.wake_in(wait - waited);
+            self.wake_in(wait.saturating_sub(waited));
         } else {
             self.list(stage, attempt);
         }
@@ -546,7 +546,7 @@ impl Transition<'_> {
             };
             let waited = self.now.duration_since(created.0).unsigned_abs();
             if waited < POD_PATIENCE {
-                self.wake_in(POD_PATIENCE - waited);
+                self.wake_in(POD_PATIENCE.saturating_sub(waited));
                 return (False, reason::PENDING, String::new());
             }
             let name = &current.name;

@@ -24,9 +24,9 @@ use crate::controller::JobStore;
 /// Kinds that are watched; each has to be heard of.
 pub const WATCHED: [&str; 3] = ["finetunejobs", "jobs", "pods"];
 /// A watch asks anew every 200 s. One that has had no answer for so long is stuck.
-pub const STUCK_AFTER: Duration = Duration::from_secs(600);
+pub const STUCK_AFTER: Duration = Duration::from_mins(10);
 /// A process that cannot mend its watches for so long is to be replaced.
-const DEAD_AFTER: Duration = Duration::from_secs(1200);
+const DEAD_AFTER: Duration = Duration::from_mins(20);
 const PHASES: [Phase; 9] = [
     Phase::Pending,
     Phase::Queued,
@@ -419,9 +419,11 @@ mod tests {
         assert!(telemetry.is_ready(), "a standby waits");
         telemetry.set_leader(true);
         assert!(!telemetry.is_ready());
-        WATCHED.into_iter().for_each(|kind| telemetry.hear(kind));
+        for kind in WATCHED {
+            telemetry.hear(kind);
+        }
         assert!(telemetry.is_ready() && telemetry.silence() < Duration::from_secs(5));
-        let long_ago = Instant::now().checked_sub(Duration::from_secs(900)).expect("a machine that runs for longer");
+        let long_ago = Instant::now().checked_sub(Duration::from_mins(15)).expect("a machine that runs for longer");
         telemetry.last_heard().insert("pods", long_ago);
         assert!(telemetry.silence() > STUCK_AFTER, "one kind that is silent is enough");
         telemetry.set_leader(false);

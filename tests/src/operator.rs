@@ -196,7 +196,7 @@ impl Workspace {
 
     /// Its status now.
     pub fn status(&self, name: &str) -> Value {
-        self.get(name).map(|job| job["status"].clone()).unwrap_or_else(|error| panic!("{name}: {error}"))
+        self.get(name).unwrap_or_else(|error| panic!("{name}: {error}"))["status"].clone()
     }
 
     /// Waits until the status is as asked; returns it.

@@ -54,9 +54,8 @@ enum Command {
     Check {
         /// A FineTuneJob
         file: PathBuf,
-        /// File of profiles (prices, allowed sources)
-        #[arg(long)]
-        profiles: Option<PathBuf>,
+        #[command(flatten)]
+        local: LocalArguments,
     },
     /// Answer a prompt with a model, or with the result of a run
     Generate {
@@ -112,9 +111,26 @@ struct RunArguments {
     /// Run directory; by default runs/<name>
     #[arg(long, conflicts_with = "config")]
     dir: Option<PathBuf>,
+    #[command(flatten)]
+    local: LocalArguments,
+}
+
+// No comment for clap here, as below.
+#[derive(Debug, clap::Args)]
+struct LocalArguments {
     /// File of profiles (prices, allowed sources)
-    #[arg(long, conflicts_with = "config")]
+    #[arg(long)]
     profiles: Option<PathBuf>,
+    /// Folder that stands for a claim of pvc:// sources; may be repeated
+    #[arg(long = "claim", value_name = "NAME=FOLDER", value_parser = stand_in)]
+    claims: Vec<(String, PathBuf)>,
+}
+
+fn stand_in(text: &str) -> Result<(String, PathBuf), String> {
+    match text.split_once('=') {
+        Some((name, folder)) if !name.is_empty() && !folder.is_empty() => Ok((name.into(), folder.into())),
+        _ => Err("expected NAME=FOLDER".into()),
+    }
 }
 
 // No comment for clap here: it would stand in the place of the command's own.
@@ -181,9 +197,8 @@ struct JobArguments {
     /// Run directory; by default runs/<name>
     #[arg(long)]
     dir: Option<PathBuf>,
-    /// File of profiles (prices, allowed sources)
-    #[arg(long)]
-    profiles: Option<PathBuf>,
+    #[command(flatten)]
+    local: LocalArguments,
 }
 
 /// What the environment says; read in `main` only.
@@ -237,7 +252,7 @@ pub fn execute(arguments: &Arguments, environment: &Environment) -> ExitCode {
             (None, None) => unreachable!("clap asks for one of the two"),
         },
         Command::Plan(job) => plan_job(job, environment),
-        Command::Check { file, profiles } => check_file(file, profiles.as_deref()),
+        Command::Check { file, local } => check_file(file, local),
         Command::Generate { folder, prompt, base, max_new_tokens, precision } => {
             let chosen = crate::device::choose(precision.precision(), None, &environment.cuda);
             answer(folder, prompt, base.as_deref(), *max_new_tokens, &chosen, &environment.hub)
@@ -249,7 +264,7 @@ pub fn execute(arguments: &Arguments, environment: &Environment) -> ExitCode {
 type Outcome = Result<ExitCode, (ExitCode, String)>;
 
 /// Checks and resolves a file. The message lists every problem with its place; warnings are told at once.
-fn load(file: &Path, profiles: Option<&Path>) -> Result<RunConfig, (ExitCode, String)> {
+fn load(file: &Path, local: &LocalArguments, scope: Scope) -> Result<RunConfig, (ExitCode, String)> {
     let read = |path: &Path| {
         std::fs::read_to_string(path).map_err(|error| {
             let exit = if error.kind() == std::io::ErrorKind::NotFound {
@@ -265,20 +280,24 @@ fn load(file: &Path, profiles: Option<&Path>) -> Result<RunConfig, (ExitCode, St
         let lines: Vec<String> = problems.iter().map(|problem| format!("{}:{problem}", file.display())).collect();
         (ExitCode::BadConfiguration, lines.join("\nerror: "))
     };
-    let checked =
-        check(&text, Scope::Local).map_err(|problems| refuse(problems.iter().map(ToString::to_string).collect()))?;
-    let profiles = match profiles {
+    let checked = check(&text, scope).map_err(|problems| refuse(problems.iter().map(ToString::to_string).collect()))?;
+    let profiles = match &local.profiles {
         Some(path) => profile::parse(&read(path)?).map_err(|error| {
             (ExitCode::BadConfiguration, format!("{}: not a file of profiles: {error}", path.display()))
         })?,
         None => profile::built_in(),
     };
-    let absolute = std::path::absolute(file).unwrap_or_else(|_| file.to_path_buf());
-    let folder = absolute.parent().unwrap_or(Path::new("/"));
-    let resolved =
-        resolve(&checked.job, &profiles, Target::Local { folder, claims: &BTreeMap::new() }).map_err(|problems| {
-            refuse(problems.into_iter().map(|p| checked.problem(&p.field, p.message).to_string()).collect())
-        })?;
+    let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf());
+    let job = absolute(file);
+    let claims: BTreeMap<String, PathBuf> =
+        local.claims.iter().map(|(name, folder)| (name.clone(), absolute(folder))).collect();
+    let target = match scope {
+        Scope::Cluster => Target::Cluster,
+        Scope::Local => Target::Local { folder: job.parent().unwrap_or(Path::new("/")), claims: &claims },
+    };
+    let resolved = resolve(&checked.job, &profiles, target).map_err(|problems| {
+        refuse(problems.into_iter().map(|p| checked.problem(&p.field, p.message).to_string()).collect())
+    })?;
     for warning in resolved.warnings {
         let problem = checked.problem(&warning.field, warning.message);
         let _ = writeln!(std::io::stderr(), "warning: {}:{problem}", file.display());
@@ -286,8 +305,12 @@ fn load(file: &Path, profiles: Option<&Path>) -> Result<RunConfig, (ExitCode, St
     Ok(resolved.config)
 }
 
-fn check_file(file: &Path, profiles: Option<&Path>) -> Outcome {
-    let config = load(file, profiles)?;
+fn check_file(file: &Path, local: &LocalArguments) -> Outcome {
+    // A file for a cluster is judged as the cluster would: its claims need not be here.
+    let text = std::fs::read_to_string(file).unwrap_or_default();
+    let scope =
+        if local.claims.is_empty() && check(&text, Scope::Cluster).is_ok() { Scope::Cluster } else { Scope::Local };
+    let config = load(file, local, scope)?;
     tell(&format!("{}: {} is valid", file.display(), config.job.name));
     Ok(ExitCode::Done)
 }
@@ -297,7 +320,7 @@ fn run_directory(dir: Option<&PathBuf>, config: &RunConfig) -> PathBuf {
 }
 
 fn run_job(file: &Path, job: &RunArguments, listen: Option<SocketAddr>, environment: &Environment) -> Outcome {
-    let config = load(file, job.profiles.as_deref())?;
+    let config = load(file, &job.local, Scope::Local)?;
     let directory = run_directory(job.dir.as_ref(), &config);
     if let Some(report) = finished(&config, &directory) {
         tell(&format!("{} is finished, nothing to do; its result:\n\n{}", config.job.name, summary(&report)));
@@ -340,7 +363,7 @@ fn local_context<'a>(
 }
 
 fn plan_job(job: &JobArguments, environment: &Environment) -> Outcome {
-    let config = load(&job.file, job.profiles.as_deref())?;
+    let config = load(&job.file, &job.local, Scope::Local)?;
     let directory = run_directory(job.dir.as_ref(), &config);
     // A plan leaves no report.
     let last_word = LastWord::default();
@@ -471,8 +494,8 @@ mod tests {
         let check = |more: &str| {
             let Arguments { command } =
                 parsed(&format!("finetune-trainer check {} {more}", job.display())).expect("valid");
-            let Command::Check { file, profiles } = command else { panic!("{command:?}") };
-            check_file(&file, profiles.as_deref())
+            let Command::Check { file, local } = command else { panic!("{command:?}") };
+            check_file(&file, &local)
         };
         let (exit, message) = check("").expect_err("no such profile is built in");
         assert_eq!(exit, ExitCode::BadConfiguration);
@@ -485,7 +508,11 @@ mod tests {
     #[test]
     fn the_demo_has_a_price() {
         let folder = Path::new(EXAMPLES);
-        let config = load(&folder.join("demo.yaml"), Some(&folder.join("profiles.yaml"))).expect("valid");
+        let config = {
+            let profiles = Some(folder.join("profiles.yaml"));
+            load(&folder.join("demo.yaml"), &LocalArguments { profiles, claims: Vec::new() }, Scope::Local)
+                .expect("valid")
+        };
         assert!(config.resources.price_per_hour.is_some_and(|price| price > 0.0));
         let makefile = std::fs::read_to_string(folder.join("../../Makefile")).expect("readable");
         assert!(makefile.contains("run --profiles crds/examples/profiles.yaml crds/examples/demo.yaml"));

@@ -8,7 +8,6 @@ use std::path::{Path, PathBuf};
 
 use crds::exit::ExitCode;
 use crds::run::JobIdentity;
-use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{digest_file, sync_folder};
 use crate::signal::Stop;
@@ -64,25 +63,9 @@ impl Error {
     }
 }
 
-/// Whose output a folder is.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct Marker {
-    job_name: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    job_namespace: Option<String>,
-    job_uid: String,
-}
-
-impl Marker {
-    fn of(job: &JobIdentity) -> Self {
-        Self { job_name: job.name.clone(), job_namespace: job.namespace.clone(), job_uid: job.uid.clone() }
-    }
-
-    /// The same job, or an earlier one of its name: who deletes a job and makes it again wants the new result.
-    fn is_of(&self, job: &JobIdentity) -> bool {
-        self.job_uid == job.uid || (self.job_name == job.name && self.job_namespace == job.namespace)
-    }
+/// The same job, or an earlier one of its name: who deletes a job and makes it again wants the new result.
+fn replaces(job: &JobIdentity, earlier: &JobIdentity) -> bool {
+    earlier.uid == job.uid || (earlier.name == job.name && earlier.namespace == job.namespace)
 }
 
 /// A destination that may be written.
@@ -126,10 +109,10 @@ impl<'a> Destination<'a> {
             return Ok(Some("a file".into()));
         }
         if let Ok(bytes) = fs::read(self.folder.join(MARKER))
-            && let Ok(marker) = serde_json::from_slice::<Marker>(&bytes)
+            && let Ok(earlier) = serde_json::from_slice::<JobIdentity>(&bytes)
         {
-            let other = || format!("the output of job {} ({})", marker.job_name, marker.job_uid);
-            return Ok((!marker.is_of(self.job)).then(other));
+            let other = || format!("the output of job {} ({})", earlier.name, earlier.uid);
+            return Ok((!replaces(self.job, &earlier)).then(other));
         }
         let is_empty = fs::read_dir(&self.folder).map_err(self.failed())?.next().is_none();
         Ok((!is_empty).then(|| "a folder with files".into()))
@@ -148,7 +131,7 @@ impl<'a> Destination<'a> {
             .tempdir_in(parent)
             .map_err(self.failed())?;
         self.copy(output, temporary.path(), stop)?;
-        let marker = serde_json::to_vec(&Marker::of(self.job)).expect("a marker is JSON");
+        let marker = serde_json::to_vec(self.job).expect("an identity is JSON");
         let written = fs::write(temporary.path().join(MARKER), marker)
             .and_then(|()| File::open(temporary.path().join(MARKER))?.sync_all())
             .and_then(|()| sync_folder(temporary.path()));
@@ -156,20 +139,20 @@ impl<'a> Destination<'a> {
         if stop.requested() {
             return Err(Error::Stopped);
         }
-        self.replace(temporary.keep(), &parent.join(format!("{prefix}old"))).map_err(self.failed())?;
+        self.replace(&temporary.keep(), &parent.join(format!("{prefix}old"))).map_err(self.failed())?;
         sync_folder(parent).map_err(self.failed())
     }
 
-    fn replace(&self, new: PathBuf, old: &Path) -> io::Result<()> {
+    fn replace(&self, new: &Path, old: &Path) -> io::Result<()> {
         let is_there = self.folder.exists();
         if is_there {
             fs::rename(&self.folder, old)?;
         }
-        if let Err(error) = fs::rename(&new, &self.folder) {
+        if let Err(error) = fs::rename(new, &self.folder) {
             if is_there {
                 fs::rename(old, &self.folder)?;
             }
-            let _ = fs::remove_dir_all(&new);
+            let _ = fs::remove_dir_all(new);
             return Err(error);
         }
         // What is left of it is nobody's output any more.

@@ -184,7 +184,7 @@ mod tests {
     #[test]
     fn progress_does_not_go_back_and_is_written_seldom() {
         let board = ProgressBoard::default();
-        let hour = Duration::from_secs(3600);
+        let hour = Duration::from_hours(1);
         assert!(board.note(progress(1, 5), hour), "the first one is news");
         assert!(!board.note(progress(1, 6), hour), "the next one can wait");
         assert_eq!(board.get("u").map(|progress| progress.step), Some(6));

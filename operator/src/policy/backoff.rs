@@ -6,7 +6,7 @@ use std::time::Duration;
 use crds::finetunejob::AttemptOutcome;
 
 /// The longest wait after a failure.
-const LONGEST: Duration = Duration::from_secs(300);
+const LONGEST: Duration = Duration::from_mins(5);
 /// Preempted attempts come back at once, spread a little: whatever took them away took others too.
 const SPREAD: Duration = Duration::from_secs(10);
 

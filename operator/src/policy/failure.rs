@@ -50,18 +50,18 @@ const SIGTERM_EXIT: i32 = 143;
 
 /// Reads an attempt that runs no more. `report` is its last word, from the pod or from the volume; `volume_was_read` when
 /// there is no use in asking again.
-pub fn read(attempt: &AttemptSeen, report: Option<Report>, volume_was_read: bool) -> Reading {
+pub fn read(attempt: &AttemptSeen, report: Option<&Report>, volume_was_read: bool) -> Reading {
     let ended = |outcome, reason: &str, message: String, exit_code| {
         Reading::Ended(Box::new(Ended {
             outcome,
             reason: reason.to_owned(),
             message,
             exit_code,
-            report: report.clone(),
+            report: report.cloned(),
         }))
     };
     let told = |fallback: String| {
-        let failure = report.as_ref().and_then(|report| report.failure.as_ref());
+        let failure = report.and_then(|report| report.failure.as_ref());
         failure.map_or(fallback, |failure| failure.message.clone())
     };
     let pod = attempt.newest_pod();
@@ -71,7 +71,7 @@ pub fn read(attempt: &AttemptSeen, report: Option<Report>, volume_was_read: bool
     }
     let Some(terminated) = pod.and_then(|pod| pod.terminated.as_ref()) else {
         // No container ever said how it ended. What the attempt left on the volume decides.
-        return match &report {
+        return match report {
             Some(found) => {
                 let code = found.failure.as_ref().map_or(0, |failure| failure.exit_code);
                 by_code(code, told(String::new()), &ended)
@@ -172,7 +172,7 @@ mod tests {
         use AttemptOutcome::{Done, Failed, Final, Preempted};
         let by_policy = |message: &str| gone(Some(("PodFailurePolicy", message)));
         let disrupted = Some("EvictionByEvictionAPI");
-        for (name, attempt, report, expected) in [
+        for (name, attempt, report, expected) in vec![
             ("drained with 75", attempt(75, false, disrupted), None, Some((Preempted, "Preempted"))),
             ("drained with 137", attempt(137, false, disrupted), None, Some((Preempted, "Preempted"))),
             ("drained with 0", attempt(0, false, disrupted), None, Some((Preempted, "Preempted"))),
@@ -208,7 +208,7 @@ mod tests {
             ("gone, 65 on the volume", gone(None), Some(failed(ExitCode::BadData)), Some((Final, "BadData"))),
             ("gone, 75 on the volume", gone(None), Some(failed(ExitCode::Preempted)), Some((Preempted, "Preempted"))),
         ] {
-            let found = match read(&attempt, report, false) {
+            let found = match read(&attempt, report.as_ref(), false) {
                 Reading::Ended(ended) => Some((ended.outcome, ended.reason)),
                 Reading::AskTheVolume => None,
             };

@@ -480,7 +480,7 @@ fn a_finished_job_is_deleted_when_its_time_is_over() {
     let mut world = World::new(&json!({"ttlSecondsAfterFinished": 60}));
     world.start();
     world.end(65, None);
-    assert_eq!(world.pass().wake, Some(Duration::from_secs(60)));
+    assert_eq!(world.pass().wake, Some(Duration::from_mins(1)));
     world.wait(61);
     assert_eq!(world.pass().wake, Some(Duration::ZERO));
 }
