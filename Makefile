@@ -42,9 +42,13 @@ lint: libtorch ## formatting, clippy, rustdoc
 test-data: ## fetch the chat templates that ours are compared on
 	@tools/fetch-test-data.sh
 
+# Tests on the cluster wait most of their time; the others compute.
+ON_CLUSTER := operator:: cluster:: observed::
 test: lint base-model test-data ## every test
 	@cargo build --release --workspace
-	cargo test --release --workspace
+	tests/cluster/cluster check || { status=$$?; [ $$status = 3 ] || exit $$status; }
+	cargo test --release --workspace -- $(addprefix --skip ,$(ON_CLUSTER))
+	cargo test --release --workspace --test it -- --test-threads 4 $(ON_CLUSTER)
 
 golden: base-model test-data ## write the golden files with transformers, PEFT and torch
 	@python=$$(tools/peers-env.sh)
