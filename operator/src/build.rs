@@ -4,6 +4,8 @@
 mod claim;
 mod config_map;
 mod job;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 

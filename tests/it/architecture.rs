@@ -53,11 +53,20 @@ fn dependencies_point_one_way() {
     for name in ["kube-client", "kube-runtime", "finetune-operator", "ring"] {
         assert!(!trainer.iter().any(|found| found == name), "the trainer depends on {name}");
     }
+    let operator = dependencies("finetune-operator");
+    for name in ["finetune-trainer", "tch", "tokenizers", "safetensors", "ring", "openssl-sys"] {
+        assert!(!operator.iter().any(|found| found == name), "the operator depends on {name}");
+    }
 }
 
 #[test]
 fn the_environment_is_read_in_main_and_unsafe_code_has_few_places() {
-    let reads = files_with("trainer/src", "env::var(", &["trainer/src/main.rs"]);
+    let mut reads = files_with("trainer/src", "env::var", &["trainer/src/main.rs"]);
+    reads.extend(files_with(
+        "operator/src",
+        "env::var",
+        &["operator/src/main.rs", "operator/src/bin/kubectl-finetune.rs"],
+    ));
     assert_eq!(reads, Vec::<String>::new(), "environment variables are read in main.rs only");
     let unsafe_places = [
         "trainer/src/shim.rs",
@@ -67,6 +76,21 @@ fn the_environment_is_read_in_main_and_unsafe_code_has_few_places() {
         "trainer/src/model/load.rs",
     ];
     assert_eq!(files_with("trainer/src", "unsafe {", &unsafe_places), Vec::<String>::new());
+}
+
+/// Decisions are pure: they take facts and the time, and reach for neither the API server nor a clock.
+#[test]
+fn what_decides_in_the_operator_knows_no_client_and_no_clock() {
+    for file in ["validate.rs", "build.rs", "build", "status.rs", "status", "policy", "events.rs"] {
+        let path = repository().join("operator/src").join(file);
+        let files = if path.is_dir() { rust_files(&path) } else { vec![path] };
+        for path in files {
+            let text = fs::read_to_string(&path).expect("readable");
+            for word in ["kube::Client", "Api<", "Timestamp::now", "SystemTime", "Instant::now", ".await"] {
+                assert!(!text.contains(word), "{} has {word}", path.display());
+            }
+        }
+    }
 }
 
 #[test]
@@ -88,7 +112,14 @@ fn documented_files_targets_and_commands_exist() {
     let help = Command::new(harness::trainer_binary()).arg("--help").output().expect("the trainer runs");
     let help = String::from_utf8(help.stdout).expect("UTF-8");
     let mut checked = 0;
-    for page in ["README.md", "docs/architecture.md", "docs/benchmarks.md"] {
+    for page in [
+        "README.md",
+        "docs/architecture.md",
+        "docs/benchmarks.md",
+        "docs/user-guide.md",
+        "docs/profiles.md",
+        "docs/security.md",
+    ] {
         let text = fs::read_to_string(root.join(page)).unwrap_or_else(|error| panic!("{page}: {error}"));
         let folder = root.join(page).parent().expect("a folder").to_path_buf();
         for target in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
