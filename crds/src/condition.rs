@@ -93,8 +93,6 @@ pub mod reason {
 
         /// Suspended: `spec.suspend` is true.
         SUSPENDED_BY_USER = "SuspendedByUser";
-        /// Suspended: the queue holds the job.
-        SUSPENDED_BY_QUEUE = "SuspendedByQueue";
         /// Suspended: no longer.
         RESUMED = "Resumed";
 
@@ -110,12 +108,16 @@ pub mod reason {
         START_DEADLINE_EXCEEDED = "StartDeadlineExceeded";
         /// An attempt ended and left neither a pod nor a report.
         REPORT_MISSING = "ReportMissing";
+        /// The kubelet took the pod of an attempt and did not run it.
+        POD_REJECTED = "PodRejected";
         /// An attempt was killed: no condition says by whom.
         KILLED = "Killed";
         /// The Job of an attempt was deleted by someone else.
         JOB_DELETED = "JobDeleted";
         /// An attempt was held by `spec.suspend`.
         HELD = "Held";
+        /// Failed: the plan that the job was accepted with is gone or was changed.
+        PLAN_LOST = "PlanLost";
         /// Failed: several attempts in a row left no new checkpoint.
         NO_PROGRESS = "NoProgress";
     }
@@ -142,8 +144,6 @@ pub mod event {
         PREEMPTED = "Preempted";
         /// An attempt continues a checkpoint.
         RESUMED = "Resumed";
-        /// Training ended for lack of improvement.
-        EARLY_STOPPED = "EarlyStopped";
         /// All gates hold.
         VALIDATION_PASSED = "ValidationPassed";
         /// A gate does not hold.

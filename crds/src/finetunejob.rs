@@ -77,6 +77,23 @@ pub use validation::{
     validation = Rule::new(
         "has(self.profile) == has(oldSelf.profile) && (!has(self.profile) || self.profile == oldSelf.profile)"
     ).message("profile is immutable"),
+    validation = Rule::new(
+        "self.nodes == oldSelf.nodes && has(self.resources) == has(oldSelf.resources) && \
+         (!has(self.resources) || self.resources == oldSelf.resources) && \
+         has(self.scheduling) == has(oldSelf.scheduling) && \
+         (!has(self.scheduling) || self.scheduling == oldSelf.scheduling) && \
+         has(self.checkpoint) == has(oldSelf.checkpoint) && \
+         (!has(self.checkpoint) || self.checkpoint == oldSelf.checkpoint)"
+    ).message("nodes, resources, scheduling and checkpoint are immutable; create a new FineTuneJob"),
+    validation = Rule::new(
+        "has(self.validation) == has(oldSelf.validation) && \
+         (!has(self.validation) || self.validation == oldSelf.validation) && \
+         has(self.earlyStopping) == has(oldSelf.earlyStopping) && \
+         (!has(self.earlyStopping) || self.earlyStopping == oldSelf.earlyStopping) && \
+         has(self.output) == has(oldSelf.output) && (!has(self.output) || self.output == oldSelf.output) && \
+         has(self.failurePolicy) == has(oldSelf.failurePolicy) && \
+         (!has(self.failurePolicy) || self.failurePolicy == oldSelf.failurePolicy)"
+    ).message("validation, earlyStopping, output and failurePolicy are immutable; create a new FineTuneJob"),
     validation = Rule::new("!oldSelf.stopRequested || self.stopRequested").message("stopRequested cannot be taken back"),
     validation = Rule::new(
         "!has(self.validation) || !has(self.validation.gates) || size(self.validation.gates) == 0 || \

@@ -11,7 +11,7 @@ mod tests;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-pub use cluster::{VolumeClaim, claim_of, hyperparameters_spec, volume_claim};
+pub use cluster::{VolumeClaim, claim_of, decimal_text, hyperparameters_spec, volume_claim};
 pub use resources::{accelerators, training_resources};
 
 use crate::condition::reason;

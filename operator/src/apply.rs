@@ -4,7 +4,6 @@
 use crds::FineTuneJob;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ConfigMap, PersistentVolumeClaim};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::{Api, DeleteParams, PostParams, Preconditions, PropagationPolicy};
 use kube::core::NamespaceResourceScope;
 use kube::{Client, Resource, ResourceExt};
@@ -41,7 +40,7 @@ pub enum Act {
 }
 
 /// What a job needs now, in the order in which it is done. Pure.
-pub fn acts(job: &FineTuneJob, plan: &Plan, observed: &Observed) -> Vec<Act> {
+pub fn acts(job: &FineTuneJob, plan: Option<&Plan>, observed: &Observed) -> Vec<Act> {
     let status = job.status.clone().unwrap_or_default();
     let Some(current) = status.job_refs.last() else { return Vec::new() };
     let mut acts = Vec::new();
@@ -55,9 +54,7 @@ pub fn acts(job: &FineTuneJob, plan: &Plan, observed: &Observed) -> Vec<Act> {
         acts.extend(running(&attempt).map(|uid| Act::DeleteJob { name: current.name.clone(), uid }));
         return acts;
     }
-    if current.outcome.is_some() {
-        return acts;
-    }
+    let Some(plan) = plan.filter(|_| current.outcome.is_none()) else { return acts };
     if job.spec.stop_requested {
         acts.push(Act::Control(Box::new(build_control(job))));
     }
@@ -77,11 +74,18 @@ pub async fn apply(client: &Client, job: &FineTuneJob, acts: Vec<Act>) -> Result
     let mut applied = Applied::default();
     for act in acts {
         let made = match act {
-            Act::ConfigMap(map) | Act::Control(map) => create(client, job, &namespace, &*map, is_owned_by).await?,
-            Act::Claim(claim) => create(client, job, &namespace, &*claim, is_labelled_for).await?,
-            Act::ReportJob(child) => create(client, job, &namespace, &*child, is_owned_by).await?,
+            Act::ConfigMap(map) | Act::Control(map) => {
+                // An owner reference proves nothing: what the pod reads must be what was planned.
+                let is_ours = |found: &ConfigMap| is_owned_by(&found.metadata, job) && found.data == map.data;
+                create(client, &namespace, &*map, is_ours).await?
+            }
+            Act::Claim(claim) => {
+                let is_ours = |found: &PersistentVolumeClaim| is_labelled_for(&found.metadata, job);
+                create(client, &namespace, &*claim, is_ours).await?
+            }
+            Act::ReportJob(child) => create(client, &namespace, &*child, owned_by(job)).await?,
             Act::StageJob(child) => {
-                let made = create(client, job, &namespace, &*child, is_owned_by).await?;
+                let made = create(client, &namespace, &*child, owned_by(job)).await?;
                 if let Made::Ours(uid) = &made {
                     applied.created_uid.clone_from(uid);
                 }
@@ -116,12 +120,15 @@ enum Made {
     Refused(String),
 }
 
+fn owned_by(job: &FineTuneJob) -> impl Fn(&Job) -> bool {
+    |found| is_owned_by(&found.metadata, job)
+}
+
 async fn create<K>(
     client: &Client,
-    job: &FineTuneJob,
     namespace: &str,
     object: &K,
-    is_ours: fn(&ObjectMeta, &FineTuneJob) -> bool,
+    is_ours: impl Fn(&K) -> bool,
 ) -> Result<Made, kube::Error>
 where
     K: Resource<Scope = NamespaceResourceScope, DynamicType = ()>
@@ -136,7 +143,7 @@ where
         Ok(created) => Ok(Made::Ours(created.meta().uid.clone())),
         Err(kube::Error::Api(status)) if status.is_already_exists() => {
             Ok(match api.get_opt(&object.name_any()).await? {
-                Some(found) if is_ours(found.meta(), job) => Made::Ours(found.meta().uid.clone()),
+                Some(found) if is_ours(&found) => Made::Ours(found.meta().uid.clone()),
                 Some(_) => Made::Taken(what),
                 None => Made::Refused(format!("{what} was deleted while it was made")),
             })

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use crds::condition::reason;
 use crds::profile::Profiles;
 use crds::{FineTuneJob, FineTuneJobStatus};
 use futures::StreamExt;
@@ -20,12 +21,12 @@ use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Client, Resource, ResourceExt};
 use serde_json::json;
 
-use crate::apply::{self, acts, apply};
-use crate::build::{JOB_NAME_LABEL, MANAGED_BY_LABEL, MANAGER};
+use crate::apply::{self, Act, acts, apply};
+use crate::build::{JOB_NAME_LABEL, MANAGED_BY_LABEL, MANAGER, config_map_name};
 use crate::events::events;
 use crate::observe::progress::{Intervals, ProgressBoard, poll};
 use crate::observe::{self, Caches, Observed, observe};
-use crate::status::{Applied, Timing, is_terminal, next_status};
+use crate::status::{Timing, is_terminal, next_status};
 use crate::telemetry::Telemetry;
 use crate::validate::{Invalid, Plan, validate};
 
@@ -39,6 +40,8 @@ const WATCH_TIMEOUT_SECONDS: u32 = 200;
 const PAGE: u32 = 500;
 /// A running job is looked at again so often, whatever the watches say.
 const RESYNC: Duration = Duration::from_mins(8);
+/// The longest pass: a few calls, each of which may begin its answer late.
+const PASS_DEADLINE: Duration = Duration::from_mins(1);
 /// After an error that time can mend.
 const RETRY: Duration = Duration::from_secs(10);
 /// What the cache of jobs lacks of our own last write arrives within.
@@ -65,16 +68,21 @@ pub struct Context {
     pub telemetry: Arc<Telemetry>,
     caches: Caches,
     board: Arc<ProgressBoard>,
-    memory: Mutex<HashMap<String, Remembered>>,
+    /// By namespace and name.
+    memory: Mutex<HashMap<(String, String), Remembered>>,
 }
 
 /// What is known of a job besides what the API server holds; losing it costs a request.
 #[derive(Clone, Debug, Default)]
 struct Remembered {
+    /// Of the job that is remembered: another one may come to have its name.
+    uid: Option<String>,
     /// The plan never changes.
     plan: Option<Plan>,
     /// `resourceVersion` of our own last write.
     written: Option<u64>,
+    /// The trainer's control file says so.
+    told_to_stop: bool,
 }
 
 /// A pass failed for reasons outside of the job.
@@ -89,6 +97,9 @@ pub enum Error {
     /// The status could not be written.
     #[error("cannot write the status")]
     Status(#[source] Box<kube::Error>),
+    /// The API server began to answer and did not end.
+    #[error("the API server did not end its answer within {} s", PASS_DEADLINE.as_secs())]
+    Deadline,
 }
 
 impl Error {
@@ -98,6 +109,7 @@ impl Error {
             Self::Observe(_) => "observe",
             Self::Apply(_) => "apply",
             Self::Status(_) => "status",
+            Self::Deadline => "deadline",
         }
     }
 
@@ -105,7 +117,7 @@ impl Error {
     fn cause(&self) -> String {
         let source = match self {
             Self::Apply(source) | Self::Status(source) | Self::Observe(observe::Error::Get { source, .. }) => source,
-            Self::Observe(observe::Error::Plan { .. }) => return String::new(),
+            Self::Observe(observe::Error::Plan { .. }) | Self::Deadline => return String::new(),
         };
         match &**source {
             kube::Error::Api(status) => format!(": {}", status.message),
@@ -156,11 +168,17 @@ pub async fn run(shared: Shared, namespace: Option<String>) {
     let (tell, told) = tokio::sync::mpsc::unbounded_channel();
     let told = futures::stream::unfold(told, async |mut told| told.recv().await.map(|job| (job, told)));
     let board = Arc::new(ProgressBoard::default());
-    let polling = poll(pod_store.clone(), Arc::clone(&board), intervals, tell);
+    let caches = Caches { jobs: job_store, pods: pod_store };
+    let polling = poll(caches.clone(), Arc::clone(&board), intervals, tell);
 
-    let jobs = Api::<Guarded>::all(client.clone());
-    let jobs = namespace.as_deref().map_or(jobs, |namespace| Api::namespaced(client.clone(), namespace));
-    let controller = Controller::new(jobs, config())
+    let (store, writer) = reflector::store::<Guarded>();
+    let jobs = watcher(api::<Guarded>(&client, namespace.as_deref()), config())
+        .default_backoff()
+        .modify(|guarded| guarded.meta_mut().managed_fields = None)
+        .reflect(writer)
+        // Also what is gone: it is to be forgotten.
+        .touched_objects();
+    let controller = Controller::for_stream(jobs, store)
         .with_config(Config::default().concurrency(CONCURRENCY).debounce(DEBOUNCE))
         .owns_stream(children)
         .watches_stream(pods, |pod| job_of(&pod))
@@ -173,15 +191,19 @@ pub async fn run(shared: Shared, namespace: Option<String>) {
         intervals,
         recorder,
         telemetry,
-        caches: Caches { jobs: job_store, pods: pod_store },
+        caches,
         board,
         memory: Mutex::default(),
     });
-    let passes = controller.run(reconcile, error_policy, Arc::clone(&context)).for_each(async |pass| {
-        if let Err(error) = pass {
-            // A watch that failed is asked again by itself; a pass that failed was told by the error policy.
-            tracing::debug!("{error}");
+    let passes = controller.run(reconcile, error_policy, Arc::clone(&context)).for_each(async |pass| match pass {
+        Ok(_) => {}
+        Err(kube::runtime::controller::Error::ObjectNotFound(gone)) => {
+            context.forget(&gone.name, gone.namespace.as_deref());
         }
+        // It is asked again by itself; a right that is missing shows here.
+        Err(kube::runtime::controller::Error::QueueError(error)) => tracing::warn!("a watch failed: {error}"),
+        // Told by the error policy.
+        Err(error) => tracing::debug!("{error}"),
     });
     tokio::select! {
         () = passes => {}
@@ -235,7 +257,10 @@ fn error_policy(guarded: Arc<Guarded>, error: &Error, context: Arc<Context>) -> 
 async fn reconcile(guarded: Arc<Guarded>, context: Arc<Context>) -> Result<Action, Error> {
     let started = std::time::Instant::now();
     let result = match &guarded.0 {
-        Ok(job) => Box::pin(pass(job, &context)).await,
+        // The client's own deadline ends with the headers of an answer.
+        Ok(job) => {
+            tokio::time::timeout(PASS_DEADLINE, Box::pin(pass(job, &context))).await.unwrap_or(Err(Error::Deadline))
+        }
         Err(invalid) => {
             let name = ObjectRef::from_obj(&*guarded);
             tracing::warn!("{name} is not a FineTuneJob of this version, and is left alone: {invalid}");
@@ -251,24 +276,23 @@ async fn pass(job: &FineTuneJob, context: &Context) -> Result<Action, Error> {
         return Ok(Action::await_change());
     }
     if job.metadata.deletion_timestamp.is_some() {
-        context.forget(job);
         return Ok(Action::await_change());
     }
     if context.is_behind(job) {
         return Ok(Action::requeue(CACHE_DELAY));
     }
+    // What is in no cache is not therefore missing, least of all before they are filled.
+    context.caches.wait_until_ready().await;
     let before = job.status.clone().unwrap_or_default();
     let progress = context.board.get(&job.uid().unwrap_or_default());
     let observed = observe(&context.client, &context.caches, job, context.known_plan(job), progress).await?; // I/O
     let plan = plan(job, context, &observed);
-    let applied = match &plan {
-        Ok(plan) => {
-            context.remember_plan(job, plan, &observed);
-            let wanted = acts(job, plan, &observed);
-            apply(&context.client, job, wanted).await.map_err(|error| Error::Apply(Box::new(error)))? // I/O
-        }
-        Err(_) => Applied::default(),
-    };
+    if let Ok(plan) = &plan {
+        context.remember_plan(job, plan, &observed);
+    }
+    let mut wanted = acts(job, plan.as_ref().ok(), &observed);
+    wanted.retain(|act| !(matches!(act, Act::Control(_)) && context.was_told_to_stop(job)));
+    let applied = apply(&context.client, job, wanted).await.map_err(|error| Error::Apply(Box::new(error)))?; // I/O
     let next = next_status(job, plan.as_ref(), &observed, &applied, context.timing, Timestamp::now());
     if next.status != before {
         publish(job, &before, &next.status, context).await?; // I/O
@@ -276,6 +300,8 @@ async fn pass(job: &FineTuneJob, context: &Context) -> Result<Action, Error> {
     if is_terminal(&next.status) {
         context.forget_plan(job);
         return match next.wake {
+            // The version that the deletion would name is not in the cache yet.
+            Some(Duration::ZERO) if next.status != before => Ok(Action::requeue(CACHE_DELAY)),
             Some(Duration::ZERO) => {
                 let deleted = apply::delete_finetunejob(&context.client, job).await; // I/O
                 deleted.map_err(|error| Error::Apply(Box::new(error)))?;
@@ -293,9 +319,27 @@ async fn pass(job: &FineTuneJob, context: &Context) -> Result<Action, Error> {
     })
 }
 
-/// The plan that the job was accepted with, else one by today's profiles.
+/// The plan that the job was accepted with; before that, and where its ConfigMap is gone and they still say the same, one by
+/// today's profiles.
 fn plan(job: &FineTuneJob, context: &Context, observed: &Observed) -> Result<Plan, Invalid> {
-    observed.plan.clone().map_or_else(|| validate(job, &context.profiles), Ok)
+    if let Some(plan) = &observed.plan {
+        return Ok(plan.clone());
+    }
+    let plan = validate(job, &context.profiles);
+    let status = job.status.as_ref().filter(|status| !status.job_refs.is_empty() && !is_terminal(status));
+    let Some(accepted) =
+        status.map(|status| status.resolved.as_ref().and_then(|resolved| resolved.plan_digest.clone()))
+    else {
+        return plan;
+    };
+    plan.ok().filter(|plan| Some(plan.digest()) == accepted).ok_or_else(|| {
+        let name = config_map_name(job);
+        let message = format!(
+            "the ConfigMap {name} is gone or was changed, and today's profile makes another run; checkpoints and results are \
+             still on the volume: create a new FineTuneJob"
+        );
+        Invalid { reason: reason::PLAN_LOST, message }
+    })
 }
 
 /// From 0.75 to 1.25, the same for the same job: a restart does not bring all jobs back at once for ever.
@@ -338,53 +382,53 @@ async fn publish(
 }
 
 impl Context {
-    fn memory(&self) -> std::sync::MutexGuard<'_, HashMap<String, Remembered>> {
-        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
+    /// What is remembered of this very job.
+    fn remembered<T>(&self, job: &FineTuneJob, use_it: impl FnOnce(&mut Remembered) -> T) -> T {
+        let mut memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
+        let remembered = memory.entry((job.namespace().unwrap_or_default(), job.name_any())).or_default();
+        if remembered.uid != job.metadata.uid {
+            *remembered = Remembered { uid: job.metadata.uid.clone(), ..Remembered::default() };
+        }
+        use_it(remembered)
     }
 
     fn known_plan(&self, job: &FineTuneJob) -> Option<Plan> {
-        self.memory().get(&job.uid()?)?.plan.clone()
+        self.remembered(job, |remembered| remembered.plan.clone())
     }
 
-    /// A plan is kept once the ConfigMap that holds it was seen, or is about to be made of it.
+    /// A plan is kept once the ConfigMap that holds it was seen.
     fn remember_plan(&self, job: &FineTuneJob, plan: &Plan, observed: &Observed) {
-        let is_recorded = observed.plan.is_some();
-        if let (true, Some(uid)) = (is_recorded, job.uid()) {
-            let mut memory = self.memory();
-            let remembered = memory.entry(uid).or_default();
-            if remembered.plan.is_none() {
-                remembered.plan = Some(plan.clone());
-            }
+        if observed.plan.is_some() {
+            self.remembered(job, |remembered| {
+                remembered.plan.get_or_insert_with(|| plan.clone());
+            });
         }
     }
 
     fn remember_write(&self, written: &FineTuneJob) {
         let version = written.resource_version().and_then(|version| version.parse().ok());
-        if let Some(uid) = written.uid() {
-            self.memory().entry(uid).or_default().written = version;
-        }
+        self.remembered(written, |remembered| remembered.written = version);
     }
 
     /// Whether the cache has not seen our own last write. Versions of one kind of object are ordered.
     fn is_behind(&self, job: &FineTuneJob) -> bool {
-        let Some(uid) = job.uid() else { return false };
-        let written = self.memory().get(&uid).and_then(|remembered| remembered.written);
+        let written = self.remembered(job, |remembered| remembered.written);
         let seen = job.resource_version().and_then(|version| version.parse::<u64>().ok());
         written.zip(seen).is_some_and(|(written, seen)| seen < written)
     }
 
-    fn forget_plan(&self, job: &FineTuneJob) {
-        if let Some(uid) = job.uid()
-            && let Some(remembered) = self.memory().get_mut(&uid)
-        {
-            remembered.plan = None;
-        }
+    /// Whether the control file was made before; from now on it was.
+    fn was_told_to_stop(&self, job: &FineTuneJob) -> bool {
+        self.remembered(job, |remembered| std::mem::replace(&mut remembered.told_to_stop, true))
     }
 
-    fn forget(&self, job: &FineTuneJob) {
-        if let Some(uid) = job.uid() {
-            self.memory().remove(&uid);
-        }
+    fn forget_plan(&self, job: &FineTuneJob) {
+        self.remembered(job, |remembered| remembered.plan = None);
+    }
+
+    fn forget(&self, name: &str, namespace: Option<&str>) {
+        let mut memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
+        memory.remove(&(namespace.unwrap_or_default().to_owned(), name.to_owned()));
     }
 }
 

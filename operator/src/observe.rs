@@ -15,7 +15,8 @@ use kube::runtime::reflector::{ObjectRef, Store};
 use kube::{Client, ResourceExt};
 
 use crate::build::{self, CONTAINER};
-use crate::validate::Plan;
+use crate::status::is_terminal;
+use crate::validate::{Plan, digest_of_files};
 
 /// Everything that a decision about a job may depend on, besides the job itself and the time.
 #[derive(Clone, Debug, Default)]
@@ -75,6 +76,8 @@ pub struct PodSeen {
     pub created: Option<Time>,
     /// It has not ended: its containers may still write.
     pub live: bool,
+    /// It ended before a container ran: the kubelet's reason and sentence.
+    pub rejected: Option<(String, String)>,
     /// It was asked to end.
     pub terminating: bool,
     /// No node can take it: the scheduler's sentence.
@@ -159,7 +162,7 @@ pub enum Error {
         source: Box<kube::Error>,
     },
     /// The ConfigMap of a job does not hold what it was made with.
-    #[error("ConfigMap {name}: plan.yaml is not a plan of this operator ({message}); it must not be edited")]
+    #[error("ConfigMap {name}: plan.yaml is not a plan that this version understands ({message})")]
     Plan {
         /// Its name.
         name: String,
@@ -177,6 +180,15 @@ pub struct Caches {
     pub pods: Store<Pod>,
 }
 
+impl Caches {
+    /// Returns when both hold what the API server held when it was first asked.
+    pub async fn wait_until_ready(&self) {
+        // A writer that was dropped ends the controller, and this pass with it.
+        let _ = self.jobs.wait_until_ready().await;
+        let _ = self.pods.wait_until_ready().await;
+    }
+}
+
 /// Looks at the newest attempt of a job.
 pub async fn observe(
     client: &Client,
@@ -187,14 +199,17 @@ pub async fn observe(
 ) -> Result<Observed, Error> {
     let status = job.status.clone().unwrap_or_default();
     let Some(current) = status.job_refs.last() else { return Ok(Observed::default()) };
+    let digest = status.resolved.as_ref().and_then(|resolved| resolved.plan_digest.as_deref());
     let plan = match known_plan {
         Some(plan) => Some(plan),
-        None => recorded_plan(client, job).await?,
+        // Nothing is made any more.
+        None if is_terminal(&status) => None,
+        None => recorded_plan(client, job, digest).await?,
     };
     let attempt = attempt(client, caches, job, current).await?;
     let report_name = build::report_job_name(job, current);
     let report_job = find_job(caches, job, &report_name)
-        .map(|found| AttemptSeen { pods: pods_of(caches, job, &report_name), job: job_seen(&found, job) });
+        .map(|found| AttemptSeen { pods: pods_of(caches, job, found.uid().as_deref()), job: job_seen(&found, job) });
     let queued = matches!(attempt.job, JobSeen::Present { suspended: true, finished: false, .. });
     let queue = match (&attempt.job, queued) {
         (JobSeen::Present { uid, .. }, true) => Some(queue(client, job, uid).await?),
@@ -203,16 +218,18 @@ pub async fn observe(
     Ok(Observed { plan, attempt: Some(attempt), report_job, progress, queue })
 }
 
-async fn recorded_plan(client: &Client, job: &FineTuneJob) -> Result<Option<Plan>, Error> {
+/// The plan in the ConfigMap, if it is the one that the job was accepted with.
+async fn recorded_plan(client: &Client, job: &FineTuneJob, digest: Option<&str>) -> Result<Option<Plan>, Error> {
     let name = build::config_map_name(job);
     let maps: Api<ConfigMap> = Api::namespaced(client.clone(), &job.namespace().unwrap_or_default());
     let failed = |source| Error::Get { kind: "ConfigMap", name: name.clone(), source: Box::new(source) };
     let Some(map) = maps.get_opt(&name).await.map_err(failed)? else { return Ok(None) };
-    if !build::is_owned_by(&map.metadata, job) {
+    let file = |name: &str| map.data.as_ref().and_then(|data| data.get(name)).map_or("", String::as_str);
+    // Whoever may make a ConfigMap can make one that names the job as its owner; the status is the operator's alone.
+    if digest != Some(digest_of_files(file(build::RUN_FILE), file(build::PLAN_FILE)).as_str()) {
         return Ok(None);
     }
-    let text = map.data.as_ref().and_then(|data| data.get(build::PLAN_FILE)).map_or("", String::as_str);
-    match serde_saphyr::from_str(text) {
+    match serde_saphyr::from_str(file(build::PLAN_FILE)) {
         Ok(plan) => Ok(Some(plan)),
         Err(error) => Err(Error::Plan { name, message: error.without_snippet().to_string() }),
     }
@@ -224,10 +241,10 @@ async fn attempt(
     job: &FineTuneJob,
     current: &JobReference,
 ) -> Result<AttemptSeen, Error> {
-    let pods = pods_of(caches, job, &current.name);
     if let Some(found) = find_job(caches, job, &current.name) {
-        return Ok(AttemptSeen { job: job_seen(&found, job), pods });
+        return Ok(AttemptSeen { job: job_seen(&found, job), pods: pods_of(caches, job, found.uid().as_deref()) });
     }
+    let pods = pods_of(caches, job, current.uid.as_deref());
     // A Job that was seen before and is in no cache: the cache may be behind, or the Job is gone.
     if current.uid.is_none() || current.outcome.is_some() {
         return Ok(AttemptSeen { job: JobSeen::Missing, pods });
@@ -261,18 +278,19 @@ fn job_seen(found: &Job, job: &FineTuneJob) -> JobSeen {
     }
 }
 
-/// Pods of a Job of this job, oldest first.
-fn pods_of(caches: &Caches, job: &FineTuneJob, name: &str) -> Vec<PodSeen> {
-    let (namespace, uid) = (job.namespace(), job.uid().unwrap_or_default());
-    let is_of = |pod: &Pod| {
-        let labels = pod.labels();
-        pod.metadata.namespace == namespace
-            && labels.get(build::JOB_UID_LABEL) == Some(&uid)
-            && labels.get("batch.kubernetes.io/job-name").is_some_and(|of| of == name)
-    };
+/// Pods of the Job with this UID, oldest first. Labels prove nothing: anybody may set them.
+fn pods_of(caches: &Caches, job: &FineTuneJob, child_uid: Option<&str>) -> Vec<PodSeen> {
+    let (namespace, Some(child_uid)) = (job.namespace(), child_uid) else { return Vec::new() };
+    let is_of = |pod: &Pod| pod.metadata.namespace == namespace && controller_uid(pod) == Some(child_uid);
     let mut pods: Vec<PodSeen> = caches.pods.state_filter(is_of).iter().map(|pod| pod_seen(pod)).collect();
     pods.sort_by(|a, b| (&a.created, &a.name).cmp(&(&b.created, &b.name)));
     pods
+}
+
+/// `metadata.uid` of the Job that a pod belongs to.
+pub fn controller_uid(pod: &Pod) -> Option<&str> {
+    let owners = pod.metadata.owner_references.as_deref().unwrap_or_default();
+    owners.iter().find(|owner| owner.controller == Some(true)).map(|owner| owner.uid.as_str())
 }
 
 /// What a pod shows, of its trainer container.
@@ -288,6 +306,8 @@ pub fn pod_seen(pod: &Pod) -> PodSeen {
         uid: pod.uid().unwrap_or_default(),
         created: pod.metadata.creation_timestamp.clone(),
         live: !matches!(phase, "Succeeded" | "Failed"),
+        rejected: (phase == "Failed" && container.is_none())
+            .then(|| (status.reason.clone().unwrap_or_default(), status.message.clone().unwrap_or_default())),
         terminating: pod.metadata.deletion_timestamp.is_some(),
         unschedulable: condition("PodScheduled")
             .filter(|condition| condition.status == "False" && condition.reason.as_deref() == Some("Unschedulable"))
@@ -324,7 +344,9 @@ async fn queue(client: &Client, job: &FineTuneJob, child_uid: &str) -> Result<Qu
         Err(kube::Error::Api(status)) if status.is_not_found() => return Ok(QueueSeen::ControllerMissing),
         Err(source) => return Err(Error::Get { kind: "Workload", name: job.name_any(), source: Box::new(source) }),
     };
-    let Some(workload) = found.items.first() else { return Ok(QueueSeen::ControllerMissing) };
+    let Some(workload) = found.items.first() else {
+        return Ok(QueueSeen::Waiting("the queue's controller has not looked at the Job yet".into()));
+    };
     let conditions = workload.data["status"]["conditions"].as_array().cloned().unwrap_or_default();
     let message = |name: &str, status: &str| {
         let condition =

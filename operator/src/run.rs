@@ -100,7 +100,15 @@ async fn live(arguments: Arguments, environment: Environment) -> Result<(), anyh
         .with_layer(&HearingLayer(std::sync::Arc::clone(&telemetry)))
         .with_layer(&tower::timeout::TimeoutLayer::new(CALL_DEADLINE))
         .build();
-    let identity = environment.pod_name.unwrap_or_else(|| MANAGER.to_owned());
+    // Outside of a pod two operators must not take each other for themselves.
+    let identity = environment.pod_name.unwrap_or_else(|| format!("{MANAGER}-{}", std::process::id()));
+    for (name, profile) in &profiles {
+        if profile.image.as_ref().is_some_and(|image| !image.contains("@sha256:")) {
+            tracing::warn!(
+                "profile {name}: its image is named by a tag; a tag that moves gives a job's next attempt another trainer"
+            );
+        }
+    }
     let reporter = Reporter { controller: MANAGER.to_owned(), instance: Some(identity.clone()) };
     let shared = Shared {
         recorder: Recorder::new(client.clone(), reporter),

@@ -143,6 +143,10 @@ impl Transition<'_> {
         self.refresh_generations();
         let plan = match plan {
             Ok(plan) => plan,
+            // Accepted once, and now nothing says any more what was accepted.
+            Err(invalid) if !self.status.job_refs.is_empty() => {
+                return self.finish(condition::FAILED, invalid.reason, &invalid.message);
+            }
             Err(invalid) => {
                 self.status.phase = Some(Phase::Pending);
                 self.set(condition::ACCEPTED, ConditionStatus::False, invalid.reason, &invalid.message);
@@ -158,16 +162,16 @@ impl Transition<'_> {
         }
         self.accept(plan);
         self.note_attempt(applied);
-        if self.check_deadlines() {
+        if self.check_deadlines(plan) {
             return;
         }
         let ended = self.note_end(plan);
         if let Some(ended) = ended
-            && self.conclude(&ended)
+            && self.conclude(plan, &ended)
         {
             return;
         }
-        self.hold_or_go_on();
+        self.hold_or_go_on(plan);
         self.describe(plan, applied);
     }
 
@@ -180,10 +184,6 @@ impl Transition<'_> {
 
     fn accept(&mut self, plan: &Plan) {
         self.set(condition::ACCEPTED, ConditionStatus::True, reason::RESOLVED, "");
-        let resolved = self.status.resolved.get_or_insert_with(ResolvedStatus::default);
-        resolved.hyperparameters.get_or_insert_with(|| crds::resolve::hyperparameters_spec(&plan.run.hyperparameters));
-        resolved.image.get_or_insert_with(|| plan.pods.image.clone());
-        resolved.claim.get_or_insert_with(|| plan.claim.name().to_owned());
         if plan.run.output.uri.is_none() && is_unknown(&self.status, condition::PUBLISHED) {
             self.set(
                 condition::PUBLISHED,
@@ -230,7 +230,7 @@ impl Transition<'_> {
         self.status.job_refs.last()
     }
 
-    fn check_deadlines(&mut self) -> bool {
+    fn check_deadlines(&mut self, plan: &Plan) -> bool {
         let trains =
             self.current().is_some_and(|current| current.stage == PodStage::Train && current.outcome.is_none());
         let running_since = self
@@ -242,8 +242,19 @@ impl Transition<'_> {
         let has_trained = self.status.job_refs.iter().any(|attempt| {
             attempt.stage == PodStage::Publish || (attempt.stage == PodStage::Train && attempt.start_time.is_some())
         }) || self.status.usage.as_ref().is_some_and(|usage| usage.train_seconds > 0);
-        match deadline(&self.job.spec, &self.status, created, has_trained, running_since, self.now) {
+        let is_trained = self
+            .status
+            .job_refs
+            .iter()
+            .any(|attempt| attempt.stage == PodStage::Train && attempt.outcome == Some(AttemptOutcome::Done));
+        if is_trained {
+            return false;
+        }
+        // Whoever holds a job does not wait for it.
+        let starts = has_trained || self.job.spec.suspend;
+        match deadline(&self.job.spec, &self.status, created, starts, running_since, self.now) {
             Deadline::Over { reason, message } => {
+                self.end_by_deadline(plan, reason, &message);
                 self.finish(condition::FAILED, reason, &message);
                 true
             }
@@ -253,6 +264,27 @@ impl Transition<'_> {
             }
             Deadline::None => false,
         }
+    }
+
+    /// The attempt that a deadline ends is counted as what it was.
+    fn end_by_deadline(&mut self, plan: &Plan, reason: &str, message: &str) {
+        let Some(current) = self.current().filter(|current| current.outcome.is_none()).cloned() else { return };
+        let ended = Ended {
+            outcome: AttemptOutcome::Final,
+            reason: reason.to_owned(),
+            message: message.to_owned(),
+            exit_code: None,
+            report: None,
+        };
+        self.record_end(plan, &current, &ended, Time(self.now));
+    }
+
+    fn record_end(&mut self, plan: &Plan, current: &JobReference, ended: &Ended, finished: Time) {
+        self.count(plan, current, ended, &finished);
+        let recorded = self.status.job_refs.last_mut().expect("there is a current one");
+        recorded.outcome = Some(ended.outcome);
+        recorded.reason = Some(ended.reason.clone());
+        recorded.completion_time = Some(finished);
     }
 
     /// Records how the newest attempt ended, once it has.
@@ -274,13 +306,10 @@ impl Transition<'_> {
         if self.job.spec.suspend && !matches!(ended.outcome, AttemptOutcome::Done | AttemptOutcome::Final) {
             *ended = Ended { report: ended.report.take(), ..Ended::held() };
         }
-        let finished =
-            attempt.newest_pod().and_then(|pod| pod.terminated.as_ref()?.finished.clone()).unwrap_or(Time(self.now));
-        self.count(plan, &current, &ended, &finished);
-        let recorded = self.status.job_refs.last_mut().expect("there is a current one");
-        recorded.outcome = Some(ended.outcome);
-        recorded.reason = Some(ended.reason.clone());
-        recorded.completion_time = Some(finished);
+        let told = attempt.newest_pod().and_then(|pod| pod.terminated.as_ref()?.finished.clone());
+        // The node's clock may be ahead of ours.
+        let finished = told.filter(|told| told.0 <= self.now).unwrap_or(Time(self.now));
+        self.record_end(plan, &current, &ended, finished);
         Some(*ended)
     }
 
@@ -292,7 +321,9 @@ impl Transition<'_> {
             AttemptOutcome::Done | AttemptOutcome::Final | AttemptOutcome::Suspended => {}
         }
         if current.stage == PodStage::Train {
-            count_progress(attempts, ended, self.observed);
+            // Of a trainer that was killed the last word is what it told before.
+            let known = self.status.checkpoints.last().map(|checkpoint| checkpoint.step);
+            count_progress(attempts, known, ended, self.observed);
             let usage = self.status.usage.get_or_insert_with(UsageStatus::default);
             let seconds = current.start_time.as_ref().map_or(0, |start| seconds_between(start.0, finished.0));
             usage.train_seconds += seconds;
@@ -314,7 +345,7 @@ impl Transition<'_> {
     }
 
     /// What the end of an attempt means for the job; true when the job has ended.
-    fn conclude(&mut self, ended: &Ended) -> bool {
+    fn conclude(&mut self, plan: &Plan, ended: &Ended) -> bool {
         let policy = self.job.spec.failure_policy.clone();
         let max_retries = policy.as_ref().and_then(|policy| policy.max_retries).unwrap_or(3);
         let max_preemptions = policy.and_then(|policy| policy.max_preemptions).unwrap_or(20);
@@ -325,7 +356,7 @@ impl Transition<'_> {
             self.status.job_refs.iter().filter(|attempt| attempt.reason.as_deref() == Some(out_of_memory)).count();
         let told = |limit: &str| format!("{limit}; the last attempt: {}: {}", ended.reason, ended.message);
         let (reason, message) = match ended.outcome {
-            AttemptOutcome::Done => return self.stage_done(stage, ended.report.as_ref()),
+            AttemptOutcome::Done => return self.stage_done(plan, stage, ended.report.as_ref()),
             AttemptOutcome::Suspended => return false,
             AttemptOutcome::Final => (ended.reason.clone(), ended.message.clone()),
             AttemptOutcome::Failed if ended.reason == out_of_memory && exhausted >= OUT_OF_MEMORY_ATTEMPTS => {
@@ -353,19 +384,19 @@ impl Transition<'_> {
         true
     }
 
-    fn stage_done(&mut self, stage: PodStage, report: Option<&Report>) -> bool {
+    fn stage_done(&mut self, plan: &Plan, stage: PodStage, report: Option<&Report>) -> bool {
         match stage {
             PodStage::Prepare | PodStage::Report => false,
             PodStage::Train => {
-                let judgement = judge(report.and_then(|report| report.validation.as_ref()));
+                let validation = &plan.run.validation;
+                let has_gates = !validation.gates.is_empty() || validation.forgetting.is_some();
+                let judgement = judge(report.and_then(|report| report.validation.as_ref()), has_gates);
                 self.set(condition::VALIDATION_PASSED, judgement.status, judgement.reason, &judgement.message);
-                let publish_always = self.job.spec.output.as_ref().and_then(|output| output.publish_when)
-                    == Some(crds::finetunejob::PublishWhen::Always);
-                if !judgement.gate_failed || publish_always {
+                if !judgement.gate_failed || plan.run.output.publish_always {
                     return false;
                 }
                 self.set(condition::PUBLISHED, ConditionStatus::False, reason::GATE_FAILED, &judgement.message);
-                self.finish_by_verdict();
+                self.finish_by_verdict(plan);
                 true
             }
             PodStage::Publish => {
@@ -373,15 +404,14 @@ impl Transition<'_> {
                     let message = format!("{} at {}", artifact.digest, artifact.uri);
                     self.set(condition::PUBLISHED, ConditionStatus::True, reason::ARTIFACT_VERIFIED, &message);
                 }
-                self.finish_by_verdict();
+                self.finish_by_verdict(plan);
                 true
             }
         }
     }
 
-    fn finish_by_verdict(&mut self) {
-        let validation = self.job.spec.validation.as_ref().and_then(|validation| validation.on_failure);
-        let fails = validation != Some(crds::finetunejob::OnFailure::Complete);
+    fn finish_by_verdict(&mut self, plan: &Plan) {
+        let fails = plan.run.validation.fail_on_gate;
         let found = self.status.conditions.iter().find(|condition| condition.type_ == condition::VALIDATION_PASSED);
         let (failed, message) =
             found.map_or((false, String::new()), |found| (found.status == "False", found.message.clone()));
@@ -410,7 +440,7 @@ impl Transition<'_> {
     }
 
     /// Lists the next attempt when it is due.
-    fn hold_or_go_on(&mut self) {
+    fn hold_or_go_on(&mut self, plan: &Plan) {
         if self.job.spec.suspend {
             self.set(condition::SUSPENDED, ConditionStatus::True, reason::SUSPENDED_BY_USER, "spec.suspend is true");
             return;
@@ -418,7 +448,14 @@ impl Transition<'_> {
         if is_true(&self.status, condition::SUSPENDED) {
             self.set(condition::SUSPENDED, ConditionStatus::False, reason::RESUMED, "");
         }
-        let Some(last) = self.current().cloned() else { return self.list(PodStage::Prepare, 1) };
+        let Some(last) = self.current().cloned() else {
+            let resolved = self.status.resolved.get_or_insert_with(ResolvedStatus::default);
+            resolved.hyperparameters = Some(crds::resolve::hyperparameters_spec(&plan.run.hyperparameters));
+            resolved.image = Some(plan.pods.image.clone());
+            resolved.claim = Some(plan.claim.name().to_owned());
+            resolved.plan_digest = Some(plan.digest());
+            return self.list(PodStage::Prepare, 1);
+        };
         let Some(outcome) = last.outcome else { return };
         let (stage, attempt) = match (outcome, last.stage) {
             (AttemptOutcome::Done, PodStage::Prepare) => (PodStage::Train, 1),
@@ -507,6 +544,8 @@ impl Transition<'_> {
             }
             Some(QueueSeen::Waiting(message)) => (reason::WAITING_FOR_QUOTA, message.clone()),
             Some(QueueSeen::Evicted(message)) => (reason::EVICTED, message.clone()),
+            // What was seen is the last attempt's.
+            None if current.uid.is_none() => return,
             None => {
                 let job = self.observed.attempt.as_ref().map(|attempt| &attempt.job);
                 if matches!(job, Some(JobSeen::Present { suspended: false, .. })) {
@@ -526,6 +565,7 @@ impl Transition<'_> {
     fn running(&mut self, applied: &Applied) -> (ConditionStatus, &'static str, String) {
         use ConditionStatus::{False, True, Unknown};
         if let Some(refused) = &applied.refused {
+            self.wake_in(QUEUE_INTERVAL);
             return (False, reason::CHILD_CREATION_FAILED, refused.clone());
         }
         if self.job.spec.suspend {
@@ -561,6 +601,12 @@ impl Transition<'_> {
             // Other reasons pass, or are told by how the pod ends.
             let is_pull = why.contains("Image") || why == "ErrImagePull";
             let reason = if is_pull { reason::IMAGE_PULL_FAILED } else { reason::CHILD_CREATION_FAILED };
+            // The kubelet tells of one failure in turns: that it failed, and that it waits.
+            let told =
+                self.status.conditions.iter().find(|one| one.type_ == condition::RUNNING && one.reason == reason);
+            if let Some(told) = told {
+                return (False, reason, told.message.clone());
+            }
             return (False, reason, format!("{why}: {message}"));
         }
         if pod.terminating && pod.live {
@@ -576,10 +622,12 @@ fn is_unknown(status: &FineTuneJobStatus, name: &str) -> bool {
 }
 
 /// Whether a training attempt left a checkpoint that none before it had left.
-fn count_progress(attempts: &mut AttemptsStatus, ended: &Ended, observed: &Observed) {
+fn count_progress(attempts: &mut AttemptsStatus, known: Option<i64>, ended: &Ended, observed: &Observed) {
     let report = ended.report.as_ref();
     let progress = observed.progress.as_ref();
     let told = [
+        known,
+        attempts.resumed_from_step,
         report.and_then(|report| report.last_checkpoint_step),
         progress.and_then(|progress| progress.checkpoints.last()).map(|checkpoint| checkpoint.step),
         report.and_then(|report| report.resumed_from_step),

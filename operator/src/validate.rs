@@ -65,6 +65,29 @@ pub struct PodPlan {
     pub termination_grace_period_seconds: i64,
 }
 
+impl Plan {
+    /// `run.yaml` and `plan.yaml` as they are kept.
+    pub fn files(&self) -> (String, String) {
+        // By way of JSON: YAML's own tags for enums are nothing that other readers know.
+        let value = serde_json::to_value(self).expect("a plan is JSON");
+        (self.run.to_yaml(), serde_saphyr::to_string(&value).expect("JSON is YAML"))
+    }
+
+    /// SHA-256 of both files.
+    pub fn digest(&self) -> String {
+        let (run, plan) = self.files();
+        digest_of_files(&run, &plan)
+    }
+}
+
+/// SHA-256 of `run.yaml` and `plan.yaml`.
+pub fn digest_of_files(run: &str, plan: &str) -> String {
+    use sha2::{Digest, Sha256};
+    let digest = Sha256::new().chain_update(run).chain_update([0]).chain_update(plan).finalize();
+    let hexadecimal: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("sha256:{hexadecimal}")
+}
+
 impl PodPlan {
     /// Accelerators of a training pod.
     pub fn accelerators(&self) -> i64 {
@@ -155,6 +178,13 @@ fn scheduling_findings(job: &FineTuneJob, profile: &Profile) -> Vec<Finding> {
     for (index, toleration) in scheduling.tolerations.iter().enumerate() {
         let key = toleration.0.key.as_deref().unwrap_or_default();
         ask(field(&format!("tolerations[{index}].key")), key, &profile.allowed.toleration_keys);
+    }
+    for (key, value) in &scheduling.node_selector {
+        if let Some(own) = profile.node_selector.get(key).filter(|own| *own != value) {
+            let message = format!("found {key}: {value}, the profile sets {own}");
+            let field = field("nodeSelector");
+            findings.push(Finding { reason: reason::SCHEDULING_NOT_ALLOWED, field, message });
+        }
     }
     findings
 }

@@ -341,17 +341,20 @@ pub struct ResolvedStatus {
     /// The volume of the run.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub claim: Option<String>,
+    /// SHA-256 of the plan in the ConfigMap: no other one is followed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub plan_digest: Option<String>,
 }
 
 /// How many attempts there were.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct AttemptsStatus {
-    /// All.
+    /// Training attempts.
     pub total: i32,
-    /// Failed ones.
+    /// Failed attempts of all stages.
     pub failed: i32,
-    /// Preempted ones.
+    /// Preempted attempts of all stages.
     pub preempted: i32,
     /// Step that the last one continued from.
     #[serde(skip_serializing_if = "Option::is_none")]

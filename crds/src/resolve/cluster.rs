@@ -95,6 +95,9 @@ impl Resolver<'_> {
                 format!("{}-{}", job.metadata.name.as_deref().unwrap_or_default(), short_uid(job))
             }
         };
+        if matches!(claim, VolumeClaim::Existing { .. }) {
+            self.allowed("spec.checkpoint.storage.claim", &format!("pvc://{}/{path}", claim.name()));
+        }
         if path.split('/').any(|part| part == "..") {
             self.refuse("spec.checkpoint.storage.path", format!("found {path:?}, expected a folder inside the claim"));
         }
@@ -121,25 +124,31 @@ impl Resolver<'_> {
     }
 }
 
+/// A number as the resource's decimals are written, in at most 32 characters.
+pub fn decimal_text(value: f64) -> String {
+    let plain = value.to_string();
+    if plain.len() <= 20 { plain } else { format!("{value:e}") }
+}
+
 /// What the run trains with, in the words of the resource: what the user may copy into his next job.
 pub fn hyperparameters_spec(chosen: &Hyperparameters) -> HyperparametersSpec {
     let (epochs, max_steps) = match chosen.duration {
-        Duration::Epochs(epochs) => (Some(Epochs(epochs.to_string())), None),
+        Duration::Epochs(epochs) => (Some(Epochs(decimal_text(epochs))), None),
         Duration::MaxSteps(steps) => (None, Some(steps)),
     };
     HyperparametersSpec {
         epochs,
         max_steps,
-        learning_rate: Some(PositiveDecimal(chosen.learning_rate.to_string())),
+        learning_rate: Some(PositiveDecimal(decimal_text(chosen.learning_rate))),
         batch_size: i32::try_from(chosen.batch_size).ok(),
         micro_batch_tokens: chosen.micro_batch_tokens,
         max_sequence_length: chosen.max_sequence_length,
         scheduler: Some(chosen.scheduler),
-        warmup_ratio: Some(Share(chosen.warmup_ratio.to_string())),
-        weight_decay: Some(Decimal(chosen.weight_decay.to_string())),
-        max_grad_norm: Some(PositiveDecimal(chosen.max_grad_norm.to_string())),
+        warmup_ratio: Some(Share(decimal_text(chosen.warmup_ratio))),
+        weight_decay: Some(Decimal(decimal_text(chosen.weight_decay))),
+        max_grad_norm: Some(PositiveDecimal(decimal_text(chosen.max_grad_norm))),
         seed: Some(chosen.seed),
-        neftune_alpha: chosen.neftune_alpha.map(|alpha| PositiveDecimal(alpha.to_string())),
+        neftune_alpha: chosen.neftune_alpha.map(|alpha| PositiveDecimal(decimal_text(alpha))),
         precision: Some(chosen.precision),
     }
 }

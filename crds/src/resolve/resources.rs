@@ -28,9 +28,10 @@ pub fn training_resources(job: &FineTuneJob, profile: &ResourceRequirements) -> 
     }
 }
 
-/// Whether a resource is an accelerator: all that Kubernetes does not know itself.
+/// Whether a resource is an accelerator, by the names that device plugins use. Others, such as network adapters, are not.
 pub fn is_accelerator(resource: &str) -> bool {
-    resource.contains('/')
+    let devices = ["gpu", "mig-", "gaudi", "tpu", "neuron", "npu"];
+    resource.split_once('/').is_some_and(|(_, device)| devices.iter().any(|name| device.contains(name)))
 }
 
 /// Accelerators of a pod.

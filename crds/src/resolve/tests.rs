@@ -629,7 +629,8 @@ fn a_limit_of_the_job_does_away_with_the_request_of_the_profile() {
 #[test]
 fn echoed_hyperparameters_resolve_to_themselves() {
     let parameters = json!({"hyperparameters": {"maxSteps": 7, "learningRate": "3e-5", "neftuneAlpha": "5"}});
-    for patch in [json!({}), parameters] {
+    let extreme = json!({"hyperparameters": {"learningRate": "1e-40", "maxGradNorm": "1.2345678901e40"}});
+    for patch in [json!({}), parameters, extreme] {
         let config = in_cluster(&patch).expect("supported");
         let echoed = serde_json::to_value(hyperparameters_spec(&config.hyperparameters)).expect("JSON");
         let again = in_cluster(&json!({"hyperparameters": echoed})).expect("valid");

@@ -14,15 +14,10 @@ pub const PLAN_FILE: &str = "plan.yaml";
 /// What a running trainer is told.
 pub const CONTROL_FILE: &str = "control.yaml";
 
-fn yaml<T: serde::Serialize>(value: &T) -> String {
-    // By way of JSON: YAML's own tags for enums are nothing that other readers know.
-    let value = serde_json::to_value(value).expect("plans are JSON");
-    serde_saphyr::to_string(&value).expect("JSON is YAML")
-}
-
 /// The plan of a job. Immutable: it is what the job was accepted with.
 pub fn build_config_map(job: &FineTuneJob, plan: &Plan) -> ConfigMap {
-    let files = [(RUN_FILE, plan.run.to_yaml()), (PLAN_FILE, yaml(plan))];
+    let (run, plan) = plan.files();
+    let files = [(RUN_FILE, run), (PLAN_FILE, plan)];
     ConfigMap {
         metadata: metadata(job, config_map_name(job)),
         data: Some(files.map(|(name, text)| (name.to_owned(), text)).into()),
@@ -35,7 +30,13 @@ pub fn build_config_map(job: &FineTuneJob, plan: &Plan) -> ConfigMap {
 pub fn build_control(job: &FineTuneJob) -> ConfigMap {
     ConfigMap {
         metadata: metadata(job, control_name(job)),
-        data: Some([(CONTROL_FILE.to_owned(), yaml(&Control { stop_requested: true }))].into()),
+        data: Some(
+            [(
+                CONTROL_FILE.to_owned(),
+                serde_saphyr::to_string(&Control { stop_requested: true }).expect("a flag is YAML"),
+            )]
+            .into(),
+        ),
         ..ConfigMap::default()
     }
 }

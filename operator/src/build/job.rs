@@ -74,6 +74,10 @@ pub fn build_report_job(job: &FineTuneJob, plan: &Plan, of: &JobReference) -> Jo
     let spec = built.spec.get_or_insert_default();
     spec.backoff_limit = Some(2);
     spec.active_deadline_seconds = Some(REPORT_DEADLINE_SECONDS);
+    if let Some(queue) = &plan.pods.cpu_queue_name {
+        spec.suspend = Some(true);
+        built.metadata.labels.get_or_insert_default().insert(QUEUE_LABEL.into(), queue.clone());
+    }
     built
 }
 

@@ -15,13 +15,15 @@ use hyper_util::rt::TokioExecutor;
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt;
 use kube::core::DeserializeGuard;
-use kube::runtime::reflector::{ObjectRef, Store};
+use kube::runtime::reflector::ObjectRef;
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::time::{sleep, timeout};
 
-use super::pod_seen;
+use super::{Caches, controller_uid, pod_seen};
 use crate::build::{JOB_NAME_LABEL, JOB_UID_LABEL, TRAINER_PORT};
 
+/// The Job controller's own label.
+const CHILD_NAME_LABEL: &str = "batch.kubernetes.io/job-name";
 /// Questions under way at once.
 const CONCURRENCY: usize = 64;
 /// A trainer answers from memory.
@@ -96,7 +98,7 @@ struct Asked {
 
 /// Asks until the task is dropped.
 pub async fn poll(
-    pods: Store<Pod>,
+    caches: Caches,
     board: std::sync::Arc<ProgressBoard>,
     intervals: Intervals,
     tell: UnboundedSender<ObjectRef<DeserializeGuard<FineTuneJob>>>,
@@ -107,7 +109,7 @@ pub async fn poll(
         Client::builder(TokioExecutor::new()).build(connector)
     };
     loop {
-        let asked: Vec<Asked> = pods.state().iter().filter_map(|pod| asked(pod)).collect();
+        let asked: Vec<Asked> = caches.pods.state().iter().filter_map(|pod| asked(pod, &caches)).collect();
         board.retain(|uid| asked.iter().any(|asked| asked.job_uid == uid));
         let write = intervals.write.max(Duration::from_secs_f64(asked.len() as f64 / WRITES_PER_SECOND));
         let answers = futures::stream::iter(asked).map(|asked| {
@@ -130,11 +132,16 @@ pub async fn poll(
     }
 }
 
-fn asked(pod: &Pod) -> Option<Asked> {
+fn asked(pod: &Pod, caches: &Caches) -> Option<Asked> {
     let seen = pod_seen(pod);
     let address = pod.status.as_ref()?.pod_ip.clone().filter(|_| seen.running)?;
     let labels = pod.labels();
     let namespace = pod.metadata.namespace.as_deref()?;
+    // Labels prove nothing: the pod must be of a Job that we made.
+    let child = caches.jobs.get(&ObjectRef::new(labels.get(CHILD_NAME_LABEL)?).within(namespace))?;
+    if child.uid().as_deref() != controller_uid(pod) || child.labels().get(JOB_UID_LABEL) != labels.get(JOB_UID_LABEL) {
+        return None;
+    }
     Some(Asked {
         job: ObjectRef::new(labels.get(JOB_NAME_LABEL)?).within(namespace),
         job_uid: labels.get(JOB_UID_LABEL)?.clone(),

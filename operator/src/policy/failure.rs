@@ -65,9 +65,15 @@ pub fn read(attempt: &AttemptSeen, report: Option<&Report>, volume_was_read: boo
         failure.map_or(fallback, |failure| failure.message.clone())
     };
     let pod = attempt.newest_pod();
-    if let Some(by) = disruption(attempt, pod) {
+    let has_finished = pod.and_then(|pod| pod.terminated.as_ref()).is_some_and(|terminated| terminated.exit_code == 0);
+    // A pod that was taken away just after its work was done has done it.
+    if let (Some(by), false) = (disruption(attempt, pod), has_finished && report.is_some()) {
         let message = format!("the pod was taken away ({by}); training continues from the newest checkpoint");
         return ended(AttemptOutcome::Preempted, reason::PREEMPTED, message, None);
+    }
+    if let Some((why, message)) = pod.and_then(|pod| pod.rejected.as_ref()) {
+        let message = format!("the kubelet took the pod and did not run it: {why}: {message}");
+        return ended(AttemptOutcome::Failed, reason::POD_REJECTED, message, None);
     }
     let Some(terminated) = pod.and_then(|pod| pod.terminated.as_ref()) else {
         // No container ever said how it ended. What the attempt left on the volume decides.
@@ -162,6 +168,11 @@ mod tests {
         AttemptSeen { pods: Vec::new(), job: job(failure) }
     }
 
+    fn rejected() -> AttemptSeen {
+        let rejected = Some(("UnexpectedAdmissionError".to_owned(), "no device".to_owned()));
+        AttemptSeen { pods: vec![PodSeen { rejected, ..PodSeen::default() }], job: job(None) }
+    }
+
     fn failed(exit: ExitCode) -> Report {
         Report { failure: Some(Failure::new(exit, "told")), ..Report::default() }
     }
@@ -176,6 +187,8 @@ mod tests {
             ("drained with 75", attempt(75, false, disrupted), None, Some((Preempted, "Preempted"))),
             ("drained with 137", attempt(137, false, disrupted), None, Some((Preempted, "Preempted"))),
             ("drained with 0", attempt(0, false, disrupted), None, Some((Preempted, "Preempted"))),
+            ("drained when done", attempt(0, false, disrupted), Some(Report::default()), Some((Done, "Completed"))),
+            ("rejected", rejected(), None, Some((Failed, "PodRejected"))),
             ("deleted with 75", attempt(75, false, None), None, Some((Preempted, "Preempted"))),
             ("done", attempt(0, false, None), Some(Report::default()), Some((Done, "Completed"))),
             ("done, no report", attempt(0, false, None), None, None),

@@ -16,14 +16,13 @@ pub struct Judgement {
     pub gate_failed: bool,
 }
 
-/// Judges what validation found.
-pub fn judge(validation: Option<&ValidationReport>) -> Judgement {
+/// Judges what validation found. A report that had to be short may not list the gates that hold: the plan knows of them.
+pub fn judge(validation: Option<&ValidationReport>, has_gates: bool) -> Judgement {
     let Some(validation) = validation else {
         let message = "nothing was validated".to_owned();
         return Judgement { status: ConditionStatus::Unknown, reason: reason::NO_GATES, message, gate_failed: false };
     };
     let message = validation.summary.clone();
-    let has_gates = !validation.gates.is_empty() || validation.forgetting.is_some();
     if validation.verdict == Verdict::GateFailed {
         // A metric that is NaN or infinite is never reported: its gate has nothing to show.
         let unseen = validation.gates.iter().any(|gate| !gate.passed && gate.observed.is_none());

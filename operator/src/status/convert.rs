@@ -8,6 +8,7 @@ use crds::finetunejob::{
 use crds::report::{GateResult, MetricValue, Progress, Report, Scores, ValidationReport};
 use crds::run::{Gate, PodStage};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::jiff::Timestamp;
 
 /// Metrics that a status holds.
 const MAX_METRICS: usize = 32;
@@ -19,7 +20,7 @@ const MAX_MESSAGE: usize = 1024;
 /// A number with six significant digits, as short as it can be written.
 pub fn decimal(value: f64) -> String {
     let rounded: f64 = format!("{value:.5e}").parse().expect("a formatted number");
-    rounded.to_string()
+    crds::resolve::decimal_text(rounded)
 }
 
 /// Cuts a message between two characters.
@@ -45,8 +46,10 @@ pub fn duration(seconds: i64) -> String {
     }
 }
 
+/// Whole seconds: the API server keeps no more, and a difference that it drops would be written again and again.
 fn time(text: &str) -> Option<Time> {
-    text.parse().ok().map(Time)
+    let time: Timestamp = text.parse().ok()?;
+    Timestamp::from_second(time.as_second()).ok().map(Time)
 }
 
 fn metrics(values: &[MetricValue]) -> Vec<MetricStatus> {
@@ -56,7 +59,8 @@ fn metrics(values: &[MetricValue]) -> Vec<MetricStatus> {
 
 /// What a running trainer tells; it decides nothing.
 pub fn note_progress(status: &mut FineTuneJobStatus, told: &Progress) {
-    if told.pod_stage != Some(PodStage::Train) {
+    // A trainer that has only begun knows nothing yet: what an earlier attempt told stays.
+    if told.pod_stage != Some(PodStage::Train) || told.total_steps == 0 {
         return;
     }
     let remaining = told.estimated_remaining_seconds.filter(|_| told.step < told.total_steps);
@@ -76,7 +80,7 @@ pub fn note_progress(status: &mut FineTuneJobStatus, told: &Progress) {
         status.metrics = metrics(&told.metrics);
     }
     let listed = told.checkpoints.len().saturating_sub(MAX_CHECKPOINTS);
-    status.checkpoints = told.checkpoints[listed..]
+    let checkpoints: Vec<CheckpointStatus> = told.checkpoints[listed..]
         .iter()
         .map(|checkpoint| CheckpointStatus {
             step: checkpoint.step,
@@ -85,6 +89,9 @@ pub fn note_progress(status: &mut FineTuneJobStatus, told: &Progress) {
             best: checkpoint.best,
         })
         .collect();
+    if !checkpoints.is_empty() {
+        status.checkpoints = checkpoints;
+    }
     if told.resumed_from_step.is_some() {
         status.attempts.get_or_insert_with(AttemptsStatus::default).resumed_from_step = told.resumed_from_step;
     }
@@ -219,8 +226,14 @@ mod tests {
 
     #[test]
     fn decimals_are_short_and_durations_are_for_people() {
-        for (value, expected) in [(1.913_427_9, "1.91343"), (2e-4, "0.0002"), (0.0, "0"), (123_456_789.0, "123457000")]
-        {
+        for (value, expected) in [
+            (1.913_427_9, "1.91343"),
+            (2e-4, "0.0002"),
+            (0.0, "0"),
+            (123_456_789.0, "123457000"),
+            (1e40, "1e40"),
+            (1e-40, "1e-40"),
+        ] {
             assert_eq!(decimal(value), expected);
         }
         for (seconds, expected) in [(0, "0s"), (59, "59s"), (60, "1m"), (5400, "1h30m"), (360_000, "4d")] {

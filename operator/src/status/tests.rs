@@ -69,8 +69,8 @@ impl World {
     fn pass(&mut self) -> Next {
         let plan = validate(&self.job, &profiles());
         let mut applied = Applied::default();
-        if let Ok(plan) = &plan {
-            for act in acts(&self.job, plan, &self.observed) {
+        {
+            for act in acts(&self.job, plan.as_ref().ok(), &self.observed) {
                 match act {
                     Act::StageJob(job) => {
                         let name = job.metadata.name.clone().expect("a name");
@@ -86,7 +86,7 @@ impl World {
                     Act::ConfigMap(_) | Act::Control(_) | Act::Claim(_) => {}
                 }
             }
-            self.observed.plan = Some(plan.clone());
+            self.observed.plan = plan.as_ref().ok().cloned();
         }
         let next = next_status(&self.job, plan.as_ref(), &self.observed, &applied, TIMING, self.now);
         let listed = next.status.job_refs.last().map(|attempt| attempt.name.clone());
@@ -156,7 +156,8 @@ fn validated(verdict: Verdict) -> Report {
 
 #[test]
 fn a_job_goes_through_its_stages_and_succeeds() {
-    let mut world = World::new(&json!({}));
+    let gate = json!({"metric": "evalLoss", "operator": "AtMost", "value": "2"});
+    let mut world = World::new(&json!({"validation": {"gates": [gate]}}));
     world.pass();
     assert_eq!(world.made, Vec::<String>::new(), "listed before it is made");
     assert_eq!((world.current().name.as_str(), world.current().uid), ("bot-prepare-1", None));
@@ -382,6 +383,52 @@ fn a_suspended_job_is_held_and_goes_on() {
     let attempts = world.status().attempts.expect("attempts");
     assert_eq!((attempts.failed, attempts.preempted), (0, 0), "being held is neither");
     assert_eq!(world.condition(condition::SUSPENDED).1, "Resumed");
+}
+
+#[test]
+fn killed_attempts_that_left_checkpoints_are_progress() {
+    let mut world = training(&json!({"failurePolicy": {"maxRetries": 9}}));
+    for step in 1..=5 {
+        // Told while it ran; nothing is left of the trainer when it is read.
+        world.job.status.as_mut().expect("a status").checkpoints =
+            vec![crds::finetunejob::CheckpointStatus { step, time: None, eval_loss: None, best: false }];
+        world.end(137, None);
+        world.pass();
+        world.wait(400);
+        world.start();
+    }
+    assert_eq!(world.current().name, "bot-train-6");
+    assert_eq!(world.status().attempts.map(|attempts| attempts.without_checkpoint), Some(0));
+}
+
+#[test]
+fn a_deadline_does_not_end_what_is_trained_and_counts_what_it_ends() {
+    let mut world = training(&json!({"activeDeadlineSeconds": 100}));
+    world.wait(100);
+    world.end(0, Some(validated(Verdict::Better)));
+    world.attempt().pods[0].running = false;
+    world.start();
+    assert_eq!(world.status().phase, Some(Phase::Publishing));
+    world.wait(1000);
+    world.pass();
+    assert_eq!(world.status().phase, Some(Phase::Publishing), "publishing is no training");
+
+    let mut world = training(&json!({"activeDeadlineSeconds": 100}));
+    world.wait(120);
+    world.pass();
+    assert_eq!(world.status().usage.map(|usage| usage.gpu_seconds), Some(120));
+    assert_eq!(world.current().outcome, Some(AttemptOutcome::Final));
+}
+
+#[test]
+fn a_job_whose_plan_is_lost_ends_and_takes_its_pod_away() {
+    let mut world = training(&json!({}));
+    world.job.spec.profile = Some("gone".into());
+    world.observed.plan = None;
+    world.pass();
+    assert_eq!(world.status().phase, Some(Phase::Failed));
+    world.pass();
+    assert_eq!(world.made.last().map(String::as_str), Some("-bot-train-1"));
 }
 
 #[test]
