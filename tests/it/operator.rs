@@ -14,7 +14,7 @@ const LONG: &str =
     "hyperparameters: {maxSteps: 3000, batchSize: 8, learningRate: \"1e-2\", precision: FP32}\ncheckpoint: {everySteps: 50}\n";
 /// The same, with the run on the claim `run`.
 const LONG_ON_CLAIM: &str = "hyperparameters: {maxSteps: 3000, batchSize: 8, learningRate: \"1e-2\", precision: FP32}\n\
-    checkpoint: {everySteps: 50, storage: {claim: run}}\n";
+    checkpoint: {everySteps: 50, storage: {claim: run, path: bot}}\n";
 /// Hyperparameters of a job that is soon done.
 const SHORT: &str = "hyperparameters: {maxSteps: 5, batchSize: 8, precision: FP32}\n";
 

@@ -68,14 +68,18 @@ impl Operator {
     }
 
     /// `helm install` or `helm upgrade` of the chart, waited for.
-    pub fn helm(&self, verb: &str, more: &[&str]) -> String {
+    pub fn helm(&self, verb: &str, more: &[&str]) {
+        self.try_helm(verb, more).unwrap_or_else(|error| panic!("helm {verb} {more:?}: {error}"));
+    }
+
+    fn try_helm(&self, verb: &str, more: &[&str]) -> Result<String, String> {
         let values = self.values_file();
         let chart = crate::repository().join("charts/finetune-operator");
         let mut arguments =
             vec!["helm", verb, "finetune", path(&chart), "--namespace", SYSTEM, "--values", path(&values)];
         arguments.extend(["--wait", "--timeout", "3m"]);
         arguments.extend(more);
-        self.cluster.command("enter", &arguments)
+        self.cluster.try_command("enter", &arguments)
     }
 
     fn values_file(&self) -> PathBuf {
@@ -98,9 +102,9 @@ impl Operator {
     }
 
     /// For tests that restart the one operator: not two of them at once. Others notice a delay.
-    pub fn disturb(&self) -> MutexGuard<'static, ()> {
+    pub fn disturb(&self) -> Disturbed<'_> {
         static DISTURBED: Mutex<()> = Mutex::new(());
-        DISTURBED.lock().unwrap_or_else(PoisonError::into_inner)
+        Disturbed { operator: self, _alone: DISTURBED.lock().unwrap_or_else(PoisonError::into_inner) }
     }
 
     /// Names of the operator's pods that run, the leader's included.
@@ -120,6 +124,20 @@ impl Operator {
         let space = Workspace { namespace, inputs };
         space.claim("inputs", &folder);
         space
+    }
+}
+
+/// Whoever has it may break the operator; it is installed again with the guard's end.
+#[derive(Debug)]
+pub struct Disturbed<'a> {
+    operator: &'a Operator,
+    _alone: MutexGuard<'static, ()>,
+}
+
+impl Drop for Disturbed<'_> {
+    fn drop(&mut self) {
+        let mended = self.operator.try_helm("upgrade", &["--install"]);
+        assert!(mended.is_ok() || std::thread::panicking(), "the operator could not be mended: {mended:?}");
     }
 }
 
