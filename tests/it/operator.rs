@@ -10,8 +10,7 @@ use harness::operator::{GPU, Operator, condition};
 use trainer::checkpoint::digest_file;
 
 /// Hyperparameters of a job that trains long enough to be disturbed.
-const LONG: &str =
-    "hyperparameters: {maxSteps: 3000, batchSize: 8, learningRate: \"1e-2\", precision: FP32}\ncheckpoint: {everySteps: 50}\n";
+const LONG: &str = "hyperparameters: {maxSteps: 3000, batchSize: 8, learningRate: \"1e-2\", precision: FP32}\ncheckpoint: {everySteps: 50}\n";
 /// The same, with the run on the claim `run`.
 const LONG_ON_CLAIM: &str = "hyperparameters: {maxSteps: 3000, batchSize: 8, learningRate: \"1e-2\", precision: FP32}\n\
     checkpoint: {everySteps: 50, storage: {claim: run, path: bot}}\n";

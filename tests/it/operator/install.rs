@@ -26,9 +26,11 @@ fn a_standby_leads_within_seconds_of_the_leaders_end_and_nothing_is_done_twice()
     let pods = space.watch("bot");
     space.job("bot", LONG);
     space.trains("bot");
-    let first = wait_for("a leader", FEW_MINUTES, || leader(operator).and_then(|leader| {
-        if operator.pods().contains(&leader) { Ok(leader) } else { Err(format!("{leader} is gone")) }
-    }));
+    let first = wait_for("a leader", FEW_MINUTES, || {
+        leader(operator).and_then(|leader| {
+            if operator.pods().contains(&leader) { Ok(leader) } else { Err(format!("{leader} is gone")) }
+        })
+    });
     let killed = Instant::now();
     operator.cluster.kubectl(&["delete", "pod", &first, "--namespace", SYSTEM, "--force", "--grace-period=0"]);
     wait_for("another leader", TAKEOVER, || match leader(operator)? {

@@ -98,7 +98,8 @@ fn the_configuration_of_a_run_cannot_be_edited_is_made_again_and_if_forged_stops
     let kubectl = |arguments: &[&str]| operator.cluster.try_kubectl(arguments);
     let namespace = space.namespace.name();
     let edit = ["--namespace", namespace, "patch", "configmap", "lost-run", "--type=merge"];
-    let refused = kubectl(&[&edit[..], &["--patch", "{\"data\": {\"plan.yaml\": \"\"}}"]].concat()).expect_err("immutable");
+    let refused =
+        kubectl(&[&edit[..], &["--patch", "{\"data\": {\"plan.yaml\": \"\"}}"]].concat()).expect_err("immutable");
     assert!(refused.contains("immutable"), "{refused}");
     let map = space.namespace.get(&["configmap", &of("forged")]).expect("it was made");
     for name in ["lost", "forged"] {
@@ -132,7 +133,8 @@ fn a_report_that_is_torn_is_not_believed() {
     let pod = space.trains("bot");
     let job = space.get("bot").expect("there");
     let uid = job["metadata"]["uid"].as_str().expect("a UID");
-    let torn = format!("{{\"jobUid\": \"{uid}\", \"podStage\": \"train\", \"attempt\": 1, \"stage\": \"Succeeded\", \"st");
+    let torn =
+        format!("{{\"jobUid\": \"{uid}\", \"podStage\": \"train\", \"attempt\": 1, \"stage\": \"Succeeded\", \"st");
     std::fs::write(reports.join("train.json"), torn).expect("writable");
     // The dying trainer cannot replace it, and its own last word is lost with the pod: the volume is asked.
     let may_write = |mode| {
