@@ -514,7 +514,8 @@ impl Transition<'_> {
             Some(QueueSeen::Waiting(message)) => (reason::WAITING_FOR_QUOTA, message.clone()),
             Some(QueueSeen::Evicted(message)) => (reason::EVICTED, message.clone()),
             None => {
-                let job = self.observed.attempt.as_ref().map(|attempt| &attempt.job);
+                // An attempt that this pass listed was not observed yet: what was is the one before it.
+                let job = self.observed.attempt.as_ref().map(|attempt| &attempt.job).filter(|_| current.uid.is_some());
                 if matches!(job, Some(JobSeen::Present { suspended: false, .. })) {
                     self.set(condition::ADMITTED, ConditionStatus::True, reason::QUOTA_RESERVED, "");
                 }

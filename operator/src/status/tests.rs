@@ -454,6 +454,7 @@ fn a_queue_holds_evicts_and_takes_back_the_same_job() {
         world.observed.queue = Some(queue);
         world.pass();
     };
+    assert_eq!(world.condition(condition::ADMITTED).1, "NoQueue", "the prepare Job, which has none, says nothing");
     held(&mut world, QueueSeen::ControllerMissing);
     assert_eq!(world.condition(condition::ADMITTED).1, "QueueControllerMissing");
     held(&mut world, QueueSeen::Waiting("no quota".into()));

@@ -86,42 +86,47 @@ fn a_job_of_another_controller_is_left_alone() {
 }
 
 #[test]
-fn the_configuration_of_a_run_cannot_be_edited_is_made_again_and_if_forged_stops_only_its_job() {
+fn the_configuration_of_a_run_cannot_be_edited_and_is_made_again() {
     let Some(operator) = Operator::shared() else { return };
     let space = operator.workspace("config");
-    space.job("lost", LONG);
-    space.job("forged", LONG);
-    let of = |name: &str| format!("{name}-run");
-    for name in ["lost", "forged"] {
-        space.trains(name);
-    }
-    let kubectl = |arguments: &[&str]| operator.cluster.try_kubectl(arguments);
-    let namespace = space.namespace.name();
-    let edit = ["--namespace", namespace, "patch", "configmap", "lost-run", "--type=merge"];
-    let refused =
-        kubectl(&[&edit[..], &["--patch", "{\"data\": {\"plan.yaml\": \"\"}}"]].concat()).expect_err("immutable");
+    space.job("bot", LONG);
+    space.trains("bot");
+    let patch = "{\"data\": {\"plan.yaml\": \"\"}}";
+    let edit =
+        ["patch", "configmap", "bot-run", "--namespace", space.namespace.name(), "--type=merge", "--patch", patch];
+    let refused = operator.cluster.try_kubectl(&edit).expect_err("immutable");
     assert!(refused.contains("immutable"), "{refused}");
-    let map = space.namespace.get(&["configmap", &of("forged")]).expect("it was made");
-    for name in ["lost", "forged"] {
-        space.namespace.kubectl(&["delete", "configmap", &of(name)]);
-    }
+    space.namespace.kubectl(&["delete", "configmap", "bot-run"]);
+    let status = space.succeeded("bot");
+    assert_eq!(artifact(&status), long_adapter());
+    assert!(space.namespace.get(&["configmap", "bot-run"]).is_ok(), "publishing needed it");
+}
+
+#[test]
+fn a_forged_configuration_stops_its_job_and_no_other() {
+    let Some(operator) = Operator::shared() else { return };
+    let space = operator.workspace("forged");
+    space.job("bot", LONG);
+    space.trains("bot");
+    let made = space.namespace.get(&["configmap", "bot-run"]).expect("it was made");
+    space.namespace.kubectl(&["delete", "configmap", "bot-run"]);
     let forged = serde_json::json!({
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": {
-            "name": of("forged"),
-            "labels": map["metadata"]["labels"],
-            "ownerReferences": map["metadata"]["ownerReferences"],
+            "name": "bot-run",
+            "labels": made["metadata"]["labels"],
+            "ownerReferences": made["metadata"]["ownerReferences"],
         },
         "data": {"run.yaml": "model: [", "plan.yaml": "pods: ["},
     });
     space.namespace.apply(&forged.to_string());
-    let status = space.succeeded("lost");
-    assert_eq!(artifact(&status), long_adapter());
-    let status = space.ended("forged");
+    let status = space.ended("bot");
     let failed = condition(&status, "Failed");
     assert_eq!(failed["status"], "True", "{status:#}");
     assert!(failed["message"].as_str().is_some_and(|text| text.contains("run.yaml")), "{failed}");
+    space.job("next", SHORT);
+    space.succeeded("next");
 }
 
 #[test]
