@@ -204,9 +204,10 @@ impl Transition<'_> {
                 JobSeen::Missing | JobSeen::Foreign => applied.created_uid.clone(),
             };
         }
-        // A Job that a queue closed and opened again has several pods.
+        // A Job that a queue closed and opened again has several pods; what ran before it was closed was counted then.
         let started = seen.pods.iter().find_map(|pod| pod.started.clone());
-        if current.start_time.is_none() {
+        let closed = matches!(seen.job, JobSeen::Present { suspended: true, .. });
+        if current.start_time.is_none() && !closed {
             current.start_time = started;
         }
         let (stage, attempt, first_start) = (current.stage, current.attempt, current.start_time.clone());
@@ -324,14 +325,7 @@ impl Transition<'_> {
             // Of a trainer that was killed the last word is what it told before.
             let known = self.status.checkpoints.last().map(|checkpoint| checkpoint.step);
             count_progress(attempts, known, ended, self.observed);
-            let usage = self.status.usage.get_or_insert_with(UsageStatus::default);
-            let seconds = current.start_time.as_ref().map_or(0, |start| seconds_between(start.0, finished.0));
-            usage.train_seconds += seconds;
-            usage.gpu_seconds += seconds * plan.pods.accelerators();
-            let price = plan.run.resources.price_per_hour;
-            // Where there is no accelerator the price is the machine's.
-            let priced = usage.train_seconds * plan.pods.accelerators().max(1);
-            usage.cost = price.map(|price| convert::decimal(price * priced as f64 / 3600.0));
+            self.count_time(plan, current, finished.0);
         }
         if matches!(ended.outcome, AttemptOutcome::Failed | AttemptOutcome::Final) {
             let mut message = ended.message.clone();
@@ -342,6 +336,18 @@ impl Transition<'_> {
         if let Some(report) = &ended.report {
             convert::note_report(&mut self.status, current.stage, report);
         }
+    }
+
+    /// Counts the time that the newest attempt trained, up to `until`.
+    fn count_time(&mut self, plan: &Plan, current: &JobReference, until: Timestamp) {
+        let usage = self.status.usage.get_or_insert_with(UsageStatus::default);
+        let seconds = current.start_time.as_ref().map_or(0, |start| seconds_between(start.0, until));
+        usage.train_seconds += seconds;
+        usage.gpu_seconds += seconds * plan.pods.accelerators();
+        let price = plan.run.resources.price_per_hour;
+        // Where there is no accelerator the price is the machine's.
+        let priced = usage.train_seconds * plan.pods.accelerators().max(1);
+        usage.cost = price.map(|price| convert::decimal(price * priced as f64 / 3600.0));
     }
 
     /// What the end of an attempt means for the job; true when the job has ended.
@@ -544,10 +550,9 @@ impl Transition<'_> {
             }
             Some(QueueSeen::Waiting(message)) => (reason::WAITING_FOR_QUOTA, message.clone()),
             Some(QueueSeen::Evicted(message)) => (reason::EVICTED, message.clone()),
-            // What was seen is the last attempt's.
-            None if current.uid.is_none() => return,
             None => {
-                let job = self.observed.attempt.as_ref().map(|attempt| &attempt.job);
+                // An attempt that this pass listed was not observed yet: what was is the one before it.
+                let job = self.observed.attempt.as_ref().map(|attempt| &attempt.job).filter(|_| current.uid.is_some());
                 if matches!(job, Some(JobSeen::Present { suspended: false, .. })) {
                     self.set(condition::ADMITTED, ConditionStatus::True, reason::QUOTA_RESERVED, "");
                 }
@@ -557,6 +562,11 @@ impl Transition<'_> {
         if was_admitted && current.start_time.is_some() {
             // The same Job comes back when it is admitted again: nothing ended, and yet its pod was taken away.
             self.status.attempts.get_or_insert_with(AttemptsStatus::default).preempted += 1;
+            if current.stage == PodStage::Train {
+                // Waiting for quota is no training: it neither costs nor uses up activeDeadlineSeconds.
+                self.count_time(plan, &current, self.now);
+                self.status.job_refs.last_mut().expect("there is a current one").start_time = None;
+            }
         }
         self.set(condition::ADMITTED, ConditionStatus::False, reason, &message);
         self.wake_in(QUEUE_INTERVAL);

@@ -1,8 +1,27 @@
 //! Jobs on the real cluster: the operator as the chart installs it, trainers in real pods.
 
+mod disruption;
+mod install;
+mod lifecycle;
+mod queue;
+
 use harness::Job;
 use harness::operator::{GPU, Operator, condition};
 use trainer::checkpoint::digest_file;
+
+/// Hyperparameters of a job that trains long enough to be disturbed.
+const LONG: &str = "hyperparameters: {maxSteps: 3000, batchSize: 8, learningRate: \"1e-2\", precision: FP32}\ncheckpoint: {everySteps: 50}\n";
+/// The same, with the run on the claim `run`.
+const LONG_ON_CLAIM: &str = "hyperparameters: {maxSteps: 3000, batchSize: 8, learningRate: \"1e-2\", precision: FP32}\n\
+    checkpoint: {everySteps: 50, storage: {claim: run, path: bot}}\n";
+/// Hyperparameters of a job that is soon done.
+const SHORT: &str = "hyperparameters: {maxSteps: 5, batchSize: 8, precision: FP32}\n";
+
+/// The adapter that a local run of [`LONG`] ends with.
+fn long_adapter() -> &'static str {
+    static DIGEST: std::sync::OnceLock<String> = std::sync::OnceLock::new();
+    DIGEST.get_or_init(|| local_adapter("maxSteps: 60", "maxSteps: 3000"))
+}
 
 /// The adapter that a local run of the tiny job ends with, after an edit of its YAML.
 fn local_adapter(from: &str, to: &str) -> String {
@@ -40,7 +59,7 @@ fn a_job_succeeds_and_its_adapter_is_that_of_a_local_run() {
 fn a_killed_trainer_and_a_deleted_pod_end_with_the_same_adapter() {
     let Some(operator) = Operator::shared() else { return };
     let space = operator.workspace("kill");
-    space.job("bot", "checkpoint: {everySteps: 50}\nhyperparameters: {maxSteps: 3000, batchSize: 8, learningRate: \"1e-2\", precision: FP32}");
+    space.job("bot", LONG);
     let pod = space.trains("bot");
     space.namespace.kill_container(&pod);
     let status = space.until("bot", "the next attempt", |status| status["attempts"]["total"] == 2);
@@ -50,7 +69,7 @@ fn a_killed_trainer_and_a_deleted_pod_end_with_the_same_adapter() {
     let status = space.until("bot", "the third attempt", |status| status["attempts"]["total"] == 3);
     assert_eq!(status["attempts"]["preempted"], 1, "{status:#}");
     let status = space.succeeded("bot");
-    assert_eq!(artifact(&status), local_adapter("maxSteps: 60", "maxSteps: 3000"));
+    assert_eq!(artifact(&status), long_adapter());
 }
 
 #[test]

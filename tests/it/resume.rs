@@ -134,7 +134,7 @@ fn resume_never_begins_anew_and_keeps_what_was_there() {
     assert_eq!(fresh.run().code, Some(0));
     assert_eq!(job.adapter_digest(), fresh.adapter_digest());
     assert_ne!(job.adapter_digest(), first);
-    let aside = job.path("runs/tiny/checkpoints-before-attempt-000002");
+    let aside = job.path("runs/tiny/checkpoints-before-claim-000002");
     assert!(fs::read_dir(aside).expect("set aside").count() >= 1);
 }
 

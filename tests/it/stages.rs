@@ -142,13 +142,11 @@ fn the_next_attempt_of_a_killed_pod_ends_with_the_same_bytes() {
     assert!(trained.resumed_from_step.is_some_and(|step| step >= 20), "{trained:?}");
     let claim = fs::read_to_string(pods.job.path("data/attempts/000004.json")).expect("a claim");
     assert!(claim.contains("\"podUid\":\"pod-train-4\""), "{claim}");
-    // A twin of the same attempt leaves without a trace, and so does an attempt that was overtaken.
+    // An attempt that was overtaken leaves without a trace.
     let before = pods.report(Train);
-    for attempt in [attempt, 1] {
-        let Ended { outcome, report } = pods.run(Train, attempt);
-        assert_eq!((outcome.code, report.attempt), (Some(75), attempt), "{}", outcome.stderr);
-        assert!(outcome.stderr.contains("claimed already by pod pod-train-"), "{}", outcome.stderr);
-    }
+    let Ended { outcome, report } = pods.run(Train, 1);
+    assert_eq!((outcome.code, report.attempt), (Some(75), 1), "{}", outcome.stderr);
+    assert!(outcome.stderr.contains("overtaken by attempt 4 (pod pod-train-4)"), "{}", outcome.stderr);
     assert_eq!(pods.report(Train), before);
     pods.succeed(Publish, 1);
     assert_eq!(pods.digest("data/output/adapter_model.safetensors"), expected);
@@ -158,6 +156,32 @@ fn the_next_attempt_of_a_killed_pod_ends_with_the_same_bytes() {
         fs::write(folder.path().join("weights.safetensors"), "damaged").expect("writable");
     }
     refused(&pods, Publish, 2, 78, &["no checkpoint with digest sha256:", "weights.safetensors is damaged"]);
+}
+
+/// As when a queue takes an attempt's pod away and gives it another.
+#[test]
+fn a_later_pod_of_the_same_attempt_takes_over_and_ends_with_the_same_bytes() {
+    let job = Job::new();
+    job.edit("maxSteps: 60", "maxSteps: 400");
+    assert_eq!(job.run().code, Some(0));
+    let expected = job.adapter_digest();
+    let pods = Pods::new(job);
+    pods.succeed(Prepare, 1);
+    let mut first = pods.start(Train, 1);
+    assert!(wait_for(&mut first, || pods.logged_steps() > 20));
+    let mut later = pods.command(Train, 1);
+    later.env("POD_UID", "pod-later");
+    // The first one still runs: it notices at its next commit.
+    let Ended { outcome, report } = pods.end(later, Train, 1);
+    assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
+    assert_eq!((report.attempt, report.step), (1, 400));
+    assert!(report.resumed_from_step.is_some_and(|step| step >= 4), "{report:?}");
+    assert_eq!(first.wait().expect("a child of ours").code(), Some(75));
+    let claim = fs::read_to_string(pods.job.path("data/attempts/000002.json")).expect("a claim");
+    assert!(claim.contains("\"attempt\":1,") && claim.contains("\"podUid\":\"pod-later\""), "{claim}");
+    assert_eq!(pods.report(Train), report, "the first one leaves without a word");
+    pods.succeed(Publish, 1);
+    assert_eq!(pods.digest("data/output/adapter_model.safetensors"), expected);
 }
 
 #[test]

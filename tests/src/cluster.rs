@@ -9,7 +9,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -171,6 +171,55 @@ impl Cluster {
         }
     }
 
+    /// Kills the first container of a pod on the first node with SIGKILL, as the kernel does when memory runs out.
+    pub fn kill_container(&self, namespace: &str, pod: &str) {
+        let found = self.get(&["--namespace", namespace, "pod", pod]).unwrap_or_else(|error| panic!("{pod}: {error}"));
+        let id = found["status"]["containerStatuses"][0]["containerID"].as_str().unwrap_or_default();
+        let id = id.strip_prefix("containerd://").unwrap_or_else(|| panic!("pod {pod} has no container: {found}"));
+        self.command("enter", &["ctr", "--namespace=k8s.io", "task", "kill", "--signal=SIGKILL", id]);
+    }
+
+    /// Follows the pods with a label in a namespace, from now on.
+    pub fn watch_pods(&self, namespace: &str, selector: &str) -> PodWatch {
+        let columns = r"jsonpath={.type} {.object.metadata.name} {.object.status.phase}{'\n'}";
+        let mut child = Command::new(script())
+            .arg("enter")
+            .arg(&self.run_dir)
+            .args(["kubectl", "get", "pods", "--namespace", namespace, "--selector", selector])
+            .args(["--watch", "--output-watch-events", "--request-timeout=20m", "--output", columns])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("the cluster's script starts");
+        let lines = BufReader::new(child.stdout.take().expect("standard output is piped")).lines();
+        let events = Arc::new(Mutex::new(Vec::new()));
+        let seen = Arc::clone(&events);
+        std::thread::spawn(move || {
+            for line in lines.map_while(Result::ok) {
+                seen.lock().expect("nobody fails while holding it").push(line);
+            }
+        });
+        PodWatch { child, events }
+    }
+
+    /// Names of the objects of a kind that were made in a namespace, in order, by the API server's audit log.
+    pub fn created(&self, namespace: &str, resource: &str) -> Vec<String> {
+        let text = std::fs::read_to_string(self.run_dir.join("audit.log")).expect("the API server writes it");
+        let entries = text.lines().filter(|line| line.contains(namespace)).filter_map(|line| {
+            // The last line may be half written.
+            serde_json::from_str::<Value>(line).ok()
+        });
+        let made = entries.filter(|entry| {
+            let object = &entry["objectRef"];
+            entry["verb"] == "create"
+                && entry["responseStatus"]["code"] == 201
+                && object["namespace"] == namespace
+                && object["resource"] == resource
+                && object["subresource"].is_null()
+        });
+        made.map(|entry| entry["objectRef"]["name"].as_str().unwrap_or_default().to_owned()).collect()
+    }
+
     /// Gives a node `count` of an extended resource, as a device plugin would.
     pub fn set_capacity(&self, node: &str, resource: &str, count: u32) {
         self.command("gpus", &[node, resource, &count.to_string()]);
@@ -205,12 +254,9 @@ impl Namespace<'_> {
         self.cluster.get(&[&["--namespace", &self.name], arguments].concat())
     }
 
-    /// Kills a pod's first container with SIGKILL, as the kernel does when memory runs out.
+    /// See [`Cluster::kill_container`].
     pub fn kill_container(&self, pod: &str) {
-        let found = self.get(&["pod", pod]).unwrap_or_else(|error| panic!("pod {pod}: {error}"));
-        let id = found["status"]["containerStatuses"][0]["containerID"].as_str().unwrap_or_default();
-        let id = id.strip_prefix("containerd://").unwrap_or_else(|| panic!("pod {pod} has no container: {found}"));
-        self.cluster.command("enter", &["ctr", "--namespace=k8s.io", "task", "kill", "--signal=SIGKILL", id]);
+        self.cluster.kill_container(&self.name, pod);
     }
 
     /// Waits until a pod has ended and returns its log; panics with state and log when it did not succeed.
@@ -225,6 +271,44 @@ impl Namespace<'_> {
         let log = self.kubectl(&["logs", pod]);
         assert_eq!(phase, "Succeeded", "pod {pod} wrote: {log}");
         log
+    }
+}
+
+/// The pods of a job, followed from its beginning.
+#[derive(Debug)]
+pub struct PodWatch {
+    child: Child,
+    events: Arc<Mutex<Vec<String>>>,
+}
+
+impl PodWatch {
+    /// Waits until no pod lives, and returns the names of the pods that there were, in order. Panics if two lived at once.
+    pub fn one_after_another(&self) -> Vec<String> {
+        wait_for("the pods to end", MINUTE, || {
+            let events = self.events.lock().expect("nobody fails while holding it").clone();
+            let mut live = Vec::new();
+            let mut pods: Vec<String> = Vec::new();
+            for event in &events {
+                let [what, name, phase] = event.split(' ').collect::<Vec<_>>()[..] else { panic!("{event:?}") };
+                live.retain(|one| *one != name);
+                if what != "DELETED" && !matches!(phase, "Succeeded" | "Failed") {
+                    live.push(name);
+                }
+                assert!(live.len() < 2, "{live:?} live at once: {events:#?}");
+                if pods.iter().all(|pod| pod != name) {
+                    pods.push(name.to_owned());
+                }
+            }
+            if live.is_empty() && !pods.is_empty() { Ok(pods) } else { Err(format!("{events:?}")) }
+        })
+    }
+}
+
+impl Drop for PodWatch {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 

@@ -1,13 +1,13 @@
 //! The operator in the test cluster, installed once by its chart, and jobs that it reconciles.
 
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use serde_json::Value;
 
 use crate::Job;
-use crate::cluster::{Cluster, Namespace, TEST_NODE, wait_for};
+use crate::cluster::{Cluster, Namespace, PodWatch, TEST_NODE, wait_for};
 
 /// Where the operator runs.
 pub const SYSTEM: &str = "finetune-system";
@@ -15,6 +15,9 @@ pub const SYSTEM: &str = "finetune-system";
 pub const FEW_MINUTES: Duration = Duration::from_mins(5);
 /// The resource that stands for accelerators in tests.
 pub const GPU: &str = "nvidia.com/gpu";
+
+/// A label of nodes; its value is the namespace of the test whose jobs go there.
+pub const PLACE: &str = "test.finetune.dev/place";
 
 /// Profiles of the tests. The trainer's image is CPU only: pods that hold a counted GPU train on the CPU.
 fn profiles() -> String {
@@ -25,7 +28,7 @@ fn profiles() -> String {
     resources: {{limits: {{cpu: "1", memory: 2Gi}}}}
     storage: {{size: 64Mi}}
     maxResources: {{memory: 4Gi}}
-    allowed: {{sourcePrefixes: ["pvc://"], tolerationKeys: [{TEST_NODE}, node.kubernetes.io/unreachable], nodeSelectorKeys: [kubernetes.io/hostname]}}
+    allowed: {{sourcePrefixes: ["pvc://"], tolerationKeys: [{TEST_NODE}, node.kubernetes.io/unreachable], nodeSelectorKeys: [{PLACE}]}}
   gpu:
     resources: {{limits: {{{GPU}: "1"}}}}
     maxResources: {{{GPU}: "2"}}
@@ -65,14 +68,18 @@ impl Operator {
     }
 
     /// `helm install` or `helm upgrade` of the chart, waited for.
-    pub fn helm(&self, verb: &str, more: &[&str]) -> String {
+    pub fn helm(&self, verb: &str, more: &[&str]) {
+        self.try_helm(verb, more).unwrap_or_else(|error| panic!("helm {verb} {more:?}: {error}"));
+    }
+
+    fn try_helm(&self, verb: &str, more: &[&str]) -> Result<String, String> {
         let values = self.values_file();
         let chart = crate::repository().join("charts/finetune-operator");
         let mut arguments =
             vec!["helm", verb, "finetune", path(&chart), "--namespace", SYSTEM, "--values", path(&values)];
         arguments.extend(["--wait", "--timeout", "3m"]);
         arguments.extend(more);
-        self.cluster.command("enter", &arguments)
+        self.cluster.try_command("enter", &arguments)
     }
 
     fn values_file(&self) -> PathBuf {
@@ -94,6 +101,12 @@ impl Operator {
         file
     }
 
+    /// For tests that restart the one operator: not two of them at once. Others notice a delay.
+    pub fn disturb(&self) -> Disturbed<'_> {
+        static DISTURBED: Mutex<()> = Mutex::new(());
+        Disturbed { operator: self, _alone: DISTURBED.lock().unwrap_or_else(PoisonError::into_inner) }
+    }
+
     /// Names of the operator's pods that run, the leader's included.
     pub fn pods(&self) -> Vec<String> {
         let selector = "--selector=app.kubernetes.io/name=finetune-operator";
@@ -108,27 +121,23 @@ impl Operator {
         let inputs = Job::new();
         let folder = inputs.folder().to_path_buf();
         readable_by_all(&folder);
-        let volume = format!(
-            r#"apiVersion: v1
-kind: PersistentVolume
-metadata: {{name: inputs-{ns}}}
-spec:
-  capacity: {{storage: 1Gi}}
-  accessModes: [ReadWriteMany]
-  storageClassName: ""
-  claimRef: {{namespace: {ns}, name: inputs}}
-  hostPath: {{path: {path}}}
----
-apiVersion: v1
-kind: PersistentVolumeClaim
-metadata: {{name: inputs}}
-spec: {{accessModes: [ReadWriteMany], storageClassName: "", volumeName: inputs-{ns}, resources: {{requests: {{storage: 1Gi}}}}}}
-"#,
-            ns = namespace.name(),
-            path = folder.display()
-        );
-        namespace.apply(&volume);
-        Workspace { namespace, inputs }
+        let space = Workspace { namespace, inputs };
+        space.claim("inputs", &folder);
+        space
+    }
+}
+
+/// Whoever has it may break the operator; it is installed again with the guard's end.
+#[derive(Debug)]
+pub struct Disturbed<'a> {
+    operator: &'a Operator,
+    _alone: MutexGuard<'static, ()>,
+}
+
+impl Drop for Disturbed<'_> {
+    fn drop(&mut self) {
+        let mended = self.operator.try_helm("upgrade", &["--install"]);
+        assert!(mended.is_ok() || std::thread::panicking(), "the operator could not be mended: {mended:?}");
     }
 }
 
@@ -182,6 +191,54 @@ impl Workspace {
             text += &format!("  {line}\n");
         }
         text
+    }
+
+    /// A claim on a folder that pods on every node reach.
+    fn claim(&self, name: &str, folder: &Path) {
+        let volume = format!(
+            r#"apiVersion: v1
+kind: PersistentVolume
+metadata: {{name: {name}-{ns}}}
+spec:
+  capacity: {{storage: 1Gi}}
+  accessModes: [ReadWriteMany]
+  storageClassName: ""
+  claimRef: {{namespace: {ns}, name: {name}}}
+  hostPath: {{path: {path}}}
+---
+apiVersion: v1
+kind: PersistentVolumeClaim
+metadata: {{name: {name}}}
+spec: {{accessModes: [ReadWriteMany], storageClassName: "", volumeName: {name}-{ns}, resources: {{requests: {{storage: 1Gi}}}}}}
+"#,
+            ns = self.namespace.name(),
+            path = folder.display()
+        );
+        self.namespace.apply(&volume);
+    }
+
+    /// The claim `run`, for the run itself; returns the folder behind it.
+    pub fn run_claim(&self) -> PathBuf {
+        let folder = self.inputs.path("run");
+        std::fs::create_dir(&folder).expect("writable");
+        readable_by_all(&folder);
+        self.claim("run", &folder);
+        folder
+    }
+
+    /// Follows the pods of a job.
+    pub fn watch(&self, name: &str) -> PodWatch {
+        let selector = format!("finetune.dev/job-name={name}");
+        Operator::shared().expect("it has a workspace").cluster.watch_pods(self.namespace.name(), &selector)
+    }
+
+    /// Waits until the Job of a stage's first attempt was made.
+    pub fn reaches(&self, name: &str, stage: &str) {
+        let wanted = format!("{name}-{stage}-1");
+        wait_for(format!("the Job {wanted}"), FEW_MINUTES, || {
+            let jobs = self.jobs(name);
+            if jobs.contains(&wanted) { Ok(()) } else { Err(format!("{jobs:?}")) }
+        });
     }
 
     /// Applies such a job.

@@ -2,7 +2,7 @@
 //!
 //! A checkpoint is written to a temporary folder, each file synced, the manifest with the SHA-256 of every file last, then
 //! renamed into place and the parent synced; only then older ones go. The newest one that verifies is loaded, whatever an
-//! overtaken attempt wrote late. Nothing here knows tensors: contents come and go as bytes.
+//! overtaken pod wrote late. Nothing here knows tensors: contents come and go as bytes.
 
 mod attempt;
 mod files;
@@ -52,15 +52,15 @@ pub enum Error {
         /// Of this run.
         expected: String,
     },
-    /// A newer attempt writes here.
-    #[error("attempt {own} was overtaken by attempt {newer}, which writes to {}; this attempt leaves without a checkpoint", path.display())]
+    /// A newer attempt, or a later pod of this one, writes here.
+    #[error("attempt {own} was overtaken by {newer}, which writes to {}; this one leaves without a trace", path.display())]
     Fenced {
         /// The run directory.
         path: PathBuf,
         /// This attempt.
         own: i32,
-        /// The other one.
-        newer: i32,
+        /// The other one, and its pod.
+        newer: String,
     },
     /// Another process runs here.
     #[error("{}: another run is in progress in this folder; wait for it, or choose another --dir", path.display())]
@@ -88,16 +88,6 @@ pub enum Error {
         /// What was found.
         message: String,
     },
-    /// The attempt's number is taken.
-    #[error("attempt {number} of {} is claimed already by {owner}; a run is in progress there, or the attempt number was used twice", path.display())]
-    AttemptTaken {
-        /// The run directory.
-        path: PathBuf,
-        /// The number.
-        number: i32,
-        /// Who claimed it.
-        owner: String,
-    },
 }
 
 impl Error {
@@ -107,7 +97,7 @@ impl Error {
 
     /// Whether another attempt or another job owns the run directory.
     pub fn folder_is_of_another(&self) -> bool {
-        matches!(self, Self::InUse { .. } | Self::Fenced { .. } | Self::AttemptTaken { .. } | Self::ForeignRun { .. })
+        matches!(self, Self::InUse { .. } | Self::Fenced { .. } | Self::ForeignRun { .. })
     }
 
     /// The exit code that this error ends the trainer with.
@@ -116,7 +106,7 @@ impl Error {
         match self {
             Self::Write { .. } | Self::Read { .. } | Self::InUse { .. } => ExitCode::CannotWrite,
             Self::Foreign { .. } | Self::ForeignRun { .. } | Self::Missing { .. } => ExitCode::ForeignCheckpoint,
-            Self::Fenced { .. } | Self::AttemptTaken { .. } => ExitCode::Preempted,
+            Self::Fenced { .. } => ExitCode::Preempted,
         }
     }
 }
@@ -136,6 +126,8 @@ pub struct Store {
     identity: Identity,
     class: EquivalenceClass,
     attempt: i32,
+    /// Number of this pod's claim.
+    claim: i32,
     /// Of the last commit that was made or seen.
     sequence: i64,
     resumed_from: Option<String>,
@@ -151,9 +143,9 @@ impl Store {
             fs::create_dir_all(&folder).map_err(|source| Error::write(&folder, source))?;
         }
         let lock = if claim.number.is_none() { Some(lock(run)?) } else { None };
-        let attempt = attempt::claim(run, "", &identity.job_uid, claim)?;
+        let (claim, attempt) = attempt::claim(run, "", &identity.job_uid, claim)?;
         let mut store =
-            Self { run: run.into(), identity, class, attempt, sequence: 0, resumed_from: None, _lock: lock };
+            Self { run: run.into(), identity, class, attempt, claim, sequence: 0, resumed_from: None, _lock: lock };
         // A number that was ever given is not given again: the order of commits must hold whatever is read.
         let manifests = folders(run)?.into_iter().filter_map(|folder| read_manifest(&folder).ok());
         store.sequence = manifests.map(|(manifest, _)| manifest.sequence).max().unwrap_or(0);
@@ -195,18 +187,18 @@ impl Store {
             }
         }
         let sequence = found.as_ref().map_or(0, |stored| stored.manifest.sequence);
-        attempt::record_start(&self.run, Start { attempt: self.attempt, sequence })?;
+        attempt::record_start(&self.run, Start { claim: self.claim, sequence })?;
         Ok((found, warnings))
     }
 
     /// Begins anew: checkpoints that are there are kept, in a folder whose path is returned, and never read again.
     pub fn set_aside(&mut self) -> Result<Option<PathBuf>, Error> {
-        attempt::record_start(&self.run, Start { attempt: self.attempt, sequence: 0 })?;
+        attempt::record_start(&self.run, Start { claim: self.claim, sequence: 0 })?;
         if folders(&self.run)?.is_empty() {
             return Ok(None);
         }
         let checkpoints = self.run.join("checkpoints");
-        let aside = self.run.join(format!("checkpoints-before-attempt-{:06}", self.attempt));
+        let aside = self.run.join(format!("checkpoints-before-claim-{:06}", self.claim));
         fs::rename(&checkpoints, &aside)
             .and_then(|()| fs::create_dir(&checkpoints))
             .and_then(|()| sync_folder(&self.run))
@@ -242,7 +234,7 @@ impl Store {
     /// Writes a checkpoint durably. On an error nothing of it is left and older ones are untouched.
     pub fn commit(&mut self, step: i64, best: bool, contents: &[Content]) -> Result<Stored, Error> {
         let checkpoints = self.run.join("checkpoints");
-        let name = format!("step-{step:07}-a{:03}", self.attempt);
+        let name = format!("step-{step:07}-c{:03}", self.claim);
         let target = checkpoints.join(&name);
         let temporary = tempfile::Builder::new()
             .prefix(&format!(".tmp-{name}-"))
@@ -292,6 +284,7 @@ impl Store {
             sequence: self.sequence + 1,
             step,
             attempt: self.attempt,
+            claim: self.claim,
             job_uid: self.identity.job_uid.clone(),
             resumed_from: self.resumed_from.clone(),
             config: self.identity.config.clone(),
@@ -336,11 +329,10 @@ impl Store {
     }
 
     fn check_fence(&self) -> Result<(), Error> {
-        let newer = attempt::highest(&self.run);
-        if newer > self.attempt {
-            return Err(Error::Fenced { path: self.run.clone(), own: self.attempt, newer });
+        match attempt::overtaken_by(&self.run, self.claim) {
+            Some(newer) => Err(Error::Fenced { path: self.run.clone(), own: self.attempt, newer }),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     /// Temporary folders of attempts that died; this attempt holds the fence, nobody else may commit them.
@@ -363,7 +355,7 @@ pub struct Claim<'a> {
     pub pod_uid: &'a str,
 }
 
-/// Claims an attempt of a stage that writes no checkpoints: a second pod of the same attempt leaves.
+/// Claims an attempt of a stage that writes no checkpoints: a pod of a lower attempt than one that came leaves.
 pub fn claim_stage(run: &Path, stage: &str, job_uid: &str, claim: Claim) -> Result<(), Error> {
     let folder = run.join("attempts");
     fs::create_dir_all(&folder).map_err(|source| Error::write(&folder, source))?;
@@ -437,6 +429,11 @@ mod tests {
         Store::open(run, identity(), EquivalenceClass::default(), claim(attempt)).expect("opens")
     }
 
+    fn open_as(run: &Path, attempt: i32, pod_uid: &str) -> Store {
+        let claim = Claim { number: Some(attempt), pod_uid };
+        Store::open(run, identity(), EquivalenceClass::default(), claim).expect("opens")
+    }
+
     fn commit(store: &mut Store, step: i64, best: bool) -> Stored {
         let body = format!("weights of step {step}");
         let write = |sink: &mut dyn Write| sink.write_all(body.as_bytes());
@@ -453,7 +450,7 @@ mod tests {
         fs::rename(commit(&mut first, 20, true).folder, &late).expect("movable");
         let mut second = open(run.path(), Some(2));
         assert_eq!(second.latest().expect("readable").0.expect("a checkpoint").manifest.step, 10);
-        fs::rename(&late, run.path().join("checkpoints/step-0000020-a001")).expect("movable");
+        fs::rename(&late, run.path().join("checkpoints/step-0000020-c001")).expect("movable");
         assert_eq!(second.find(20).expect("readable"), None);
         let (found, warnings) = open(run.path(), Some(3)).latest().expect("readable");
         assert_eq!(found.expect("a checkpoint").manifest.step, 10);
@@ -546,21 +543,39 @@ mod tests {
     }
 
     #[test]
-    fn a_lower_attempt_never_commits_again() {
+    fn what_was_overtaken_never_commits_again() {
+        // By a higher attempt, and by a later pod of the same.
+        for later in [2, 1] {
+            let run = tempfile::tempdir().expect("a temporary folder");
+            let mut first = open(run.path(), Some(1));
+            commit(&mut first, 10, false);
+            let mut second = open_as(run.path(), later, "pod-2");
+            assert_eq!(second.attempt(), later);
+            assert!(second.latest().expect("readable").0.is_some());
+            let write = |sink: &mut dyn Write| sink.write_all(b"late");
+            let error = first.commit(20, false, &[Content { name: "a", write: &write }]).expect_err("fenced");
+            let expected = format!("attempt 1 was overtaken by attempt {later} (pod pod-2)");
+            assert!(error.to_string().contains(&expected) && error.exit().code() == 75, "{error}");
+            // The same step is committed anew, beside what the first pod made of it.
+            commit(&mut second, 10, false);
+            commit(&mut second, 20, false);
+            let mut third = open_as(run.path(), later, "pod-3");
+            let (stored, warnings) = third.latest().expect("readable");
+            assert_eq!((stored.expect("a checkpoint").manifest.step, warnings.len()), (20, 0));
+        }
+    }
+
+    #[test]
+    fn a_lower_attempt_is_refused() {
         let run = tempfile::tempdir().expect("a temporary folder");
-        let mut first = open(run.path(), Some(1));
-        commit(&mut first, 10, false);
-        let mut second = open(run.path(), Some(2));
-        assert!(second.latest().expect("readable").0.is_some());
-        let write = |sink: &mut dyn Write| sink.write_all(b"late");
-        let error = first.commit(20, false, &[Content { name: "a", write: &write }]).expect_err("fenced");
-        assert!(matches!(error, Error::Fenced { own: 1, newer: 2, .. }), "{error}");
-        commit(&mut second, 30, false);
-        assert_eq!(latest_step(run.path()), (Some(30), 0));
-        assert!(matches!(
-            Store::open(run.path(), identity(), EquivalenceClass::default(), claim(Some(2))),
-            Err(Error::AttemptTaken { number: 2, owner, .. }) if owner == "pod pod-1"
-        ));
+        drop(open(run.path(), Some(2)));
+        let error = Store::open(run.path(), identity(), EquivalenceClass::default(), claim(Some(1))).expect_err("late");
+        let expected = "attempt 1 was overtaken by attempt 2 (pod pod-1)";
+        assert!(error.to_string().contains(expected) && error.exit().code() == 75, "{error}");
+        // A claim that the disk lost half of keeps its place.
+        fs::write(run.path().join("attempts/000002.json"), "{\"attempt\"").expect("writable");
+        drop(open(run.path(), Some(2)));
+        assert!(run.path().join("attempts/000003.json").exists());
     }
 
     #[test]
@@ -568,8 +583,9 @@ mod tests {
         let run = tempfile::tempdir().expect("a temporary folder");
         let prepare = |uid: &str, number| claim_stage(run.path(), "prepare", uid, claim(Some(number)));
         prepare("job", 1).expect("the first");
-        assert!(matches!(prepare("job", 1), Err(Error::AttemptTaken { number: 1, .. })));
+        prepare("job", 1).expect("its next pod");
         prepare("job", 2).expect("the next");
+        assert!(matches!(prepare("job", 1), Err(Error::Fenced { own: 1, .. })));
         assert_eq!(open(run.path(), Some(1)).attempt(), 1);
         let error = prepare("another", 3).expect_err("foreign");
         assert!(error.exit().code() == 78 && error.to_string().contains("belongs to job job"), "{error}");

@@ -501,6 +501,7 @@ fn a_queue_holds_evicts_and_takes_back_the_same_job() {
         world.observed.queue = Some(queue);
         world.pass();
     };
+    assert_eq!(world.condition(condition::ADMITTED).1, "NoQueue", "the prepare Job, which has none, says nothing");
     held(&mut world, QueueSeen::ControllerMissing);
     assert_eq!(world.condition(condition::ADMITTED).1, "QueueControllerMissing");
     held(&mut world, QueueSeen::Waiting("no quota".into()));
@@ -515,11 +516,22 @@ fn a_queue_holds_evicts_and_takes_back_the_same_job() {
     world.attempt().pods = vec![PodSeen { live: true, running: true, started, ..PodSeen::default() }];
     world.pass();
     assert_eq!(world.condition(condition::ADMITTED), ("True".into(), "QuotaReserved".into(), String::new()));
+    world.wait(100);
     held(&mut world, QueueSeen::Evicted("Preempted: by another".into()));
+    world.wait(1000);
     held(&mut world, QueueSeen::Evicted("Preempted: by another".into()));
     assert_eq!(world.condition(condition::ADMITTED).1, "Evicted");
     let attempts = world.status().attempts.expect("attempts");
     assert_eq!((attempts.total, attempts.preempted), (1, 1), "one eviction, and the same attempt goes on");
+    world.attempt().job = present(&uid, false);
+    world.observed.queue = None;
+    let started = Some(Time(world.now));
+    world.attempt().pods = vec![PodSeen { live: true, running: true, started, ..PodSeen::default() }];
+    world.pass();
+    world.wait(50);
+    held(&mut world, QueueSeen::Evicted("Preempted: by another".into()));
+    let usage = world.status().usage.expect("usage");
+    assert_eq!(usage.train_seconds, 150, "what it waited is not counted");
 }
 
 #[test]

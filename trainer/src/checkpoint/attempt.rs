@@ -1,8 +1,9 @@
-//! Attempts on a run directory: `attempts/000003.json` claims a number by exclusive create, `attempts/000003.started.json`
-//! says which commit the attempt went on from. A higher attempt fences a lower one: what the lower one commits after the
-//! higher one has begun is never read.
+//! Claims on a run directory: `attempts/000003.json` is the third claim, made by exclusive create, and says which attempt of
+//! which pod made it; `attempts/000003.started.json` says which commit it went on from. An attempt may have several pods, one
+//! after another: a queue takes its pod away and gives it another. A later claim fences the earlier ones: what they commit
+//! after it was made is never read. A lower attempt than one that has claimed is refused.
 
-use std::fs::{self, OpenOptions};
+use std::fs;
 use std::io::{self, Write};
 use std::path::Path;
 
@@ -15,8 +16,8 @@ use super::{Claim, Error};
 /// A claim as it lies in the folder.
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct Claimed {
-    attempt: i32,
+pub(super) struct Claimed {
+    pub attempt: i32,
     job_uid: String,
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pod_uid: String,
@@ -24,65 +25,91 @@ struct Claimed {
 }
 
 impl Claimed {
-    fn owner(&self) -> String {
-        if self.pod_uid.is_empty() { format!("process {}", self.process) } else { format!("pod {}", self.pod_uid) }
+    /// Who made it.
+    pub(super) fn owner(&self) -> String {
+        let Self { attempt, pod_uid, process, .. } = self;
+        if pod_uid.is_empty() {
+            format!("attempt {attempt} (process {process})")
+        } else {
+            format!("attempt {attempt} (pod {pod_uid})")
+        }
     }
 }
 
-/// Which commit an attempt went on from; sequence 0: from the beginning.
+/// Which commit a claim went on from; sequence 0: from the beginning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Start {
-    pub attempt: i32,
+    pub claim: i32,
     pub sequence: i64,
 }
 
 impl Start {
-    /// Whether the commit came from an attempt that this one had already overtaken.
+    /// Whether the commit came from a pod that this one had already overtaken.
     pub(super) fn supersedes(self, manifest: &Manifest) -> bool {
-        manifest.attempt < self.attempt && manifest.sequence > self.sequence
+        manifest.claim < self.claim && manifest.sequence > self.sequence
     }
 }
 
-/// Claims the wanted number, or the next free one. `prefix` tells stages apart that count attempts of their own.
-pub(super) fn claim(run: &Path, prefix: &str, job_uid: &str, claim: Claim) -> Result<i32, Error> {
+/// Claims the folder for the wanted attempt, or for the one after the highest; returns the claim's number and the attempt.
+/// `prefix` tells stages apart that count attempts of their own.
+pub(super) fn claim(run: &Path, prefix: &str, job_uid: &str, claim: Claim) -> Result<(i32, i32), Error> {
     let folder = run.join("attempts");
     if claim.number.is_some() {
         check_owner(run, job_uid)?;
     }
-    let mut attempt = claim.number.unwrap_or_else(|| highest(run) + 1);
     loop {
-        let path = folder.join(format!("{prefix}{attempt:06}.json"));
-        match OpenOptions::new().write(true).create_new(true).open(&path) {
-            Ok(mut file) => {
-                let claimed = Claimed {
-                    attempt,
-                    job_uid: job_uid.to_owned(),
-                    pod_uid: claim.pod_uid.to_owned(),
-                    process: std::process::id(),
-                };
-                let bytes = serde_json::to_vec(&claimed).expect("a claim is JSON");
-                file.write_all(&bytes).and_then(|()| file.sync_all()).map_err(|source| Error::write(&path, source))?;
-                break;
-            }
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && claim.number.is_none() => attempt += 1,
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                let owner = read_claim(&path).map_or_else(|| "somebody".to_owned(), |claimed| claimed.owner());
-                return Err(Error::AttemptTaken { path: run.into(), number: attempt, owner });
-            }
+        let claims = claims(run, prefix);
+        let highest = claims.iter().filter_map(|(_, claimed)| claimed.as_ref()).max_by_key(|claimed| claimed.attempt);
+        let attempt = claim.number.unwrap_or_else(|| highest.map_or(0, |highest| highest.attempt) + 1);
+        if let Some(newer) = highest.filter(|highest| highest.attempt > attempt) {
+            return Err(Error::Fenced { path: run.into(), own: attempt, newer: newer.owner() });
+        }
+        let number = claims.last().map_or(0, |(number, _)| *number) + 1;
+        let claimed = Claimed {
+            attempt,
+            job_uid: job_uid.to_owned(),
+            pod_uid: claim.pod_uid.to_owned(),
+            process: std::process::id(),
+        };
+        let path = folder.join(format!("{prefix}{number:06}.json"));
+        match create_whole(&path, &serde_json::to_vec(&claimed).expect("a claim is JSON")) {
+            Ok(()) => return Ok((number, attempt)),
+            // Somebody was faster, and may be of a higher attempt.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             Err(source) => return Err(Error::write(&path, source)),
         }
     }
-    sync_folder(&folder).map_err(|source| Error::write(&folder, source))?;
-    Ok(attempt)
+}
+
+/// Makes a file that is not there yet: whoever sees it sees all of it.
+fn create_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let folder = path.parent().unwrap_or(Path::new("."));
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o644);
+    let mut file = tempfile::Builder::new().prefix(".tmp-").permissions(mode).tempfile_in(folder)?;
+    file.write_all(bytes)?;
+    file.as_file().sync_all()?;
+    file.persist_noclobber(path).map_err(|error| error.error)?;
+    sync_folder(folder)
 }
 
 fn read_claim(path: &Path) -> Option<Claimed> {
     serde_json::from_slice(&fs::read(path).ok()?).ok()
 }
 
+/// The claims of a stage, by their numbers; one that is damaged keeps its number.
+fn claims(run: &Path, prefix: &str) -> Vec<(i32, Option<Claimed>)> {
+    let number = |name: &String| name.strip_prefix(prefix)?.strip_suffix(".json")?.parse().ok();
+    let mut claims: Vec<_> = names(run)
+        .iter()
+        .filter_map(|name| Some((number(name)?, read_claim(&run.join("attempts").join(name)))))
+        .collect();
+    claims.sort_by_key(|(number, _)| *number);
+    claims
+}
+
 /// Refuses a folder in which another job made attempts.
 fn check_owner(run: &Path, job_uid: &str) -> Result<(), Error> {
-    let claims = names(run).into_iter().filter(|name| !name.ends_with(".started.json"));
+    let claims = names(run).into_iter().filter(|name| name.ends_with(".json") && !name.ends_with(".started.json"));
     for path in claims.map(|name| run.join("attempts").join(name)) {
         if let Some(claimed) = read_claim(&path).filter(|claimed| claimed.job_uid != job_uid) {
             return Err(Error::ForeignRun { path, found: claimed.job_uid, expected: job_uid.to_owned() });
@@ -91,20 +118,20 @@ fn check_owner(run: &Path, job_uid: &str) -> Result<(), Error> {
     Ok(())
 }
 
-/// The highest attempt that was claimed; 0 if none.
-pub(super) fn highest(run: &Path) -> i32 {
-    let names = names(run);
-    names.iter().filter_map(|name| name.strip_suffix(".json")?.parse().ok()).max().unwrap_or(0)
+/// Who made the claim after claim `number`, if somebody did.
+pub(super) fn overtaken_by(run: &Path, number: i32) -> Option<String> {
+    let newest = claims(run, "").pop().filter(|(newest, _)| *newest > number)?;
+    Some(newest.1.map_or_else(|| "an attempt whose claim is damaged".to_owned(), |claimed| claimed.owner()))
 }
 
-/// Notes which commit an attempt goes on from.
+/// Notes which commit a claim goes on from.
 pub(super) fn record_start(run: &Path, start: Start) -> Result<(), Error> {
-    let path = run.join("attempts").join(format!("{:06}.started.json", start.attempt));
+    let path = run.join("attempts").join(format!("{:06}.started.json", start.claim));
     let bytes = serde_json::to_vec(&start).expect("a start is JSON");
     write_atomically(&path, &bytes).map_err(|source| Error::write(&path, source))
 }
 
-/// The starts of all attempts that came so far.
+/// The starts of all claims that came so far.
 pub(super) fn starts(run: &Path) -> Vec<Start> {
     let read = |name: &String| {
         name.strip_suffix(".started.json")?;

@@ -77,6 +77,8 @@ pub struct Manifest {
     pub step: i64,
     /// The attempt that wrote it.
     pub attempt: i32,
+    /// Number of the claim under which it was written: a later claim overtakes it.
+    pub claim: i32,
     /// `metadata.uid` of the job.
     pub job_uid: String,
     /// Digest of the manifest that the attempt continued from.
