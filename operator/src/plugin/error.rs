@@ -172,12 +172,11 @@ fn explain_status(status: &Status, asked: &Asked) -> Error {
     }
 }
 
-/// The cluster roles of the chart, which Kubernetes' own `view` and `edit` take up; pods are theirs anyway.
+/// Kubernetes' own roles, which take up those of the chart, whatever its release is called; pods are theirs anyway.
 fn role(asked: &Asked) -> &'static str {
     match asked.verb {
-        _ if asked.resource != "finetunejobs" => "view",
-        "get" | "list" | "watch" => "finetune-operator-view",
-        _ => "finetune-operator-edit",
+        "get" | "list" | "watch" => "view",
+        _ => "edit",
     }
 }
 
@@ -246,12 +245,12 @@ mod tests {
             (
                 "patch",
                 serde_json::json!({"code": 403, "message": "User \"u\" cannot patch"}),
-                "you may not patch finetunejobs in namespace team; the cluster role finetune-operator-edit allows it",
+                "you may not patch finetunejobs in namespace team; the cluster role edit allows it",
             ),
             (
                 "watch",
                 serde_json::json!({"code": 403, "message": "no"}),
-                "the cluster role finetune-operator-view allows it",
+                "the cluster role view allows it",
             ),
             ("get", serde_json::json!({"code": 401, "message": "Unauthorized"}), "log in again"),
             (
