@@ -247,11 +247,7 @@ mod tests {
                 serde_json::json!({"code": 403, "message": "User \"u\" cannot patch"}),
                 "you may not patch finetunejobs in namespace team; the cluster role edit allows it",
             ),
-            (
-                "watch",
-                serde_json::json!({"code": 403, "message": "no"}),
-                "the cluster role view allows it",
-            ),
+            ("watch", serde_json::json!({"code": 403, "message": "no"}), "the cluster role view allows it"),
             ("get", serde_json::json!({"code": 401, "message": "Unauthorized"}), "log in again"),
             (
                 "patch",
