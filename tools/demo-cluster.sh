@@ -1,31 +1,51 @@
 #!/usr/bin/env bash
 # The whole way on a real Kubernetes: images, helm install, kubectl apply, watch, dashboards' queries, verdict.
 #   tools/demo-cluster.sh RUN_DIR JOB.yaml
-# Environment: CARGO_TARGET_DIR and LIBTORCH, as for images/build.sh. Ends the cluster when it ends, however it ends.
+# Environment: CARGO_TARGET_DIR and LIBTORCH, as for images/build.sh. Ends the cluster when it ends, however it ends. Its exit
+# code is that of `kubectl finetune watch`: 0 for a job that succeeded, 1 for one that failed, 2 for one that a gate refused.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 RUN=$(realpath -m "$1")
 JOB=$2
+PROMETHEUS=http://127.0.0.1:9090
 cluster=tests/cluster/cluster
-say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
+say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
 inside() { "$cluster" enter "$RUN" "$@"; }
 # What a user would type, and then it.
-type_in() { printf '$ %s\n' "$*"; inside "$@"; }
+type_in() { printf '\n$ %s\n' "$*"; inside "$@"; }
+# wait_for WHAT COMMAND…: polls a condition.
+wait_for() {
+  local what=$1 deadline=$((SECONDS + 60))
+  shift
+  until "$@"; do
+    [ $SECONDS -lt $deadline ] || { echo "error: $what: not within 60 s; logs in $RUN/log" >&2; exit 1; }
+    sleep 0.2
+  done
+}
 
-say "== images"
-images/build.sh "$RUN.images" trainer operator
-say "== a Kubernetes on this machine"
-trap 'rm -rf "$RUN.images"; "$cluster" down "$RUN"' EXIT
-trap 'exit 130' INT TERM
+say "images of the trainer and the operator"
+end() {
+  say "after $SECONDS s the cluster is taken away"
+  rm -rf "$RUN.images"
+  "$cluster" down "$RUN"
+}
+trap end EXIT
+trap 'exit 130' INT TERM HUP
+images/build.sh "$RUN.images" trainer operator > /dev/null
+
+say "a Kubernetes on this machine"
 "$cluster" up "$RUN"
 push() { "$cluster" push "$RUN" "$RUN.images/finetune-$1.tar" "finetune-$1:demo"; }
 trainer=$(push trainer)
 operator=$(push operator)
 rm -rf "$RUN.images"
-repository() { local name=${1%@*}; echo "${name#*/}"; }
+image() { # REGISTRY/REPOSITORY@DIGEST
+  local name=${1%@*}
+  echo "{registry: \"${name%%/*}\", repository: ${name#*/}, digest: \"${1#*@}\"}"
+}
 cat > "$RUN/values.yaml" <<VALUES
-image: {registry: "${operator%%/*}", repository: $(repository "$operator"), digest: "${operator#*@}"}
-trainer: {image: {registry: "${trainer%%/*}", repository: $(repository "$trainer"), digest: "${trainer#*@}"}}
+image: $(image "$operator")
+trainer: {image: $(image "$trainer")}
 pollIntervalSeconds: 2
 extraArgs: [--progress-interval-seconds=5]
 profiles:
@@ -34,10 +54,12 @@ profiles:
     storage: {size: 5Gi}
     pricePerHour: 0.10
 VALUES
+# kubectl finds the plugin as it finds any: on the path.
+PATH=$CARGO_TARGET_DIR/release:$PATH
 
-say "== install"
-type_in helm install finetune "$PWD/charts/finetune-operator" --namespace finetune-system --create-namespace \
-  --values "$RUN/values.yaml" --wait --timeout 3m | sed -n '1,8p'
+say "the operator, installed by its chart"
+type_in helm install finetune-operator charts/finetune-operator --namespace finetune-system --create-namespace \
+  --values "$RUN/values.yaml" --wait --timeout 3m | sed '/^NOTES/,$d'
 type_in kubectl -n finetune-system get deployment,pods
 
 # A model and rows, as a team would have them on its volumes.
@@ -62,41 +84,33 @@ CLAIM
 done > "$RUN/team/claims.yaml"
 inside kubectl apply -f "$RUN/team/claims.yaml" > /dev/null
 
-say "== Prometheus, which finds the pods through Kubernetes"
+say "Prometheus, which finds the pods through Kubernetes, with the chart's alerts"
 mkdir -p "$RUN/prometheus"
 sed "s/scrape_interval: .*/scrape_interval: 2s/; s#rule_files: .*#rule_files: [$PWD/charts/finetune-operator/alerts/alerts.yaml]#; \
-  s#kubernetes_sd_configs: \[{role: pod}\]#kubernetes_sd_configs: [{role: pod, kubeconfig_file: $RUN/pki/admin.kubeconfig}]#" \
+  s#{role: pod}#{role: pod, kubeconfig_file: $RUN/pki/admin.kubeconfig}#" \
   charts/finetune-operator/prometheus.yml > "$RUN/prometheus/prometheus.yml"
 inside prometheus --config.file="$RUN/prometheus/prometheus.yml" --storage.tsdb.path="$RUN/prometheus/data" \
-  --web.listen-address=127.0.0.1:9090 > "$RUN/log/prometheus.log" 2>&1 &
+  --web.listen-address="${PROMETHEUS#http://}" > "$RUN/log/prometheus.log" 2>&1 &
+scraped() { [ -n "$(inside promtool query instant "$PROMETHEUS" "$1" 2> "$RUN/log/promtool.log")" ]; }
+wait_for "Prometheus has the operator's series" scraped 'finetune_operator_leader == 1'
+inside promtool query instant "$PROMETHEUS" finetune_operator_leader
 
-say "== a job"
+say "a job"
 sed -n '/^apiVersion/,$p' "$JOB"
-type_in kubectl -n team apply -f "$PWD/$JOB"
-name=$(inside kubectl -n team get finetunejobs -o 'jsonpath={.items[0].metadata.name}')
-PATH=$CARGO_TARGET_DIR/release:$PATH
-printf '$ kubectl finetune -n team watch %s\n' "$name"
-inside "$CARGO_TARGET_DIR/release/kubectl-finetune" -n team watch "$name"
-printf '$ kubectl finetune -n team status %s\n' "$name"
-inside "$CARGO_TARGET_DIR/release/kubectl-finetune" -n team status "$name"
-printf '$ kubectl finetune -n team plot %s --prometheus http://127.0.0.1:9090\n' "$name"
-inside "$CARGO_TARGET_DIR/release/kubectl-finetune" -n team plot "$name" --prometheus http://127.0.0.1:9090
+type_in kubectl apply -n team -f "$JOB"
+name=$(inside kubectl get -n team -f "$JOB" -o 'jsonpath={.metadata.name}')
+result=0
+type_in kubectl finetune watch "$name" -n team || result=$?
+[ $result != 130 ] || exit 130
+type_in kubectl finetune status "$name" -n team
+type_in kubectl get events -n team --field-selector involvedObject.kind=FineTuneJob \
+  -o 'custom-columns=TYPE:.type,REASON:.reason,COUNT:.series.count,MESSAGE:.message'
+[ $result = 0 ] || exit $result
 
-say "== what the dashboards ask"
-ask() { # TITLE QUERY
-  printf '%-34s' "$1"
-  inside curl -sS --get http://127.0.0.1:9090/api/v1/query --data-urlencode "query=$2" |
-    python3 -c 'import json,sys; found=json.load(sys.stdin)["data"]["result"]; print(found[0]["value"][1] if found else "no data")'
-}
-job="namespace=\"team\",finetunejob=\"$name\""
-ask "steps" "max_over_time(finetune_step{$job}[1h])"
-ask "loss, first" "max_over_time(finetune_train_loss{$job}[1h])"
-ask "loss, least" "min_over_time(finetune_train_loss{$job}[1h])"
-ask "tokens" "max_over_time(finetune_tokens_total{$job,kind=\"input\"}[1h])"
-ask "checkpoints" "max_over_time(finetune_checkpoints_total{$job,result=\"success\"}[1h])"
-ask "succeeded" "finetunejob_status_phase{$job,phase=\"Succeeded\"}"
+say "the loss curve, from Prometheus"
+type_in kubectl finetune plot "$name" -n team --prometheus "$PROMETHEUS"
 
-say "== events"
-type_in kubectl -n team get events --field-selector "involvedObject.kind=FineTuneJob" -o custom-columns=REASON:.reason,MESSAGE:.message
-say "== done in $SECONDS s"
-[ "$(inside kubectl -n team get finetunejob "$name" -o 'jsonpath={.status.phase}')" = Succeeded ]
+say "what the dashboard of a run shows, at the end"
+wait_for "Prometheus has the job's end" scraped "finetunejob_status_phase{finetunejob=\"$name\",phase=\"Succeeded\"} == 1"
+created=$(inside kubectl get finetunejob "$name" -n team -o 'jsonpath={.metadata.creationTimestamp}')
+inside tools/ask-dashboard.py "$PROMETHEUS" team "$name" "$created" charts/finetune-operator/dashboards/run.json

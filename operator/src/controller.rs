@@ -372,7 +372,7 @@ async fn publish(
     };
     context.remember_write(&written);
     let about = job.object_ref(&());
-    for event in events(before, after) {
+    for event in events(&namespace, before, after) {
         if let Err(error) = context.recorder.publish(&event, &about).await {
             // The status says it too; an event is for people who watch.
             tracing::warn!("{namespace}/{}: the event {} was not written: {error}", job.name_any(), event.reason);

@@ -4,38 +4,51 @@ use crds::FineTuneJobStatus;
 use crds::condition::{self, event, reason};
 use crds::finetunejob::AttemptOutcome;
 use crds::run::PodStage;
+use k8s_openapi::api::core::v1::ObjectReference;
 use kube::runtime::events::{Event, EventType};
 
 /// Bytes that the API server takes.
 const MAX_NOTE: usize = 1000;
 
 /// What to tell of the step from one status to the next.
-pub fn events(before: &FineTuneJobStatus, after: &FineTuneJobStatus) -> Vec<Event> {
+pub fn events(namespace: &str, before: &FineTuneJobStatus, after: &FineTuneJobStatus) -> Vec<Event> {
     let mut events = Vec::new();
-    let mut tell = |type_, reason: &str, note: String| {
+    let mut tell_of = |secondary, type_, reason: &str, note: String| {
         let note: String = note.char_indices().take_while(|(at, _)| *at < MAX_NOTE).map(|(_, c)| c).collect();
         events.push(Event {
             type_,
             reason: reason.into(),
             note: Some(note).filter(|note| !note.is_empty()),
             action: "Reconcile".into(),
-            secondary: None,
+            secondary,
         });
     };
     for attempt in &after.job_refs {
         let old = before.job_refs.iter().find(|old| old.name == attempt.name);
+        // Events about the same two objects are one that is repeated, and keeps its first message: so each Job is named.
+        let mut tell = |type_, reason, note| {
+            let job = ObjectReference {
+                api_version: Some("batch/v1".into()),
+                kind: Some("Job".into()),
+                name: Some(attempt.name.clone()),
+                namespace: Some(namespace.into()),
+                uid: attempt.uid.clone(),
+                ..ObjectReference::default()
+            };
+            tell_of(Some(job), type_, reason, note);
+        };
         if attempt.uid.is_some() && old.is_none_or(|old| old.uid.is_none()) {
             tell(EventType::Normal, event::JOB_CREATED, format!("Job {}", attempt.name));
         }
         let is_first_train = attempt.stage == PodStage::Train && attempt.attempt == 1;
         if is_first_train && attempt.start_time.is_some() && old.is_none_or(|old| old.start_time.is_none()) {
-            tell(EventType::Normal, event::TRAINING_STARTED, String::new());
+            tell(EventType::Normal, event::TRAINING_STARTED, format!("Job {}", attempt.name));
         }
         if attempt.outcome.is_some() && old.is_none_or(|old| old.outcome.is_none()) {
             let why = attempt.reason.clone().unwrap_or_default();
             match attempt.outcome {
                 Some(AttemptOutcome::Done) if attempt.stage == PodStage::Prepare => {
-                    tell(EventType::Normal, event::PREPARE_COMPLETED, String::new());
+                    tell(EventType::Normal, event::PREPARE_COMPLETED, format!("Job {}", attempt.name));
                 }
                 Some(AttemptOutcome::Preempted) => {
                     tell(EventType::Normal, event::PREEMPTED, format!("Job {}: {why}", attempt.name));
@@ -48,6 +61,7 @@ pub fn events(before: &FineTuneJobStatus, after: &FineTuneJobStatus) -> Vec<Even
             }
         }
     }
+    let mut tell = |type_, reason, note| tell_of(None, type_, reason, note);
     let newest = |status: &FineTuneJobStatus| status.checkpoints.last().map(|checkpoint| checkpoint.step);
     if newest(after) > newest(before) {
         let step = newest(after).unwrap_or_default();

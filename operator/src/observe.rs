@@ -341,7 +341,7 @@ async fn queue(client: &Client, job: &FineTuneJob, child_uid: &str) -> Result<Qu
     let by_job = ListParams::default().labels(&format!("kueue.x-k8s.io/job-uid={child_uid}"));
     let found = match workloads.list(&by_job).await {
         Ok(found) => found,
-        // Of a kind that does not exist the API server says so in plain text, without a reason.
+        // Of an API group that is not served the answer is plain text, which `is_not_found` does not know.
         Err(kube::Error::Api(status)) if status.code == 404 => return Ok(QueueSeen::ControllerMissing),
         Err(source) => return Err(Error::Get { kind: "Workload", name: job.name_any(), source: Box::new(source) }),
     };

@@ -1,9 +1,9 @@
 //! The Helm chart: that its generated parts are current, what it renders, and what its values refuse.
 
-mod alerts;
-mod dashboards;
+pub mod alerts;
+pub mod dashboards;
 mod objects;
-mod series;
+pub mod series;
 mod values;
 
 use std::collections::BTreeSet;
@@ -17,11 +17,11 @@ use serde_json::{Value, json};
 /// The namespace of every release here.
 const NAMESPACE: &str = "finetune-system";
 
-fn chart() -> PathBuf {
+pub fn chart() -> PathBuf {
     repository().join("charts/finetune-operator")
 }
 
-fn read(path: &Path) -> String {
+pub fn read(path: &Path) -> String {
     std::fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
@@ -79,7 +79,7 @@ fn names(objects: &[Value]) -> BTreeSet<String> {
     objects.iter().map(name).collect()
 }
 
-fn text(value: &Value) -> &str {
+pub fn text(value: &Value) -> &str {
     value.as_str().unwrap_or_else(|| panic!("{value} is no string"))
 }
 

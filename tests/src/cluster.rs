@@ -79,6 +79,20 @@ impl Cluster {
         self.try_command(command, arguments).unwrap_or_else(|error| panic!("cluster {command} {arguments:?}: {error}"))
     }
 
+    /// Starts a program inside, which runs until the cluster ends; its output goes to `log/NAME.log`.
+    pub fn start_inside(&self, name: &str, arguments: &[&str]) -> Child {
+        let log = std::fs::File::create(self.run_dir.join("log").join(name).with_extension("log")).expect("a log");
+        Command::new(script())
+            .arg("enter")
+            .arg(&self.run_dir)
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().expect("a log"))
+            .stderr(log)
+            .spawn()
+            .expect("the cluster's script starts")
+    }
+
     /// kubectl's output, or what it wrote as an error.
     pub fn try_kubectl(&self, arguments: &[&str]) -> Result<String, String> {
         self.try_command("enter", &[&["kubectl"], arguments].concat())

@@ -172,10 +172,9 @@ fn explain_status(status: &Status, asked: &Asked) -> Error {
     }
 }
 
-/// The cluster roles of the chart, which Kubernetes' own `view` and `edit` take up; pods are theirs anyway.
+/// Kubernetes' own roles, which take up those of the chart, whatever its release is called; pods are theirs anyway.
 fn role(asked: &Asked) -> &'static str {
     match asked.verb {
-        _ if asked.resource != "finetunejobs" => "view",
         "get" | "list" | "watch" => "view",
         _ => "edit",
     }

@@ -14,7 +14,8 @@ fn rules() -> Value {
     parse(&read(&chart().join("alerts/alerts.yaml")))
 }
 
-fn alerts() -> Vec<Value> {
+/// Every alert.
+pub fn alerts() -> Vec<Value> {
     let groups = rules()["groups"].as_array().expect("groups").clone();
     let alerts: Vec<Value> =
         groups.iter().flat_map(|group| group["rules"].as_array().expect("rules").clone()).collect();

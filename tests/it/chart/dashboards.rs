@@ -9,18 +9,32 @@ use serde_json::{Value, json};
 
 use super::{chart, made_by, parse, read, render, run, series, text, the};
 
-const DASHBOARDS: [(&str, &str); 2] = [("fleet", "finetune-fleet"), ("run", "finetune-run")];
+/// Their files, and their names for Grafana.
+pub const DASHBOARDS: [(&str, &str); 2] = [("fleet", "finetune-fleet"), ("run", "finetune-run")];
 
 fn path(name: &str) -> PathBuf {
     chart().join(format!("dashboards/{name}.json"))
 }
 
-fn dashboard(name: &str) -> Value {
+pub fn dashboard(name: &str) -> Value {
     parse(&read(&path(name)))
 }
 
 fn panels(dashboard: &Value) -> &Vec<Value> {
     dashboard["panels"].as_array().expect("panels")
+}
+
+/// The title of the panel and the expression, of every query of a dashboard.
+pub fn queries(dashboard: &Value) -> impl Iterator<Item = (&str, &str)> {
+    let with_queries = panels(dashboard).iter().filter_map(|panel| Some((panel, panel["targets"].as_array()?)));
+    with_queries
+        .flat_map(|(panel, targets)| targets.iter().map(|target| (text(&panel["title"]), text(&target["expr"]))))
+}
+
+/// The series that a variable of a dashboard takes its values from: of `label_values(SERIES, LABEL)`.
+pub fn series_of_variable(variable: &Value) -> &str {
+    let query = variable["query"]["query"].as_str().unwrap_or_default();
+    query.strip_prefix("label_values(").and_then(|rest| rest.rsplit_once(", ")).unwrap_or_default().0
 }
 
 /// What breaks the house rules.
@@ -43,9 +57,7 @@ fn lint(dashboard: &Value) -> Vec<String> {
     let source = json!({"type": "prometheus", "uid": "${datasource}"});
     for variable in list.iter().filter(|variable| variable["type"] == "query") {
         ask(variable["datasource"] == source, "a variable does not use ${datasource}");
-        let query = variable["query"]["query"].as_str().unwrap_or_default();
-        let series = query.strip_prefix("label_values(").and_then(|rest| rest.rsplit_once(", ")).unwrap_or_default().0;
-        series::read(series).problems.iter().for_each(|problem| ask(false, problem));
+        series::read(series_of_variable(variable)).problems.iter().for_each(|problem| ask(false, problem));
     }
     ask(
         dashboard["links"].as_array().is_some_and(|links| {
@@ -176,8 +188,7 @@ fn dashboards_show_what_is_promised() {
     ];
     for (name, series) in promised {
         let dashboard = dashboard(name);
-        let queries = panels(&dashboard).iter().flat_map(|panel| panel["targets"].as_array().into_iter().flatten());
-        let shown: BTreeSet<String> = queries.flat_map(|target| series::read(text(&target["expr"])).names).collect();
+        let shown: BTreeSet<String> = queries(&dashboard).flat_map(|(_, query)| series::read(query).names).collect();
         for series in series {
             assert!(shown.contains(*series), "{name} does not show {series}");
         }

@@ -61,20 +61,26 @@ fn exported() -> &'static BTreeMap<String, Kind> {
     })
 }
 
-/// The series that a query names, and what is wrong with it.
+/// The series that a query names, each with its labels too, and what is wrong with it.
 #[derive(Debug, Default)]
 pub struct Query {
     pub names: Vec<String>,
+    pub selectors: Vec<String>,
     pub problems: Vec<String>,
+}
+
+/// A query as Grafana sends it for these jobs.
+pub fn substituted(query: &str, namespace: &str, finetunejob: &str) -> String {
+    query
+        .replace("$__rate_interval", "1m")
+        .replace("$__range", "1h")
+        .replace("$namespace", namespace)
+        .replace("$finetunejob", finetunejob)
 }
 
 /// Parses a query, variables of Grafana substituted.
 pub fn read(query: &str) -> Query {
-    let substituted = query
-        .replace("$__rate_interval", "1m")
-        .replace("$__range", "1h")
-        .replace("$namespace", "team-a")
-        .replace("$finetunejob", "support-bot");
+    let substituted = substituted(query, "team-a", "support-bot");
     let mut read = Query::default();
     if substituted.contains('$') {
         read.problems.push(format!("a variable is not substituted: {substituted}"));
@@ -117,6 +123,7 @@ fn select(selector: &VectorSelector, inside_rate: bool, read: &mut Query) {
         None => (name.as_str(), exported().get(name).copied()),
     };
     read.names.push(series.to_owned());
+    read.selectors.push(selector.to_string());
     match (kind, inside_rate) {
         (None, _) => read.problems.push(format!("nobody exports {name}")),
         (Some(Kind::Histogram), _) => {

@@ -109,7 +109,8 @@ fn claims(run: &Path, prefix: &str) -> Vec<(i32, Option<Claimed>)> {
 
 /// Refuses a folder in which another job made attempts.
 fn check_owner(run: &Path, job_uid: &str) -> Result<(), Error> {
-    let claims = names(run).into_iter().filter(|name| name.ends_with(".json") && !name.ends_with(".started.json"));
+    let claim = |name: &String| name.strip_suffix(".json").is_some_and(|stem| !stem.ends_with(".started"));
+    let claims = names(run).into_iter().filter(claim);
     for path in claims.map(|name| run.join("attempts").join(name)) {
         if let Some(claimed) = read_claim(&path).filter(|claimed| claimed.job_uid != job_uid) {
             return Err(Error::ForeignRun { path, found: claimed.job_uid, expected: job_uid.to_owned() });
