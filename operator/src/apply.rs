@@ -77,12 +77,17 @@ pub async fn apply(client: &Client, job: &FineTuneJob, acts: Vec<Act>) -> Result
     let mut applied = Applied::default();
     for act in acts {
         let made = match act {
-            Act::ConfigMap(map) | Act::Control(map) => create(client, job, &namespace, &*map, is_owned_by).await?,
+            Act::ConfigMap(map) => {
+                let made = create(client, job, &namespace, &*map, is_owned_by).await?;
+                applied.plan_was_recorded = matches!(made, Made::Anew(_));
+                made
+            }
+            Act::Control(map) => create(client, job, &namespace, &*map, is_owned_by).await?,
             Act::Claim(claim) => create(client, job, &namespace, &*claim, is_labelled_for).await?,
             Act::ReportJob(child) => create(client, job, &namespace, &*child, is_owned_by).await?,
             Act::StageJob(child) => {
                 let made = create(client, job, &namespace, &*child, is_owned_by).await?;
-                if let Made::Ours(uid) = &made {
+                if let Made::Anew(uid) | Made::Before(uid) = &made {
                     applied.created_uid.clone_from(uid);
                 }
                 made
@@ -93,7 +98,7 @@ pub async fn apply(client: &Client, job: &FineTuneJob, acts: Vec<Act>) -> Result
             }
         };
         match made {
-            Made::Ours(_) => {}
+            Made::Anew(_) | Made::Before(_) => {}
             Made::Taken(what) => {
                 applied.name_taken = Some(what);
                 break;
@@ -108,8 +113,10 @@ pub async fn apply(client: &Client, job: &FineTuneJob, acts: Vec<Act>) -> Result
 }
 
 enum Made {
-    /// It is there, and ours.
-    Ours(Option<String>),
+    /// It was not there.
+    Anew(Option<String>),
+    /// It was there, and is ours.
+    Before(Option<String>),
     /// Somebody else's object has its name.
     Taken(String),
     /// The API server does not take it.
@@ -133,10 +140,10 @@ where
     let api: Api<K> = Api::namespaced(client.clone(), namespace);
     let what = format!("{} {}", K::kind(&()), object.name_any());
     match api.create(&PostParams::default(), object).await {
-        Ok(created) => Ok(Made::Ours(created.meta().uid.clone())),
+        Ok(created) => Ok(Made::Anew(created.meta().uid.clone())),
         Err(kube::Error::Api(status)) if status.is_already_exists() => {
             Ok(match api.get_opt(&object.name_any()).await? {
-                Some(found) if is_ours(found.meta(), job) => Made::Ours(found.meta().uid.clone()),
+                Some(found) if is_ours(found.meta(), job) => Made::Before(found.meta().uid.clone()),
                 Some(_) => Made::Taken(what),
                 None => Made::Refused(format!("{what} was deleted while it was made")),
             })

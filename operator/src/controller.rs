@@ -1,12 +1,11 @@
 //! The watches and the pass over one job: observe → validate → build → apply → status. See [`crate`] for what must hold.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use crds::profile::Profiles;
 use crds::{FineTuneJob, FineTuneJobStatus};
-use futures::StreamExt;
+use futures::{StreamExt, TryStreamExt};
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::jiff::Timestamp;
@@ -14,7 +13,7 @@ use kube::api::{Api, Patch, PatchParams};
 use kube::core::DeserializeGuard;
 use kube::core::NamespaceResourceScope;
 use kube::runtime::controller::{Action, Config, Controller};
-use kube::runtime::events::Recorder;
+use kube::runtime::events::{Recorder, Reporter};
 use kube::runtime::reflector::{self, ObjectRef, Store};
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Client, Resource, ResourceExt};
@@ -23,6 +22,8 @@ use serde_json::json;
 use crate::apply::{self, acts, apply};
 use crate::build::{JOB_NAME_LABEL, MANAGED_BY_LABEL, MANAGER};
 use crate::events::events;
+use crate::memory::Memory;
+use crate::observe::pods::Pods;
 use crate::observe::progress::{Intervals, ProgressBoard, poll};
 use crate::observe::{self, Caches, Observed, observe};
 use crate::status::{Applied, Timing, is_terminal, next_status};
@@ -59,22 +60,13 @@ pub struct Context {
     pub timing: Timing,
     /// Between questions to trainers, and between writes of their answers.
     pub intervals: Intervals,
-    /// Writes events.
-    pub recorder: Recorder,
+    /// In whose name events are written.
+    pub reporter: Reporter,
     /// Counts.
     pub telemetry: Arc<Telemetry>,
     caches: Caches,
     board: Arc<ProgressBoard>,
-    memory: Mutex<HashMap<String, Remembered>>,
-}
-
-/// What is known of a job besides what the API server holds; losing it costs a request.
-#[derive(Clone, Debug, Default)]
-struct Remembered {
-    /// The plan never changes.
-    plan: Option<Plan>,
-    /// `resourceVersion` of our own last write.
-    written: Option<u64>,
+    memory: Memory,
 }
 
 /// A pass failed for reasons outside of the job.
@@ -131,14 +123,14 @@ pub struct Shared {
     /// See [`Context`].
     pub intervals: Intervals,
     /// See [`Context`].
-    pub recorder: Recorder,
+    pub reporter: Reporter,
     /// See [`Context`].
     pub telemetry: Arc<Telemetry>,
 }
 
 /// Reconciles the jobs of a namespace, or of all, until it is dropped. Nothing of it is left then.
 pub async fn run(shared: Shared, namespace: Option<String>) {
-    let Shared { client, profiles, timing, intervals, recorder, telemetry } = shared;
+    let Shared { client, profiles, timing, intervals, reporter, telemetry } = shared;
     let config = || watcher::Config::default().timeout(WATCH_TIMEOUT_SECONDS).page_size(PAGE);
     let ours = || config().labels(&format!("{MANAGED_BY_LABEL}={MANAGER}"));
     let (job_store, job_writer) = reflector::store::<Job>();
@@ -148,22 +140,34 @@ pub async fn run(shared: Shared, namespace: Option<String>) {
         .modify(prune_job)
         .reflect(job_writer)
         .touched_objects();
-    let pods = watcher(api::<Pod>(&client, namespace.as_deref()), ours())
+    let pods = Pods::new(pod_store);
+    let noting = pods.clone();
+    let pod_events = watcher(api::<Pod>(&client, namespace.as_deref()), ours())
         .default_backoff()
         .modify(prune_pod)
         .reflect(pod_writer)
+        .inspect_ok(move |event| noting.note(event))
         .touched_objects();
     let (tell, told) = tokio::sync::mpsc::unbounded_channel();
     let told = futures::stream::unfold(told, async |mut told| told.recv().await.map(|job| (job, told)));
     let board = Arc::new(ProgressBoard::default());
-    let polling = poll(pod_store.clone(), Arc::clone(&board), intervals, tell);
+    let polling = poll(pods.store.clone(), Arc::clone(&board), intervals, tell);
 
     let jobs = Api::<Guarded>::all(client.clone());
     let jobs = namespace.as_deref().map_or(jobs, |namespace| Api::namespaced(client.clone(), namespace));
-    let controller = Controller::new(jobs, config())
+    let (finetunejob_store, finetunejob_writer) = reflector::store::<Guarded>();
+    let memory = Memory::default();
+    let (forgetting, known) = (memory.clone(), finetunejob_store.clone());
+    let finetunejobs = watcher(jobs, config())
+        .default_backoff()
+        .modify(prune_finetunejob)
+        .reflect(finetunejob_writer)
+        .inspect_ok(move |event| forgetting.follow(event, &known))
+        .applied_objects();
+    let controller = Controller::for_stream(finetunejobs, finetunejob_store)
         .with_config(Config::default().concurrency(CONCURRENCY).debounce(DEBOUNCE))
         .owns_stream(children)
-        .watches_stream(pods, |pod| job_of(&pod))
+        .watches_stream(pod_events, |pod| job_of(&pod))
         .reconcile_on(told);
     telemetry.add_store(namespace.clone(), controller.store());
     let context = Arc::new(Context {
@@ -171,11 +175,11 @@ pub async fn run(shared: Shared, namespace: Option<String>) {
         profiles,
         timing,
         intervals,
-        recorder,
+        reporter,
         telemetry,
-        caches: Caches { jobs: job_store, pods: pod_store },
+        caches: Caches { jobs: job_store, pods },
         board,
-        memory: Mutex::default(),
+        memory,
     });
     let passes = controller.run(reconcile, error_policy, Arc::clone(&context)).for_each(async |pass| {
         if let Err(error) = pass {
@@ -194,6 +198,13 @@ where
     K: Resource<Scope = NamespaceResourceScope, DynamicType = ()>,
 {
     namespace.map_or_else(|| Api::all(client.clone()), |namespace| Api::namespaced(client.clone(), namespace))
+}
+
+/// The cache holds what is read of a FineTuneJob. Who owns which field takes more room than all the rest of it.
+fn prune_finetunejob(guarded: &mut Guarded) {
+    let metadata = guarded.meta_mut();
+    metadata.managed_fields = None;
+    metadata.annotations = None;
 }
 
 /// The cache holds what is read of a Job, for thousands of them.
@@ -249,21 +260,26 @@ async fn pass(job: &FineTuneJob, context: &Context) -> Result<Action, Error> {
         return Ok(Action::await_change());
     }
     if job.metadata.deletion_timestamp.is_some() {
-        context.forget(job);
+        context.memory.forget(job);
         return Ok(Action::await_change());
     }
-    if context.is_behind(job) {
+    if context.memory.is_behind(job) {
         return Ok(Action::requeue(CACHE_DELAY));
     }
+    context.caches.filled().await;
     let before = job.status.clone().unwrap_or_default();
     let progress = context.board.get(&job.uid().unwrap_or_default());
-    let observed = observe(&context.client, &context.caches, job, context.known_plan(job), progress).await?; // I/O
+    let observed = observe(&context.client, &context.caches, job, context.memory.known_plan(job), progress).await?; // I/O
     let plan = plan(job, context, &observed);
     let applied = match &plan {
         Ok(plan) => {
-            context.remember_plan(job, plan, &observed);
             let wanted = acts(job, plan, &observed);
-            apply(&context.client, job, wanted).await.map_err(|error| Error::Apply(Box::new(error)))? // I/O
+            let applied = apply(&context.client, job, wanted).await; // I/O
+            let applied = applied.map_err(|error| Error::Apply(Box::new(error)))?;
+            if observed.plan.is_some() || applied.plan_was_recorded {
+                context.memory.remember_plan(job, plan);
+            }
+            applied
         }
         Err(_) => Applied::default(),
     };
@@ -272,7 +288,7 @@ async fn pass(job: &FineTuneJob, context: &Context) -> Result<Action, Error> {
         publish(job, &before, &next.status, context).await?; // I/O
     }
     if is_terminal(&next.status) {
-        context.forget_plan(job);
+        context.memory.forget_plan(job);
         return match next.wake {
             Some(Duration::ZERO) => {
                 let deleted = apply::delete_finetunejob(&context.client, job).await; // I/O
@@ -324,66 +340,17 @@ async fn publish(
         Err(kube::Error::Api(status)) if status.is_not_found() => return Ok(()),
         written => written.map_err(|error| Error::Status(Box::new(error)))?,
     };
-    context.remember_write(&written);
+    context.memory.remember_write(&written);
     let about = job.object_ref(&());
+    // One that lives on keeps every event for minutes, and walks through all of them at each.
+    let recorder = Recorder::new(context.client.clone(), context.reporter.clone());
     for event in events(before, after) {
-        if let Err(error) = context.recorder.publish(&event, &about).await {
+        if let Err(error) = recorder.publish(&event, &about).await {
             // The status says it too; an event is for people who watch.
             tracing::warn!("{namespace}/{}: the event {} was not written: {error}", job.name_any(), event.reason);
         }
     }
     Ok(())
-}
-
-impl Context {
-    fn memory(&self) -> std::sync::MutexGuard<'_, HashMap<String, Remembered>> {
-        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn known_plan(&self, job: &FineTuneJob) -> Option<Plan> {
-        self.memory().get(&job.uid()?)?.plan.clone()
-    }
-
-    /// A plan is kept once the ConfigMap that holds it was seen, or is about to be made of it.
-    fn remember_plan(&self, job: &FineTuneJob, plan: &Plan, observed: &Observed) {
-        let is_recorded = observed.plan.is_some();
-        if let (true, Some(uid)) = (is_recorded, job.uid()) {
-            let mut memory = self.memory();
-            let remembered = memory.entry(uid).or_default();
-            if remembered.plan.is_none() {
-                remembered.plan = Some(plan.clone());
-            }
-        }
-    }
-
-    fn remember_write(&self, written: &FineTuneJob) {
-        let version = written.resource_version().and_then(|version| version.parse().ok());
-        if let Some(uid) = written.uid() {
-            self.memory().entry(uid).or_default().written = version;
-        }
-    }
-
-    /// Whether the cache has not seen our own last write. Versions of one kind of object are ordered.
-    fn is_behind(&self, job: &FineTuneJob) -> bool {
-        let Some(uid) = job.uid() else { return false };
-        let written = self.memory().get(&uid).and_then(|remembered| remembered.written);
-        let seen = job.resource_version().and_then(|version| version.parse::<u64>().ok());
-        written.zip(seen).is_some_and(|(written, seen)| seen < written)
-    }
-
-    fn forget_plan(&self, job: &FineTuneJob) {
-        if let Some(uid) = job.uid()
-            && let Some(remembered) = self.memory().get_mut(&uid)
-        {
-            remembered.plan = None;
-        }
-    }
-
-    fn forget(&self, job: &FineTuneJob) {
-        if let Some(uid) = job.uid() {
-            self.memory().remove(&uid);
-        }
-    }
 }
 
 /// The jobs that a controller knows.

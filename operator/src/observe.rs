@@ -1,6 +1,7 @@
 //! What there is of a job: its plan, the newest attempt's Job and pods, and what was heard from them. From caches, with two
 //! exceptions: an object that the caches lack is asked for before it is called missing, and Kueue's Workload is not cached.
 
+pub mod pods;
 pub mod progress;
 
 use crds::finetunejob::{FineTuneJob, JobReference};
@@ -14,6 +15,7 @@ use kube::core::{ApiResource, GroupVersionKind};
 use kube::runtime::reflector::{ObjectRef, Store};
 use kube::{Client, ResourceExt};
 
+use self::pods::Pods;
 use crate::build::{self, CONTAINER};
 use crate::validate::Plan;
 
@@ -174,7 +176,16 @@ pub struct Caches {
     /// Jobs that this operator made.
     pub jobs: Store<Job>,
     /// Their pods, metadata and status only.
-    pub pods: Store<Pod>,
+    pub pods: Pods,
+}
+
+impl Caches {
+    /// Waits for the first lists. Before them a job that runs looks as if it had no pod.
+    pub async fn filled(&self) {
+        for filled in [self.jobs.wait_until_ready().await, self.pods.store.wait_until_ready().await] {
+            filled.expect("the controller that makes a pass holds the writers");
+        }
+    }
 }
 
 /// Looks at the newest attempt of a job.
@@ -265,14 +276,12 @@ fn job_seen(found: &Job, job: &FineTuneJob) -> JobSeen {
 
 /// Pods of a Job of this job, oldest first.
 fn pods_of(caches: &Caches, job: &FineTuneJob, name: &str) -> Vec<PodSeen> {
-    let (namespace, uid) = (job.namespace(), job.uid().unwrap_or_default());
+    let of_job = caches.pods.of_job(&job.uid().unwrap_or_default());
     let is_of = |pod: &Pod| {
-        let labels = pod.labels();
-        pod.metadata.namespace == namespace
-            && labels.get(build::JOB_UID_LABEL) == Some(&uid)
-            && labels.get("batch.kubernetes.io/job-name").is_some_and(|of| of == name)
+        pod.metadata.namespace == job.namespace()
+            && pod.labels().get("batch.kubernetes.io/job-name").is_some_and(|of| of == name)
     };
-    let mut pods: Vec<PodSeen> = caches.pods.state_filter(is_of).iter().map(|pod| pod_seen(pod)).collect();
+    let mut pods: Vec<PodSeen> = of_job.iter().filter(|pod| is_of(pod)).map(|pod| pod_seen(pod)).collect();
     pods.sort_by(|a, b| (&a.created, &a.name).cmp(&(&b.created, &b.name)));
     pods
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use clap::Parser;
 use kube::client::ClientBuilder;
-use kube::runtime::events::{Recorder, Reporter};
+use kube::runtime::events::Reporter;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::build::MANAGER;
@@ -103,7 +103,7 @@ async fn live(arguments: Arguments, environment: Environment) -> Result<(), anyh
     let identity = environment.pod_name.unwrap_or_else(|| MANAGER.to_owned());
     let reporter = Reporter { controller: MANAGER.to_owned(), instance: Some(identity.clone()) };
     let shared = Shared {
-        recorder: Recorder::new(client.clone(), reporter),
+        reporter,
         client: client.clone(),
         profiles,
         timing: Timing { first_backoff: Duration::from_secs(arguments.retry_backoff_seconds) },
