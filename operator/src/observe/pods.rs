@@ -83,20 +83,20 @@ mod tests {
         serde_json::from_value(json!({"metadata": metadata})).expect("a pod")
     }
 
-    fn check(steps: &[(Event<Pod>, &[&str])]) {
+    fn check(steps: Vec<(Event<Pod>, &[&str])>) {
         let (store, mut writer) = reflector::store();
         let pods = Pods::new(store);
         for (event, expected) in steps {
-            writer.apply_watcher_event(event);
-            pods.note(event);
+            writer.apply_watcher_event(&event);
+            pods.note(&event);
             let found: Vec<String> = pods.of_job("u1").iter().map(|pod| pod.name_any()).collect();
-            assert_eq!(found, *expected, "after {event:?}");
+            assert_eq!(found, expected, "after {event:?}");
         }
     }
 
     #[test]
     fn follows_the_store() {
-        check(&[
+        check(vec![
             (Event::Init, &[]),
             // The store shows a list when it is complete.
             (Event::InitApply(pod("a", "u1")), &[]),
