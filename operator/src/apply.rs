@@ -74,11 +74,12 @@ pub async fn apply(client: &Client, job: &FineTuneJob, acts: Vec<Act>) -> Result
     let mut applied = Applied::default();
     for act in acts {
         let made = match act {
-            Act::ConfigMap(map) | Act::Control(map) => {
-                // An owner reference proves nothing: what the pod reads must be what was planned.
-                let is_ours = |found: &ConfigMap| is_owned_by(&found.metadata, job) && found.data == map.data;
-                create(client, &namespace, &*map, is_ours).await?
+            Act::ConfigMap(map) => {
+                let made = create(client, &namespace, &*map, same_map(job, &map)).await?;
+                applied.plan_was_recorded = matches!(made, Made::Ours(_));
+                made
             }
+            Act::Control(map) => create(client, &namespace, &*map, same_map(job, &map)).await?,
             Act::Claim(claim) => {
                 let is_ours = |found: &PersistentVolumeClaim| is_labelled_for(&found.metadata, job);
                 create(client, &namespace, &*claim, is_ours).await?
@@ -118,6 +119,11 @@ enum Made {
     Taken(String),
     /// The API server does not take it.
     Refused(String),
+}
+
+/// An owner reference proves nothing: what the pod reads must be what was planned.
+fn same_map(job: &FineTuneJob, map: &ConfigMap) -> impl Fn(&ConfigMap) -> bool {
+    |found| is_owned_by(&found.metadata, job) && found.data == map.data
 }
 
 fn owned_by(job: &FineTuneJob) -> impl Fn(&Job) -> bool {

@@ -1,13 +1,12 @@
 //! The watches and the pass over one job: observe → validate → build → apply → status. See [`crate`] for what must hold.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use crds::condition::reason;
 use crds::profile::Profiles;
 use crds::{FineTuneJob, FineTuneJobStatus};
-use futures::StreamExt;
+use futures::{StreamExt, TryStreamExt};
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::jiff::Timestamp;
@@ -24,6 +23,8 @@ use serde_json::json;
 use crate::apply::{self, Act, acts, apply};
 use crate::build::{JOB_NAME_LABEL, MANAGED_BY_LABEL, MANAGER, config_map_name};
 use crate::events::events;
+use crate::memory::Memory;
+use crate::observe::pods::Pods;
 use crate::observe::progress::{Intervals, ProgressBoard, poll};
 use crate::observe::{self, Caches, Observed, observe};
 use crate::status::{Timing, is_terminal, next_status};
@@ -68,21 +69,7 @@ pub struct Context {
     pub telemetry: Arc<Telemetry>,
     caches: Caches,
     board: Arc<ProgressBoard>,
-    /// By namespace and name.
-    memory: Mutex<HashMap<(String, String), Remembered>>,
-}
-
-/// What is known of a job besides what the API server holds; losing it costs a request.
-#[derive(Clone, Debug, Default)]
-struct Remembered {
-    /// Of the job that is remembered: another one may come to have its name.
-    uid: Option<String>,
-    /// The plan never changes.
-    plan: Option<Plan>,
-    /// `resourceVersion` of our own last write.
-    written: Option<u64>,
-    /// The trainer's control file says so.
-    told_to_stop: bool,
+    memory: Memory,
 }
 
 /// A pass failed for reasons outside of the job.
@@ -160,46 +147,38 @@ pub async fn run(shared: Shared, namespace: Option<String>) {
         .modify(prune_job)
         .reflect(job_writer)
         .touched_objects();
-    let pods = watcher(api::<Pod>(&client, namespace.as_deref()), ours())
+    let pods = Pods::new(pod_store);
+    let noting = pods.clone();
+    let pod_events = watcher(api::<Pod>(&client, namespace.as_deref()), ours())
         .default_backoff()
         .modify(prune_pod)
         .reflect(pod_writer)
+        .inspect_ok(move |event| noting.note(event))
         .touched_objects();
     let (tell, told) = tokio::sync::mpsc::unbounded_channel();
     let told = futures::stream::unfold(told, async |mut told| told.recv().await.map(|job| (job, told)));
     let board = Arc::new(ProgressBoard::default());
-    let caches = Caches { jobs: job_store, pods: pod_store };
+    let caches = Caches { jobs: job_store, pods };
     let polling = poll(caches.clone(), Arc::clone(&board), intervals, tell);
 
     let (store, writer) = reflector::store::<Guarded>();
+    let memory = Memory::default();
+    let (forgetting, known) = (memory.clone(), store.clone());
     let jobs = watcher(api::<Guarded>(&client, namespace.as_deref()), config())
         .default_backoff()
-        .modify(|guarded| guarded.meta_mut().managed_fields = None)
+        .modify(prune_finetunejob)
         .reflect(writer)
-        // Also what is gone: it is to be forgotten.
-        .touched_objects();
+        .inspect_ok(move |event| forgetting.follow(event, &known))
+        .applied_objects();
     let controller = Controller::for_stream(jobs, store)
         .with_config(Config::default().concurrency(CONCURRENCY).debounce(DEBOUNCE))
         .owns_stream(children)
-        .watches_stream(pods, |pod| job_of(&pod))
+        .watches_stream(pod_events, |pod| job_of(&pod))
         .reconcile_on(told);
     telemetry.add_store(namespace.clone(), controller.store());
-    let context = Arc::new(Context {
-        client,
-        profiles,
-        timing,
-        intervals,
-        recorder,
-        telemetry,
-        caches,
-        board,
-        memory: Mutex::default(),
-    });
+    let context = Arc::new(Context { client, profiles, timing, intervals, recorder, telemetry, caches, board, memory });
     let passes = controller.run(reconcile, error_policy, Arc::clone(&context)).for_each(async |pass| match pass {
         Ok(_) => {}
-        Err(kube::runtime::controller::Error::ObjectNotFound(gone)) => {
-            context.forget(&gone.name, gone.namespace.as_deref());
-        }
         // It is asked again by itself; a right that is missing shows here.
         Err(kube::runtime::controller::Error::QueueError(error)) => tracing::warn!("a watch failed: {error}"),
         // Told by the error policy.
@@ -216,6 +195,13 @@ where
     K: Resource<Scope = NamespaceResourceScope, DynamicType = ()>,
 {
     namespace.map_or_else(|| Api::all(client.clone()), |namespace| Api::namespaced(client.clone(), namespace))
+}
+
+/// The cache holds what is read of a FineTuneJob. Who owns which field takes more room than all the rest of it.
+fn prune_finetunejob(guarded: &mut Guarded) {
+    let metadata = guarded.meta_mut();
+    metadata.managed_fields = None;
+    metadata.annotations = None;
 }
 
 /// The cache holds what is read of a Job, for thousands of them.
@@ -278,27 +264,29 @@ async fn pass(job: &FineTuneJob, context: &Context) -> Result<Action, Error> {
     if job.metadata.deletion_timestamp.is_some() {
         return Ok(Action::await_change());
     }
-    if context.is_behind(job) {
+    if context.memory.is_behind(job) {
         return Ok(Action::requeue(CACHE_DELAY));
     }
     // What is in no cache is not therefore missing, least of all before they are filled.
     context.caches.wait_until_ready().await;
     let before = job.status.clone().unwrap_or_default();
     let progress = context.board.get(&job.uid().unwrap_or_default());
-    let observed = observe(&context.client, &context.caches, job, context.known_plan(job), progress).await?; // I/O
+    let observed = observe(&context.client, &context.caches, job, context.memory.known_plan(job), progress).await?; // I/O
     let plan = plan(job, context, &observed);
-    if let Ok(plan) = &plan {
-        context.remember_plan(job, plan, &observed);
-    }
     let mut wanted = acts(job, plan.as_ref().ok(), &observed);
-    wanted.retain(|act| !(matches!(act, Act::Control(_)) && context.was_told_to_stop(job)));
+    wanted.retain(|act| !(matches!(act, Act::Control(_)) && context.memory.was_told_to_stop(job)));
     let applied = apply(&context.client, job, wanted).await.map_err(|error| Error::Apply(Box::new(error)))?; // I/O
+    if let Ok(plan) = &plan
+        && (observed.plan.is_some() || applied.plan_was_recorded)
+    {
+        context.memory.remember_plan(job, plan);
+    }
     let next = next_status(job, plan.as_ref(), &observed, &applied, context.timing, Timestamp::now());
     if next.status != before {
         publish(job, &before, &next.status, context).await?; // I/O
     }
     if is_terminal(&next.status) {
-        context.forget_plan(job);
+        context.memory.forget_plan(job);
         return match next.wake {
             // The version that the deletion would name is not in the cache yet.
             Some(Duration::ZERO) if next.status != before => Ok(Action::requeue(CACHE_DELAY)),
@@ -370,7 +358,7 @@ async fn publish(
         Err(kube::Error::Api(status)) if status.is_not_found() => return Ok(()),
         written => written.map_err(|error| Error::Status(Box::new(error)))?,
     };
-    context.remember_write(&written);
+    context.memory.remember_write(&written);
     let about = job.object_ref(&());
     for event in events(&namespace, before, after) {
         if let Err(error) = context.recorder.publish(&event, &about).await {
@@ -379,57 +367,6 @@ async fn publish(
         }
     }
     Ok(())
-}
-
-impl Context {
-    /// What is remembered of this very job.
-    fn remembered<T>(&self, job: &FineTuneJob, use_it: impl FnOnce(&mut Remembered) -> T) -> T {
-        let mut memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
-        let remembered = memory.entry((job.namespace().unwrap_or_default(), job.name_any())).or_default();
-        if remembered.uid != job.metadata.uid {
-            *remembered = Remembered { uid: job.metadata.uid.clone(), ..Remembered::default() };
-        }
-        use_it(remembered)
-    }
-
-    fn known_plan(&self, job: &FineTuneJob) -> Option<Plan> {
-        self.remembered(job, |remembered| remembered.plan.clone())
-    }
-
-    /// A plan is kept once the ConfigMap that holds it was seen.
-    fn remember_plan(&self, job: &FineTuneJob, plan: &Plan, observed: &Observed) {
-        if observed.plan.is_some() {
-            self.remembered(job, |remembered| {
-                remembered.plan.get_or_insert_with(|| plan.clone());
-            });
-        }
-    }
-
-    fn remember_write(&self, written: &FineTuneJob) {
-        let version = written.resource_version().and_then(|version| version.parse().ok());
-        self.remembered(written, |remembered| remembered.written = version);
-    }
-
-    /// Whether the cache has not seen our own last write. Versions of one kind of object are ordered.
-    fn is_behind(&self, job: &FineTuneJob) -> bool {
-        let written = self.remembered(job, |remembered| remembered.written);
-        let seen = job.resource_version().and_then(|version| version.parse::<u64>().ok());
-        written.zip(seen).is_some_and(|(written, seen)| seen < written)
-    }
-
-    /// Whether the control file was made before; from now on it was.
-    fn was_told_to_stop(&self, job: &FineTuneJob) -> bool {
-        self.remembered(job, |remembered| std::mem::replace(&mut remembered.told_to_stop, true))
-    }
-
-    fn forget_plan(&self, job: &FineTuneJob) {
-        self.remembered(job, |remembered| remembered.plan = None);
-    }
-
-    fn forget(&self, name: &str, namespace: Option<&str>) {
-        let mut memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
-        memory.remove(&(namespace.unwrap_or_default().to_owned(), name.to_owned()));
-    }
 }
 
 /// The jobs that a controller knows.

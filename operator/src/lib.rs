@@ -19,6 +19,7 @@ pub mod build;
 pub mod controller;
 pub mod events;
 pub mod lease;
+pub mod memory;
 pub mod observe;
 pub mod plugin;
 pub mod policy;

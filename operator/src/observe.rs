@@ -1,6 +1,7 @@
 //! What there is of a job: its plan, the newest attempt's Job and pods, and what was heard from them. From caches, with two
 //! exceptions: an object that the caches lack is asked for before it is called missing, and Kueue's Workload is not cached.
 
+pub mod pods;
 pub mod progress;
 
 use crds::finetunejob::{FineTuneJob, JobReference};
@@ -14,6 +15,7 @@ use kube::core::{ApiResource, GroupVersionKind};
 use kube::runtime::reflector::{ObjectRef, Store};
 use kube::{Client, ResourceExt};
 
+use self::pods::Pods;
 use crate::build::{self, CONTAINER};
 use crate::status::is_terminal;
 use crate::validate::{Plan, digest_of_files};
@@ -177,7 +179,7 @@ pub struct Caches {
     /// Jobs that this operator made.
     pub jobs: Store<Job>,
     /// Their pods, metadata and status only.
-    pub pods: Store<Pod>,
+    pub pods: Pods,
 }
 
 impl Caches {
@@ -185,7 +187,7 @@ impl Caches {
     pub async fn wait_until_ready(&self) {
         // A writer that was dropped ends the controller, and this pass with it.
         let _ = self.jobs.wait_until_ready().await;
-        let _ = self.pods.wait_until_ready().await;
+        let _ = self.pods.store.wait_until_ready().await;
     }
 }
 
@@ -280,9 +282,10 @@ fn job_seen(found: &Job, job: &FineTuneJob) -> JobSeen {
 
 /// Pods of the Job with this UID, oldest first. Labels prove nothing: anybody may set them.
 fn pods_of(caches: &Caches, job: &FineTuneJob, child_uid: Option<&str>) -> Vec<PodSeen> {
-    let (namespace, Some(child_uid)) = (job.namespace(), child_uid) else { return Vec::new() };
-    let is_of = |pod: &Pod| pod.metadata.namespace == namespace && controller_uid(pod) == Some(child_uid);
-    let mut pods: Vec<PodSeen> = caches.pods.state_filter(is_of).iter().map(|pod| pod_seen(pod)).collect();
+    let Some(child_uid) = child_uid else { return Vec::new() };
+    let of_job = caches.pods.of_job(&job.uid().unwrap_or_default());
+    let is_of = |pod: &Pod| pod.metadata.namespace == job.namespace() && controller_uid(pod) == Some(child_uid);
+    let mut pods: Vec<PodSeen> = of_job.iter().filter(|pod| is_of(pod)).map(|pod| pod_seen(pod)).collect();
     pods.sort_by(|a, b| (&a.created, &a.name).cmp(&(&b.created, &b.name)));
     pods
 }

@@ -45,6 +45,8 @@ pub struct Applied {
     pub name_taken: Option<String>,
     /// What the API server said when it refused an object.
     pub refused: Option<String>,
+    /// This pass made the ConfigMap that holds the plan: it holds the plan of this pass.
+    pub plan_was_recorded: bool,
     /// UID of the Job that was made for the newest attempt.
     pub created_uid: Option<String>,
 }

@@ -109,7 +109,7 @@ pub async fn poll(
         Client::builder(TokioExecutor::new()).build(connector)
     };
     loop {
-        let asked: Vec<Asked> = caches.pods.state().iter().filter_map(|pod| asked(pod, &caches)).collect();
+        let asked: Vec<Asked> = caches.pods.store.state().iter().filter_map(|pod| asked(pod, &caches)).collect();
         board.retain(|uid| asked.iter().any(|asked| asked.job_uid == uid));
         let write = intervals.write.max(Duration::from_secs_f64(asked.len() as f64 / WRITES_PER_SECOND));
         let answers = futures::stream::iter(asked).map(|asked| {

@@ -136,7 +136,7 @@ fn an_operator_that_is_killed_in_every_stage_is_not_missed() {
         };
         let before = restarts();
         operator.cluster.kill_container(SYSTEM, pod);
-        wait_for("the container's restart", MINUTE + Duration::from_secs(60), || {
+        wait_for("the container's restart", MINUTE * 2, || {
             if restarts() > before { Ok(()) } else { Err("not yet".to_owned()) }
         });
     });
