@@ -123,8 +123,7 @@ fn a_forged_configuration_stops_its_job_and_no_other() {
     space.namespace.apply(&forged.to_string());
     let status = space.ended("bot");
     let failed = condition(&status, "Failed");
-    assert_eq!(failed["status"], "True", "{status:#}");
-    assert!(failed["message"].as_str().is_some_and(|text| text.contains("run.yaml")), "{failed}");
+    assert_eq!((&failed["status"], &failed["reason"]), (&"True".into(), &"BadConfiguration".into()), "{status:#}");
     space.job("next", SHORT);
     space.succeeded("next");
 }
