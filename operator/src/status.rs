@@ -512,7 +512,12 @@ impl Transition<'_> {
             .iter()
             .any(|condition| condition.type_ == condition::ADMITTED && condition.status == "False");
         let stuck = matches!(reason, reason::UNSCHEDULABLE | reason::IMAGE_PULL_FAILED | reason::CHILD_CREATION_FAILED);
-        let evaluates = self.observed.progress.as_ref().is_some_and(|progress| progress.stage == Stage::Evaluating);
+        // A trainer that has ended tells nothing more: it evaluated last.
+        let evaluates = self
+            .observed
+            .progress
+            .as_ref()
+            .map_or(self.status.phase == Some(Phase::Evaluating), |progress| progress.stage == Stage::Evaluating);
         self.status.phase = Some(if self.job.spec.suspend {
             Phase::Suspended
         } else if is_queued {

@@ -1,7 +1,5 @@
 //! Pods, nodes and operators that go away while a job runs: it ends as if they had not.
 
-use std::time::Duration;
-
 use harness::cluster::{MINUTE, Node, TEST_NODE, wait_for};
 use harness::operator::{FEW_MINUTES, Operator, PLACE, SYSTEM, Workspace, condition};
 
