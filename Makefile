@@ -47,7 +47,8 @@ ON_CLUSTER := operator:: cluster:: observed:: rights::
 test: lint base-model test-data ## every test
 	@cargo build --release --workspace
 	tests/cluster/cluster check || { status=$$?; [ $$status = 3 ] || exit $$status; }
-	cargo test --release --workspace -- $(addprefix --skip ,$(ON_CLUSTER))
+	cargo test --release --workspace --lib --bins
+	cargo test --release --workspace --test it -- $(addprefix --skip ,$(ON_CLUSTER))
 	cargo test --release --workspace --test it -- --test-threads 4 $(ON_CLUSTER)
 
 golden: base-model test-data ## write the golden files with transformers, PEFT and torch
