@@ -11,7 +11,6 @@ mod numerics;
 mod observed;
 mod operator;
 mod resume;
-mod rights;
 mod run;
 mod stages;
 mod validation;

@@ -3,7 +3,6 @@
 mod disruption;
 mod install;
 mod lifecycle;
-mod queue;
 
 use harness::Job;
 use harness::operator::{GPU, Operator, condition};

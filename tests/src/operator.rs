@@ -285,9 +285,13 @@ spec: {{accessModes: [ReadWriteMany], storageClassName: "", volumeName: {name}-{
     /// Waits until training attempt `number` has completed a step of its own; returns its pod's name.
     pub fn trains_again(&self, name: &str, number: i64) -> String {
         self.until(name, "the attempt to train", |status| {
-            let resumed = status["attempts"]["resumedFromStep"].as_i64().unwrap_or(0);
-            let step = status["progress"]["step"].as_i64().unwrap_or(0);
-            status["attempts"]["total"] == number && status["phase"] == "Training" && step > resumed
+            // Progress of the attempt before it stays until this one tells its own.
+            let newest = status["jobRefs"].as_array().and_then(|all| all.last());
+            let runs = newest.is_some_and(|one| one["attempt"] == number && !one["startTime"].is_null());
+            let resumed = status["attempts"]["resumedFromStep"].as_i64();
+            let step = status["progress"]["step"].as_i64();
+            runs && condition(status, "Running")["status"] == "True"
+                && resumed.zip(step).is_some_and(|(resumed, step)| resumed > 0 && step > resumed)
         });
         self.live_pods(name).pop().unwrap_or_else(|| panic!("{name} has no pod: {:#}", self.status(name)))
     }

@@ -1,7 +1,7 @@
 //! Pods, nodes and operators that go away while a job runs: it ends as if they had not.
 
 use harness::cluster::{MINUTE, Node, TEST_NODE, wait_for};
-use harness::operator::{FEW_MINUTES, Operator, PLACE, SYSTEM, Workspace, condition};
+use harness::operator::{FEW_MINUTES, Operator, PLACE, SYSTEM, Workspace};
 
 use super::{LONG, LONG_ON_CLAIM, artifact, long_adapter};
 
@@ -52,32 +52,6 @@ fn a_drained_node_is_a_preemption_and_the_job_ends_elsewhere_with_the_same_adapt
     assert!(status["attempts"]["resumedFromStep"].as_i64().is_some_and(|step| step > 0), "{status:#}");
     let pods = pods.one_after_another();
     assert_eq!(pods.len(), 4, "prepare, train twice, publish: {pods:?}");
-}
-
-#[test]
-fn a_node_without_power_is_waited_for_until_it_is_gone_for_certain() {
-    let Some(operator) = Operator::shared() else { return };
-    let _alone = alone();
-    let space = operator.workspace("power");
-    let pods = space.watch("bot");
-    let node = train_on(operator, &space);
-    node.power_off();
-    allow_first_node(operator, &space);
-    let status = space.until("bot", "to wait for the lost pod", |status| {
-        status["conditions"].as_array().is_some_and(|all| all.iter().any(|one| one["reason"] == "Preempted"))
-    });
-    let message = condition(&status, "Running")["message"].as_str().unwrap_or_default();
-    assert!(message.contains("when it is gone for certain"), "{status:#}");
-    assert_eq!(status["attempts"]["total"], 1, "the lost pod may still write: {status:#}");
-    assert_eq!(space.live_pods("bot").len(), 1);
-    let taint = "node.kubernetes.io/out-of-service=nodeshutdown:NoExecute";
-    operator.cluster.kubectl(&["taint", "node", &node.name(), taint]);
-    let status = space.succeeded("bot");
-    let attempts = &status["attempts"];
-    let counts = (attempts["total"].as_i64(), attempts["preempted"].as_i64(), attempts["failed"].as_i64());
-    assert_eq!(counts, (Some(2), Some(1), Some(0)), "{status:#}");
-    assert_eq!(artifact(&status), long_adapter());
-    assert_eq!(pods.one_after_another().len(), 4);
 }
 
 /// Takes the operator away while `name` is in each of its stages, one after another.
