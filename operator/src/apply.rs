@@ -79,7 +79,11 @@ pub async fn apply(client: &Client, job: &FineTuneJob, acts: Vec<Act>) -> Result
                 applied.plan_was_recorded = matches!(made, Made::Ours(_));
                 made
             }
-            Act::Control(map) => create(client, &namespace, &*map, same_map(job, &map)).await?,
+            Act::Control(map) => {
+                let made = create(client, &namespace, &*map, same_map(job, &map)).await?;
+                applied.stop_was_told = matches!(made, Made::Ours(_));
+                made
+            }
             Act::Claim(claim) => {
                 let is_ours = |found: &PersistentVolumeClaim| is_labelled_for(&found.metadata, job);
                 create(client, &namespace, &*claim, is_ours).await?

@@ -54,19 +54,8 @@ const STATUS_MANAGER: &str = "finetune-operator/status";
 pub type Guarded = DeserializeGuard<FineTuneJob>;
 
 /// What a pass needs.
-pub struct Context {
-    /// The API server.
-    pub client: Client,
-    /// What administrators decided.
-    pub profiles: Profiles,
-    /// Waiting times.
-    pub timing: Timing,
-    /// Between questions to trainers, and between writes of their answers.
-    pub intervals: Intervals,
-    /// Writes events.
-    pub recorder: Recorder,
-    /// Counts.
-    pub telemetry: Arc<Telemetry>,
+struct Context {
+    shared: Shared,
     caches: Caches,
     board: Arc<ProgressBoard>,
     memory: Memory,
@@ -121,35 +110,35 @@ impl Error {
 /// What is the same for all watched namespaces.
 #[derive(Clone)]
 pub struct Shared {
-    /// See [`Context`].
+    /// The API server.
     pub client: Client,
-    /// See [`Context`].
+    /// What administrators decided.
     pub profiles: Profiles,
-    /// See [`Context`].
+    /// Waiting times.
     pub timing: Timing,
-    /// See [`Context`].
+    /// Between questions to trainers, and between writes of their answers.
     pub intervals: Intervals,
-    /// See [`Context`].
+    /// Writes events.
     pub recorder: Recorder,
-    /// See [`Context`].
+    /// Counts.
     pub telemetry: Arc<Telemetry>,
 }
 
 /// Reconciles the jobs of a namespace, or of all, until it is dropped. Nothing of it is left then.
 pub async fn run(shared: Shared, namespace: Option<String>) {
-    let Shared { client, profiles, timing, intervals, recorder, telemetry } = shared;
+    let client = &shared.client;
     let config = || watcher::Config::default().timeout(WATCH_TIMEOUT_SECONDS).page_size(PAGE);
     let ours = || config().labels(&format!("{MANAGED_BY_LABEL}={MANAGER}"));
     let (job_store, job_writer) = reflector::store::<Job>();
     let (pod_store, pod_writer) = reflector::store::<Pod>();
-    let children = watcher(api::<Job>(&client, namespace.as_deref()), ours())
+    let children = watcher(api::<Job>(client, namespace.as_deref()), ours())
         .default_backoff()
         .modify(prune_job)
         .reflect(job_writer)
         .touched_objects();
     let pods = Pods::new(pod_store);
     let noting = pods.clone();
-    let pod_events = watcher(api::<Pod>(&client, namespace.as_deref()), ours())
+    let pod_events = watcher(api::<Pod>(client, namespace.as_deref()), ours())
         .default_backoff()
         .modify(prune_pod)
         .reflect(pod_writer)
@@ -159,12 +148,12 @@ pub async fn run(shared: Shared, namespace: Option<String>) {
     let told = futures::stream::unfold(told, async |mut told| told.recv().await.map(|job| (job, told)));
     let board = Arc::new(ProgressBoard::default());
     let caches = Caches { jobs: job_store, pods };
-    let polling = poll(caches.clone(), Arc::clone(&board), intervals, tell);
+    let polling = poll(caches.clone(), Arc::clone(&board), shared.intervals, tell);
 
     let (store, writer) = reflector::store::<Guarded>();
     let memory = Memory::default();
     let (forgetting, known) = (memory.clone(), store.clone());
-    let jobs = watcher(api::<Guarded>(&client, namespace.as_deref()), config())
+    let jobs = watcher(api::<Guarded>(client, namespace.as_deref()), config())
         .default_backoff()
         .modify(prune_finetunejob)
         .reflect(writer)
@@ -175,8 +164,8 @@ pub async fn run(shared: Shared, namespace: Option<String>) {
         .owns_stream(children)
         .watches_stream(pod_events, |pod| job_of(&pod))
         .reconcile_on(told);
-    telemetry.add_store(namespace.clone(), controller.store());
-    let context = Arc::new(Context { client, profiles, timing, intervals, recorder, telemetry, caches, board, memory });
+    shared.telemetry.add_store(namespace.clone(), controller.store());
+    let context = Arc::new(Context { shared, caches, board, memory });
     let passes = controller.run(reconcile, error_policy, Arc::clone(&context)).for_each(async |pass| match pass {
         Ok(_) => {}
         // It is asked again by itself; a right that is missing shows here.
@@ -234,7 +223,7 @@ fn error_policy(guarded: Arc<Guarded>, error: &Error, context: Arc<Context>) -> 
         tracing::debug!("{name}: somebody wrote in between, looking again");
         return Action::requeue(CACHE_DELAY);
     }
-    context.telemetry.count_error(error.reason());
+    context.shared.telemetry.count_error(error.reason());
     tracing::warn!("{name}: {error}{}", error.cause());
     Action::requeue(RETRY)
 }
@@ -253,7 +242,7 @@ async fn reconcile(guarded: Arc<Guarded>, context: Arc<Context>) -> Result<Actio
             Ok(Action::await_change())
         }
     };
-    context.telemetry.count_pass(result.is_ok(), started.elapsed());
+    context.shared.telemetry.count_pass(result.is_ok(), started.elapsed());
     result
 }
 
@@ -271,17 +260,21 @@ async fn pass(job: &FineTuneJob, context: &Context) -> Result<Action, Error> {
     context.caches.wait_until_ready().await;
     let before = job.status.clone().unwrap_or_default();
     let progress = context.board.get(&job.uid().unwrap_or_default());
-    let observed = observe(&context.client, &context.caches, job, context.memory.known_plan(job), progress).await?; // I/O
+    let observed =
+        observe(&context.shared.client, &context.caches, job, context.memory.known_plan(job), progress).await?; // I/O
     let plan = plan(job, context, &observed);
     let mut wanted = acts(job, plan.as_ref().ok(), &observed);
     wanted.retain(|act| !(matches!(act, Act::Control(_)) && context.memory.was_told_to_stop(job)));
-    let applied = apply(&context.client, job, wanted).await.map_err(|error| Error::Apply(Box::new(error)))?; // I/O
+    let applied = apply(&context.shared.client, job, wanted).await.map_err(|error| Error::Apply(Box::new(error)))?; // I/O
     if let Ok(plan) = &plan
         && (observed.plan.is_some() || applied.plan_was_recorded)
     {
         context.memory.remember_plan(job, plan);
     }
-    let next = next_status(job, plan.as_ref(), &observed, &applied, context.timing, Timestamp::now());
+    if applied.stop_was_told {
+        context.memory.remember_stop(job);
+    }
+    let next = next_status(job, plan.as_ref(), &observed, &applied, context.shared.timing, Timestamp::now());
     if next.status != before {
         publish(job, &before, &next.status, context).await?; // I/O
     }
@@ -291,7 +284,7 @@ async fn pass(job: &FineTuneJob, context: &Context) -> Result<Action, Error> {
             // The version that the deletion would name is not in the cache yet.
             Some(Duration::ZERO) if next.status != before => Ok(Action::requeue(CACHE_DELAY)),
             Some(Duration::ZERO) => {
-                let deleted = apply::delete_finetunejob(&context.client, job).await; // I/O
+                let deleted = apply::delete_finetunejob(&context.shared.client, job).await; // I/O
                 deleted.map_err(|error| Error::Apply(Box::new(error)))?;
                 Ok(Action::await_change())
             }
@@ -313,7 +306,7 @@ fn plan(job: &FineTuneJob, context: &Context, observed: &Observed) -> Result<Pla
     if let Some(plan) = &observed.plan {
         return Ok(plan.clone());
     }
-    let plan = validate(job, &context.profiles);
+    let plan = validate(job, &context.shared.profiles);
     let status = job.status.as_ref().filter(|status| !status.job_refs.is_empty() && !is_terminal(status));
     let Some(accepted) =
         status.map(|status| status.resolved.as_ref().and_then(|resolved| resolved.plan_digest.clone()))
@@ -344,7 +337,7 @@ async fn publish(
     context: &Context,
 ) -> Result<(), Error> {
     let namespace = job.namespace().unwrap_or_default();
-    let jobs: Api<FineTuneJob> = Api::namespaced(context.client.clone(), &namespace);
+    let jobs: Api<FineTuneJob> = Api::namespaced(context.shared.client.clone(), &namespace);
     let patch = json!({
         "apiVersion": FineTuneJob::api_version(&()),
         "kind": FineTuneJob::kind(&()),
@@ -361,7 +354,7 @@ async fn publish(
     context.memory.remember_write(&written);
     let about = job.object_ref(&());
     for event in events(&namespace, before, after) {
-        if let Err(error) = context.recorder.publish(&event, &about).await {
+        if let Err(error) = context.shared.recorder.publish(&event, &about).await {
             // The status says it too; an event is for people who watch.
             tracing::warn!("{namespace}/{}: the event {} was not written: {error}", job.name_any(), event.reason);
         }

@@ -62,10 +62,17 @@ impl Memory {
         }
     }
 
-    /// Whether the control file was made before; from now on it was.
+    /// Whether the control file was made.
     pub fn was_told_to_stop(&self, job: &FineTuneJob) -> bool {
         let uid = job.uid().unwrap_or_default();
-        std::mem::replace(&mut self.jobs().entry(uid).or_default().told_to_stop, true)
+        self.jobs().get(&uid).is_some_and(|remembered| remembered.told_to_stop)
+    }
+
+    /// For a job whose control file was made.
+    pub fn remember_stop(&self, job: &FineTuneJob) {
+        if let Some(uid) = job.uid() {
+            self.jobs().entry(uid).or_default().told_to_stop = true;
+        }
     }
 
     /// Forgets jobs that are gone: no pass is made for them. To be called after the store took the event.

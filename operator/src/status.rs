@@ -47,6 +47,8 @@ pub struct Applied {
     pub refused: Option<String>,
     /// This pass made the ConfigMap that holds the plan: it holds the plan of this pass.
     pub plan_was_recorded: bool,
+    /// The word to stop is in its ConfigMap.
+    pub stop_was_told: bool,
     /// UID of the Job that was made for the newest attempt.
     pub created_uid: Option<String>,
 }
@@ -326,7 +328,7 @@ impl Transition<'_> {
         if current.stage == PodStage::Train {
             // Of a trainer that was killed the last word is what it told before.
             let known = self.status.checkpoints.last().map(|checkpoint| checkpoint.step);
-            count_progress(attempts, known, ended, self.observed);
+            count_progress(attempts, known, ended);
             self.count_time(plan, current, finished.0);
         }
         if matches!(ended.outcome, AttemptOutcome::Failed | AttemptOutcome::Final) {
@@ -616,7 +618,7 @@ impl Transition<'_> {
         }
         if let Some((why, message)) = &pod.waiting {
             // Other reasons pass, or are told by how the pod ends.
-            let is_pull = why.contains("Image") || why == "ErrImagePull";
+            let is_pull = why.contains("Image");
             let reason = if is_pull { reason::IMAGE_PULL_FAILED } else { reason::CHILD_CREATION_FAILED };
             // The kubelet tells of one failure in turns: that it failed, and that it waits.
             let told =
@@ -639,16 +641,13 @@ fn is_unknown(status: &FineTuneJobStatus, name: &str) -> bool {
 }
 
 /// Whether a training attempt left a checkpoint that none before it had left.
-fn count_progress(attempts: &mut AttemptsStatus, known: Option<i64>, ended: &Ended, observed: &Observed) {
+fn count_progress(attempts: &mut AttemptsStatus, known: Option<i64>, ended: &Ended) {
     let report = ended.report.as_ref();
-    let progress = observed.progress.as_ref();
     let told = [
         known,
         attempts.resumed_from_step,
         report.and_then(|report| report.last_checkpoint_step),
-        progress.and_then(|progress| progress.checkpoints.last()).map(|checkpoint| checkpoint.step),
         report.and_then(|report| report.resumed_from_step),
-        progress.and_then(|progress| progress.resumed_from_step),
     ];
     let newest = told.into_iter().flatten().max();
     if newest > attempts.checkpoint_step {

@@ -27,17 +27,6 @@ pub const WATCHED: [&str; 3] = ["finetunejobs", "jobs", "pods"];
 pub const STUCK_AFTER: Duration = Duration::from_mins(10);
 /// A process that cannot mend its watches for so long is to be replaced.
 const DEAD_AFTER: Duration = Duration::from_mins(20);
-const PHASES: [Phase; 9] = [
-    Phase::Pending,
-    Phase::Queued,
-    Phase::Preparing,
-    Phase::Training,
-    Phase::Evaluating,
-    Phase::Publishing,
-    Phase::Suspended,
-    Phase::Succeeded,
-    Phase::Failed,
-];
 
 /// What the operator tells about itself and its jobs.
 pub struct Telemetry {
@@ -225,7 +214,7 @@ impl JobSeries {
             set(&self.created, &[], created.0.as_second() as f64);
         }
         let Some(status) = &job.status else { return };
-        for phase in PHASES {
+        for phase in Phase::ALL {
             set(&self.phase, &[&format!("{phase:?}")], f64::from(u8::from(status.phase == Some(phase))));
         }
         for found in status.conditions.iter().filter(|found| condition::TYPES.contains(&found.type_.as_str())) {

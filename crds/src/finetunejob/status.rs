@@ -30,6 +30,21 @@ pub enum Phase {
     Failed,
 }
 
+impl Phase {
+    /// Every phase, in the order of a job's life.
+    pub const ALL: [Self; 9] = [
+        Self::Pending,
+        Self::Queued,
+        Self::Preparing,
+        Self::Training,
+        Self::Evaluating,
+        Self::Publishing,
+        Self::Suspended,
+        Self::Succeeded,
+        Self::Failed,
+    ];
+}
+
 /// The state of a FineTuneJob.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]

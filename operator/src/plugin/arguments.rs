@@ -187,21 +187,9 @@ impl From<StageName> for PodStage {
 /// As `kubectl wait` has it (`phase=Training`), or the name alone; upper case or lower.
 fn phase(text: &str) -> Result<Phase, String> {
     let name = text.strip_prefix("phase=").unwrap_or(text);
-    let found = PHASES.into_iter().find(|phase| format!("{phase:?}").eq_ignore_ascii_case(name));
-    found.ok_or_else(|| format!("expected one of {}", PHASES.map(|phase| format!("{phase:?}")).join(", ")))
+    let found = Phase::ALL.into_iter().find(|phase| format!("{phase:?}").eq_ignore_ascii_case(name));
+    found.ok_or_else(|| format!("expected one of {}", Phase::ALL.map(|phase| format!("{phase:?}")).join(", ")))
 }
-
-const PHASES: [Phase; 9] = [
-    Phase::Pending,
-    Phase::Queued,
-    Phase::Preparing,
-    Phase::Training,
-    Phase::Evaluating,
-    Phase::Publishing,
-    Phase::Suspended,
-    Phase::Succeeded,
-    Phase::Failed,
-];
 
 fn timeout(text: &str) -> Result<Duration, String> {
     let parsed: Option<Duration> =
