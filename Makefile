@@ -43,7 +43,7 @@ test-data: ## fetch the chat templates that ours are compared on
 	@tools/fetch-test-data.sh
 
 # Tests on the cluster wait most of their time; the others compute.
-ON_CLUSTER := operator:: cluster:: observed::
+ON_CLUSTER := operator:: cluster:: observed:: rights::
 test: lint base-model test-data ## every test
 	@cargo build --release --workspace
 	tests/cluster/cluster check || { status=$$?; [ $$status = 3 ] || exit $$status; }

@@ -11,6 +11,7 @@ mod numerics;
 mod observed;
 mod operator;
 mod resume;
+mod rights;
 mod run;
 mod stages;
 mod validation;

@@ -104,8 +104,8 @@ fn has_number(found: &Value) -> bool {
 #[test]
 fn every_query_of_dashboards_and_alerts_finds_data() {
     let Some(operator) = Operator::shared() else { return };
-    let prometheus = Prometheus::start(operator.cluster);
     let space = operator.workspace("observed");
+    let prometheus = Prometheus::start(operator.cluster);
     let namespace = space.namespace.name();
     let of = |name: &str| format!("namespace=\"{namespace}\",finetunejob=\"{name}\"");
     let start = Timestamp::now();

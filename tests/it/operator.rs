@@ -3,6 +3,7 @@
 mod disruption;
 mod install;
 mod lifecycle;
+mod queue;
 
 use harness::Job;
 use harness::operator::{GPU, Operator, condition};

@@ -185,12 +185,17 @@ impl Cluster {
         }
     }
 
-    /// Kills the first container of a pod on the first node with SIGKILL, as the kernel does when memory runs out.
-    pub fn kill_container(&self, namespace: &str, pod: &str) {
+    /// Does something to the first container of a pod on the first node, behind the kubelet's back.
+    fn container(&self, namespace: &str, pod: &str, action: &[&str]) {
         let found = self.get(&["--namespace", namespace, "pod", pod]).unwrap_or_else(|error| panic!("{pod}: {error}"));
         let id = found["status"]["containerStatuses"][0]["containerID"].as_str().unwrap_or_default();
         let id = id.strip_prefix("containerd://").unwrap_or_else(|| panic!("pod {pod} has no container: {found}"));
-        self.command("enter", &["ctr", "--namespace=k8s.io", "task", "kill", "--signal=SIGKILL", id]);
+        self.command("enter", &[&["ctr", "--namespace=k8s.io", "task"], action, &[id]].concat());
+    }
+
+    /// Kills the first container of a pod on the first node with SIGKILL, as the kernel does when memory runs out.
+    pub fn kill_container(&self, namespace: &str, pod: &str) {
+        self.container(namespace, pod, &["kill", "--signal=SIGKILL"]);
     }
 
     /// Follows the pods with a label in a namespace, from now on.
@@ -271,6 +276,13 @@ impl Namespace<'_> {
     /// See [`Cluster::kill_container`].
     pub fn kill_container(&self, pod: &str) {
         self.cluster.kill_container(&self.name, pod);
+    }
+
+    /// Stops a container's clock, so that its job is not over before the test is, while `during` runs.
+    pub fn freeze(&self, pod: &str, during: impl FnOnce()) {
+        self.cluster.container(&self.name, pod, &["pause"]);
+        during();
+        self.cluster.container(&self.name, pod, &["resume"]);
     }
 
     /// Waits until a pod has ended and returns its log; panics with state and log when it did not succeed.

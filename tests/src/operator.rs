@@ -1,7 +1,7 @@
 //! The operator in the test cluster, installed once by its chart, and jobs that it reconciles.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
 use serde_json::Value;
@@ -44,6 +44,9 @@ fn profiles() -> String {
         none = "0".repeat(64)
     )
 }
+
+/// Read by tests that count on the operator, written by those that break it.
+static OPERATOR: RwLock<()> = RwLock::new(());
 
 /// The operator, as `helm install` left it.
 #[derive(Debug)]
@@ -101,10 +104,9 @@ impl Operator {
         file
     }
 
-    /// For tests that restart the one operator: not two of them at once. Others notice a delay.
+    /// For tests that take the one operator away or change its profiles: no other test has a workspace meanwhile.
     pub fn disturb(&self) -> Disturbed<'_> {
-        static DISTURBED: Mutex<()> = Mutex::new(());
-        Disturbed { operator: self, _alone: DISTURBED.lock().unwrap_or_else(PoisonError::into_inner) }
+        Disturbed { operator: self, _alone: OPERATOR.write().unwrap_or_else(PoisonError::into_inner) }
     }
 
     /// Names of the operator's pods that run, the leader's included.
@@ -115,13 +117,19 @@ impl Operator {
         items.iter().filter_map(|pod| pod["metadata"]["name"].as_str()).map(str::to_owned).collect()
     }
 
-    /// A namespace with a tiny model and rows on the claim `inputs`.
+    /// A namespace with a tiny model and rows on the claim `inputs`. The operator is not disturbed while it is there, so a
+    /// test has one at most.
     pub fn workspace(&self, name: &str) -> Workspace {
+        let undisturbed = OPERATOR.read().unwrap_or_else(PoisonError::into_inner);
+        self.make_workspace(name, Some(undisturbed))
+    }
+
+    fn make_workspace(&self, name: &str, undisturbed: Option<RwLockReadGuard<'static, ()>>) -> Workspace {
         let namespace = self.cluster.namespace(name);
         let inputs = Job::new();
         let folder = inputs.folder().to_path_buf();
         readable_by_all(&folder);
-        let space = Workspace { namespace, inputs };
+        let space = Workspace { namespace, inputs, _undisturbed: undisturbed };
         space.claim("inputs", &folder);
         space
     }
@@ -131,7 +139,14 @@ impl Operator {
 #[derive(Debug)]
 pub struct Disturbed<'a> {
     operator: &'a Operator,
-    _alone: MutexGuard<'static, ()>,
+    _alone: RwLockWriteGuard<'static, ()>,
+}
+
+impl Disturbed<'_> {
+    /// See [`Operator::workspace`].
+    pub fn workspace(&self, name: &str) -> Workspace {
+        self.operator.make_workspace(name, None)
+    }
 }
 
 impl Drop for Disturbed<'_> {
@@ -164,6 +179,7 @@ pub struct Workspace {
     pub namespace: Namespace<'static>,
     /// Model and rows: the folder behind the claim `inputs`.
     pub inputs: Job,
+    _undisturbed: Option<RwLockReadGuard<'static, ()>>,
 }
 
 impl Workspace {

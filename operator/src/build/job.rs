@@ -52,7 +52,7 @@ pub fn build_stage_job(job: &FineTuneJob, plan: &Plan, attempt: &JobReference) -
     built.metadata.name = Some(attempt.name.clone());
     let spec = built.spec.get_or_insert_default();
     spec.backoff_limit = Some(0);
-    spec.pod_failure_policy = Some(failure_policy());
+    spec.pod_failure_policy = Some(failure_policy(queue.is_some()));
     if let Some(queue) = queue {
         // Kueue opens it; without Kueue it stays closed, and the status says so.
         spec.suspend = Some(true);
@@ -93,31 +93,28 @@ fn trainer_args(stage: PodStage, attempt: i32) -> Vec<String> {
 
 /// Only for the cause in the Job's condition, which can be read when the pod is gone. Codes are not distinguished here: the
 /// operator decides.
-fn failure_policy() -> PodFailurePolicy {
-    let fail = |on_pod_conditions, on_exit_codes| PodFailurePolicyRule {
+///
+/// A Job that a queue opens and closes fails by no exit code: the Job controller matches these rules also on a pod that dies
+/// because its Job was suspended, and the eviction would end the Job.
+fn failure_policy(queued: bool) -> PodFailurePolicy {
+    let disrupted = PodFailurePolicyRule {
         action: "FailJob".into(),
-        on_exit_codes,
-        on_pod_conditions,
+        on_pod_conditions: Some(vec![PodFailurePolicyOnPodConditionsPattern {
+            type_: "DisruptionTarget".into(),
+            status: Some("True".into()),
+        }]),
+        ..PodFailurePolicyRule::default()
     };
-    PodFailurePolicy {
-        rules: vec![
-            fail(
-                Some(vec![PodFailurePolicyOnPodConditionsPattern {
-                    type_: "DisruptionTarget".into(),
-                    status: Some("True".into()),
-                }]),
-                None,
-            ),
-            fail(
-                None,
-                Some(PodFailurePolicyOnExitCodesRequirement {
-                    container_name: Some(CONTAINER.into()),
-                    operator: "NotIn".into(),
-                    values: vec![0],
-                }),
-            ),
-        ],
-    }
+    let failed = PodFailurePolicyRule {
+        action: "FailJob".into(),
+        on_exit_codes: Some(PodFailurePolicyOnExitCodesRequirement {
+            container_name: Some(CONTAINER.into()),
+            operator: "NotIn".into(),
+            values: vec![0],
+        }),
+        ..PodFailurePolicyRule::default()
+    };
+    PodFailurePolicy { rules: if queued { vec![disrupted] } else { vec![disrupted, failed] } }
 }
 
 fn assemble(job: &FineTuneJob, attempt: &JobReference, component: PodStage, pod: PodSpec) -> Job {

@@ -1,7 +1,7 @@
 //! Pods, nodes and operators that go away while a job runs: it ends as if they had not.
 
 use harness::cluster::{MINUTE, Node, TEST_NODE, wait_for};
-use harness::operator::{FEW_MINUTES, Operator, PLACE, SYSTEM, Workspace};
+use harness::operator::{FEW_MINUTES, Operator, PLACE, SYSTEM, Workspace, condition};
 
 use super::{LONG, LONG_ON_CLAIM, artifact, long_adapter};
 
@@ -54,6 +54,32 @@ fn a_drained_node_is_a_preemption_and_the_job_ends_elsewhere_with_the_same_adapt
     assert_eq!(pods.len(), 4, "prepare, train twice, publish: {pods:?}");
 }
 
+#[test]
+fn a_node_without_power_is_waited_for_until_it_is_gone_for_certain() {
+    let Some(operator) = Operator::shared() else { return };
+    let _alone = alone();
+    let space = operator.workspace("power");
+    let pods = space.watch("bot");
+    let node = train_on(operator, &space);
+    node.power_off();
+    allow_first_node(operator, &space);
+    let status = space.until("bot", "to wait for the lost pod", |status| {
+        status["conditions"].as_array().is_some_and(|all| all.iter().any(|one| one["reason"] == "Preempted"))
+    });
+    let message = condition(&status, "Running")["message"].as_str().unwrap_or_default();
+    assert!(message.contains("when it is gone for certain"), "{status:#}");
+    assert_eq!(status["attempts"]["total"], 1, "the lost pod may still write: {status:#}");
+    assert_eq!(space.live_pods("bot").len(), 1);
+    let taint = "node.kubernetes.io/out-of-service=nodeshutdown:NoExecute";
+    operator.cluster.kubectl(&["taint", "node", &node.name(), taint]);
+    let status = space.succeeded("bot");
+    let attempts = &status["attempts"];
+    let counts = (attempts["total"].as_i64(), attempts["preempted"].as_i64(), attempts["failed"].as_i64());
+    assert_eq!(counts, (Some(2), Some(1), Some(0)), "{status:#}");
+    assert_eq!(artifact(&status), long_adapter());
+    assert_eq!(pods.one_after_another().len(), 4);
+}
+
 /// Takes the operator away while `name` is in each of its stages, one after another.
 fn lose_the_operator(operator: &Operator, space: &Workspace, name: &str, lose: impl Fn(&str)) {
     let pods = space.watch(name);
@@ -88,8 +114,8 @@ fn lose_the_operator(operator: &Operator, space: &Workspace, name: &str, lose: i
 #[test]
 fn an_operator_whose_pod_is_deleted_in_every_stage_is_not_missed() {
     let Some(operator) = Operator::shared() else { return };
-    let _disturbed = operator.disturb();
-    let space = operator.workspace("operator-deleted");
+    let disturbed = operator.disturb();
+    let space = disturbed.workspace("operator-deleted");
     lose_the_operator(operator, &space, "bot", |pod| {
         let gone = ["delete", "pod", pod, "--namespace", SYSTEM, "--force", "--grace-period=0"];
         operator.cluster.kubectl(&gone);
@@ -99,8 +125,8 @@ fn an_operator_whose_pod_is_deleted_in_every_stage_is_not_missed() {
 #[test]
 fn an_operator_that_is_killed_in_every_stage_is_not_missed() {
     let Some(operator) = Operator::shared() else { return };
-    let _disturbed = operator.disturb();
-    let space = operator.workspace("operator-killed");
+    let disturbed = operator.disturb();
+    let space = disturbed.workspace("operator-killed");
     lose_the_operator(operator, &space, "bot", |pod| {
         let restarts = || {
             let found = operator.cluster.get(&["pod", "--namespace", SYSTEM, pod]).expect("it stays");

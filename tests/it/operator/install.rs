@@ -20,8 +20,8 @@ fn leader(operator: &Operator) -> Result<String, String> {
 #[test]
 fn a_standby_leads_within_seconds_of_the_leaders_end_and_nothing_is_done_twice() {
     let Some(operator) = Operator::shared() else { return };
-    let _disturbed = operator.disturb();
-    let space = operator.workspace("replicas");
+    let disturbed = operator.disturb();
+    let space = disturbed.workspace("replicas");
     operator.helm("upgrade", &["--set", "replicaCount=2"]);
     let pods = space.watch("bot");
     space.job("bot", LONG);
@@ -48,23 +48,25 @@ fn a_standby_leads_within_seconds_of_the_leaders_end_and_nothing_is_done_twice()
 #[test]
 fn an_upgrade_and_a_reinstallation_are_not_noticed_by_a_running_job() {
     let Some(operator) = Operator::shared() else { return };
-    let _disturbed = operator.disturb();
-    let space = operator.workspace("upgrade");
+    let disturbed = operator.disturb();
+    let space = disturbed.workspace("upgrade");
     space.job("bot", LONG);
     let pod = space.trains("bot");
     let uid = || space.namespace.get(&["pod", &pod]).expect("it runs")["metadata"]["uid"].clone();
     let (before, accepted) = (uid(), space.status("bot")["resolved"].clone());
     let other = ["--set", "profiles.default.resources.limits.memory=3Gi"];
-    operator.helm("upgrade", &other);
-    assert_eq!(uid(), before);
-    operator.cluster.command("enter", &["helm", "uninstall", "finetune", "--namespace", SYSTEM, "--wait"]);
-    wait_for("the operator to be gone", FEW_MINUTES, || {
-        let pods = operator.pods();
-        if pods.is_empty() { Ok(()) } else { Err(format!("{pods:?}")) }
+    space.namespace.freeze(&pod, || {
+        operator.helm("upgrade", &other);
+        assert_eq!(uid(), before);
+        operator.cluster.command("enter", &["helm", "uninstall", "finetune", "--namespace", SYSTEM, "--wait"]);
+        wait_for("the operator to be gone", FEW_MINUTES, || {
+            let pods = operator.pods();
+            if pods.is_empty() { Ok(()) } else { Err(format!("{pods:?}")) }
+        });
+        assert_eq!(uid(), before);
+        operator.helm("install", &other);
+        assert_eq!(uid(), before);
     });
-    assert_eq!(uid(), before);
-    operator.helm("install", &other);
-    assert_eq!(uid(), before);
     // An attempt that begins now has the plan that the job was accepted with, and a new job today's.
     space.namespace.kubectl(&["delete", "pod", &pod, "--wait=false"]);
     space.job("next", LONG);

@@ -103,6 +103,38 @@ fn the_configuration_of_a_run_cannot_be_edited_and_is_made_again() {
 }
 
 #[test]
+fn a_forged_configuration_holds_its_job_and_no_other() {
+    let Some(operator) = Operator::shared() else { return };
+    let space = operator.workspace("forged");
+    space.job("bot", LONG);
+    space.trains("bot");
+    let made = space.namespace.get(&["configmap", "bot-run"]).expect("it was made");
+    let forged = serde_json::json!({
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {
+            "name": "bot-run",
+            "labels": made["metadata"]["labels"],
+            "ownerReferences": made["metadata"]["ownerReferences"],
+        },
+        "data": {"run.yaml": "model: [", "plan.yaml": "pods: ["},
+    });
+    // The operator may be faster, and make its own again.
+    wait_for("the forgery to be in place", FEW_MINUTES, || {
+        space.namespace.kubectl(&["delete", "configmap", "bot-run", "--ignore-not-found"]);
+        operator.cluster.try_apply(space.namespace.name(), &forged.to_string())
+    });
+    // An owner reference proves nothing: no pod is made to read it.
+    space.until("bot", "the forgery to be noticed", |status| {
+        status["conditions"].as_array().is_some_and(|all| all.iter().any(|one| one["reason"] == "ChildNameTaken"))
+    });
+    space.job("next", SHORT);
+    space.succeeded("next");
+    space.namespace.kubectl(&["delete", "configmap", "bot-run"]);
+    space.succeeded("bot");
+}
+
+#[test]
 fn a_report_that_is_torn_is_not_believed() {
     let Some(operator) = Operator::shared() else { return };
     let space = operator.workspace("torn");
