@@ -28,10 +28,14 @@ def ask(query):
         return json.load(answer)["data"]["result"]
 
 
-def last(series):
+def last(query, series):
     labels = ",".join(value for name, value in series["metric"].items() if name not in ("namespace", "finetunejob"))
-    value = float(series["values"][-1][1])
-    return f"{labels} {value:.6g}".strip()
+    values = [float(value) for _, value in series["values"]]
+    # A rate ends with the run.
+    if "rate(" in query and not values[-1] > 0:
+        peak = max((value for value in values if math.isfinite(value)), default=0)
+        return f"{labels} {peak:.6g} at most".strip()
+    return f"{labels} {values[-1]:.6g}".strip()
 
 
 lacking = []
@@ -55,7 +59,7 @@ for panel in panels:
             found = ask(query)
         if found:
             newest = max(series["values"][-1][0] for series in found)
-            answer = "; ".join(last(series) for series in found if series["values"][-1][0] == newest)
+            answer = "; ".join(last(query, series) for series in found if series["values"][-1][0] == newest)
         else:
             answer = "no accelerator here" if needs_accelerator else "NO DATA"
             lacking += [] if needs_accelerator else [panel["title"]]

@@ -118,6 +118,8 @@ pub mod reason {
         HELD = "Held";
         /// Failed: the plan that the job was accepted with is gone or was changed.
         PLAN_LOST = "PlanLost";
+        /// Accepted: the plan that the job was accepted with was written by another version of the operator.
+        PLAN_UNREADABLE = "PlanUnreadable";
         /// Failed: several attempts in a row left no new checkpoint.
         NO_PROGRESS = "NoProgress";
     }

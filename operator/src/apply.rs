@@ -4,6 +4,7 @@
 use crds::FineTuneJob;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ConfigMap, PersistentVolumeClaim};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::{Api, DeleteParams, PostParams, Preconditions, PropagationPolicy};
 use kube::core::NamespaceResourceScope;
 use kube::{Client, Resource, ResourceExt};
@@ -59,6 +60,11 @@ pub fn acts(job: &FineTuneJob, plan: Option<&Plan>, observed: &Observed) -> Vec<
         acts.push(Act::Control(Box::new(build_control(job))));
     }
     if current.uid.is_none() && attempt.job == JobSeen::Missing {
+        // Today's profile makes another plan than the one that is recorded, which nothing was made from: this pass records it.
+        let recorded = status.resolved.as_ref().and_then(|resolved| resolved.plan_digest.as_deref());
+        if observed.plan.is_none() && recorded != Some(plan.digest().as_str()) {
+            return acts;
+        }
         acts.push(Act::ConfigMap(Box::new(build_config_map(job, plan))));
         acts.extend(build_claim(job, &plan.claim).map(|claim| Act::Claim(Box::new(claim))));
         acts.push(Act::StageJob(Box::new(build_stage_job(job, plan, current))));
@@ -103,6 +109,10 @@ pub async fn apply(client: &Client, job: &FineTuneJob, acts: Vec<Act>) -> Result
         };
         match made {
             Made::Ours(_) => {}
+            Made::Leftover(what) => {
+                applied.leftover = Some(what);
+                break;
+            }
             Made::Taken(what) => {
                 applied.name_taken = Some(what);
                 break;
@@ -119,6 +129,8 @@ pub async fn apply(client: &Client, job: &FineTuneJob, acts: Vec<Act>) -> Result
 enum Made {
     /// It is there, and ours.
     Ours(Option<String>),
+    /// The object of a job of the same name that was deleted has its name.
+    Leftover(String),
     /// Somebody else's object has its name.
     Taken(String),
     /// The API server does not take it.
@@ -128,6 +140,16 @@ enum Made {
 /// An owner reference proves nothing: what the pod reads must be what was planned.
 fn same_map(job: &FineTuneJob, map: &ConfigMap) -> impl Fn(&ConfigMap) -> bool {
     |found| is_owned_by(&found.metadata, job) && found.data == map.data
+}
+
+/// Whether what has an object's name belongs to an owner of the same name that is gone: its garbage is not collected yet.
+fn is_leftover(found: &ObjectMeta, object: &ObjectMeta) -> bool {
+    let controller = |metadata: &ObjectMeta| {
+        metadata.owner_references.iter().flatten().find(|one| one.controller == Some(true)).cloned()
+    };
+    controller(found)
+        .zip(controller(object))
+        .is_some_and(|(found, ours)| (found.kind, found.name) == (ours.kind, ours.name) && found.uid != ours.uid)
 }
 
 fn owned_by(job: &FineTuneJob) -> impl Fn(&Job) -> bool {
@@ -154,6 +176,7 @@ where
         Err(kube::Error::Api(status)) if status.is_already_exists() => {
             Ok(match api.get_opt(&object.name_any()).await? {
                 Some(found) if is_ours(&found) => Made::Ours(found.meta().uid.clone()),
+                Some(found) if is_leftover(found.meta(), object.meta()) => Made::Leftover(what),
                 Some(_) => Made::Taken(what),
                 None => Made::Refused(format!("{what} was deleted while it was made")),
             })

@@ -27,7 +27,7 @@ use crate::memory::Memory;
 use crate::observe::pods::Pods;
 use crate::observe::progress::{Intervals, ProgressBoard, poll};
 use crate::observe::{self, Caches, Observed, observe};
-use crate::status::{Timing, is_terminal, next_status};
+use crate::status::{Timing, is_terminal, next_status, nothing_was_made};
 use crate::telemetry::Telemetry;
 use crate::validate::{Invalid, Plan, validate};
 
@@ -93,7 +93,7 @@ impl Error {
     fn cause(&self) -> String {
         let source = match self {
             Self::Apply(source) | Self::Status(source) | Self::Observe(observe::Error::Get { source, .. }) => source,
-            Self::Observe(observe::Error::Plan { .. }) | Self::Deadline => return String::new(),
+            Self::Deadline => return String::new(),
         };
         match &**source {
             kube::Error::Api(status) => format!(": {}", status.message),
@@ -259,9 +259,8 @@ async fn pass(job: &FineTuneJob, context: &Context) -> Result<Action, Error> {
     // What is in no cache is not therefore missing, least of all before they are filled.
     context.caches.wait_until_ready().await;
     let before = job.status.clone().unwrap_or_default();
-    let progress = context.board.get(&job.uid().unwrap_or_default());
-    let observed =
-        observe(&context.shared.client, &context.caches, job, context.memory.known_plan(job), progress).await?; // I/O
+    let known_plan = context.memory.known_plan(job);
+    let observed = observe(&context.shared.client, &context.caches, job, known_plan, &context.board).await?; // I/O
     let plan = plan(job, context, &observed);
     let mut wanted = acts(job, plan.as_ref().ok(), &observed);
     wanted.retain(|act| !(matches!(act, Act::Control(_)) && context.memory.was_told_to_stop(job)));
@@ -306,8 +305,16 @@ fn plan(job: &FineTuneJob, context: &Context, observed: &Observed) -> Result<Pla
     if let Some(plan) = &observed.plan {
         return Ok(plan.clone());
     }
+    if let Some(why) = &observed.unreadable_plan {
+        let name = config_map_name(job);
+        let message = format!(
+            "the ConfigMap {name} was written by another version of the operator, and this one does not understand its plan.yaml: \
+             {why}; run that version until the job has ended, or create a new FineTuneJob"
+        );
+        return Err(Invalid { reason: reason::PLAN_UNREADABLE, message });
+    }
     let plan = validate(job, &context.shared.profiles);
-    let status = job.status.as_ref().filter(|status| !status.job_refs.is_empty() && !is_terminal(status));
+    let status = job.status.as_ref().filter(|status| !nothing_was_made(status, observed) && !is_terminal(status));
     let Some(accepted) =
         status.map(|status| status.resolved.as_ref().and_then(|resolved| resolved.plan_digest.clone()))
     else {

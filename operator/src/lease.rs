@@ -80,10 +80,13 @@ impl Elector {
     pub async fn keep(&mut self) {
         let mut renewed = Instant::now();
         loop {
-            sleep(self.settings.retry_period).await;
+            let left = self.settings.renew_deadline.saturating_sub(renewed.elapsed());
+            sleep(self.settings.retry_period.min(left)).await;
+            // Others count from the write, which may be long before its answer.
+            let asked = Instant::now();
             let left = self.settings.renew_deadline.saturating_sub(renewed.elapsed());
             match timeout(left, self.try_hold()).await {
-                Ok(Ok(true)) => renewed = Instant::now(),
+                Ok(Ok(true)) => renewed = asked,
                 Ok(Ok(false)) => {
                     tracing::warn!("somebody else took the lease {}", self.settings.name);
                     return;

@@ -16,15 +16,21 @@ use kube::runtime::reflector::{ObjectRef, Store};
 use kube::{Client, ResourceExt};
 
 use self::pods::Pods;
+use self::progress::ProgressBoard;
 use crate::build::{self, CONTAINER};
 use crate::status::is_terminal;
 use crate::validate::{Plan, digest_of_files};
+
+/// Versions of Kueue's API, the newest first: what is read is the same in both.
+const KUEUE_VERSIONS: [&str; 2] = ["v1beta2", "v1beta1"];
 
 /// Everything that a decision about a job may depend on, besides the job itself and the time.
 #[derive(Clone, Debug, Default)]
 pub struct Observed {
     /// The plan that was made when the job was accepted.
     pub plan: Option<Plan>,
+    /// Why there is one that this version does not understand.
+    pub unreadable_plan: Option<String>,
     /// The newest attempt of `status.jobRefs`.
     pub attempt: Option<AttemptSeen>,
     /// The Job that reads an attempt's report from the volume, if it was made.
@@ -163,14 +169,6 @@ pub enum Error {
         /// Why.
         source: Box<kube::Error>,
     },
-    /// The ConfigMap of a job does not hold what it was made with.
-    #[error("ConfigMap {name}: plan.yaml is not a plan that this version understands ({message})")]
-    Plan {
-        /// Its name.
-        name: String,
-        /// What is wrong with it.
-        message: String,
-    },
 }
 
 /// What observing reads from.
@@ -197,17 +195,18 @@ pub async fn observe(
     caches: &Caches,
     job: &FineTuneJob,
     known_plan: Option<Plan>,
-    progress: Option<Progress>,
+    board: &ProgressBoard,
 ) -> Result<Observed, Error> {
     let status = job.status.clone().unwrap_or_default();
     let Some(current) = status.job_refs.last() else { return Ok(Observed::default()) };
     let digest = status.resolved.as_ref().and_then(|resolved| resolved.plan_digest.as_deref());
-    let plan = match known_plan {
-        Some(plan) => Some(plan),
+    let recorded = match known_plan {
+        Some(plan) => Ok(Some(plan)),
         // Nothing is made any more.
-        None if is_terminal(&status) => None,
+        None if is_terminal(&status) => Ok(None),
         None => recorded_plan(client, job, digest).await?,
     };
+    let (plan, unreadable_plan) = recorded.map_or_else(|why| (None, Some(why)), |plan| (plan, None));
     let attempt = attempt(client, caches, job, current).await?;
     let report_name = build::report_job_name(job, current);
     let report_job = find_job(caches, job, &report_name)
@@ -217,24 +216,28 @@ pub async fn observe(
         (JobSeen::Present { uid, .. }, true) => Some(queue(client, job, uid).await?),
         _ => None,
     };
-    Ok(Observed { plan, attempt: Some(attempt), report_job, progress, queue })
+    let uid = job.uid().unwrap_or_default();
+    let progress = attempt.pods.iter().rev().find_map(|pod| board.get(&pod.uid, &uid));
+    Ok(Observed { plan, unreadable_plan, attempt: Some(attempt), report_job, progress, queue })
 }
 
-/// The plan in the ConfigMap, if it is the one that the job was accepted with.
-async fn recorded_plan(client: &Client, job: &FineTuneJob, digest: Option<&str>) -> Result<Option<Plan>, Error> {
+/// The plan in the ConfigMap, if it is the one that the job was accepted with; or what this version does not understand in it.
+async fn recorded_plan(
+    client: &Client,
+    job: &FineTuneJob,
+    digest: Option<&str>,
+) -> Result<Result<Option<Plan>, String>, Error> {
     let name = build::config_map_name(job);
     let maps: Api<ConfigMap> = Api::namespaced(client.clone(), &job.namespace().unwrap_or_default());
     let failed = |source| Error::Get { kind: "ConfigMap", name: name.clone(), source: Box::new(source) };
-    let Some(map) = maps.get_opt(&name).await.map_err(failed)? else { return Ok(None) };
+    let Some(map) = maps.get_opt(&name).await.map_err(failed)? else { return Ok(Ok(None)) };
     let file = |name: &str| map.data.as_ref().and_then(|data| data.get(name)).map_or("", String::as_str);
     // Whoever may make a ConfigMap can make one that names the job as its owner; the status is the operator's alone.
     if digest != Some(digest_of_files(file(build::RUN_FILE), file(build::PLAN_FILE)).as_str()) {
-        return Ok(None);
+        return Ok(Ok(None));
     }
-    match serde_saphyr::from_str(file(build::PLAN_FILE)) {
-        Ok(plan) => Ok(Some(plan)),
-        Err(error) => Err(Error::Plan { name, message: error.without_snippet().to_string() }),
-    }
+    let plan = serde_saphyr::from_str(file(build::PLAN_FILE));
+    Ok(plan.map(Some).map_err(|error| error.without_snippet().to_string()))
 }
 
 async fn attempt(
@@ -338,16 +341,23 @@ pub fn pod_seen(pod: &Pod) -> PodSeen {
 /// What Kueue's Workload of a Job says. There is no watch on Workloads: their kind may not exist, and the Job, which is
 /// watched, changes when the Workload is admitted.
 async fn queue(client: &Client, job: &FineTuneJob, child_uid: &str) -> Result<QueueSeen, Error> {
-    let kind = ApiResource::from_gvk(&GroupVersionKind::gvk("kueue.x-k8s.io", "v1beta1", "Workload"));
-    let workloads: Api<DynamicObject> =
-        Api::namespaced_with(client.clone(), &job.namespace().unwrap_or_default(), &kind);
     let by_job = ListParams::default().labels(&format!("kueue.x-k8s.io/job-uid={child_uid}"));
-    let found = match workloads.list(&by_job).await {
-        Ok(found) => found,
-        // Of an API group that is not served the answer is plain text, which `is_not_found` does not know.
-        Err(kube::Error::Api(status)) if status.code == 404 => return Ok(QueueSeen::ControllerMissing),
-        Err(source) => return Err(Error::Get { kind: "Workload", name: job.name_any(), source: Box::new(source) }),
-    };
+    let mut found = None;
+    for version in KUEUE_VERSIONS {
+        let kind = ApiResource::from_gvk(&GroupVersionKind::gvk("kueue.x-k8s.io", version, "Workload"));
+        let workloads: Api<DynamicObject> =
+            Api::namespaced_with(client.clone(), &job.namespace().unwrap_or_default(), &kind);
+        match workloads.list(&by_job).await {
+            Ok(list) => {
+                found = Some(list);
+                break;
+            }
+            // Of an API group that is not served the answer is plain text, which `is_not_found` does not know.
+            Err(kube::Error::Api(status)) if status.code == 404 => {}
+            Err(source) => return Err(Error::Get { kind: "Workload", name: job.name_any(), source: Box::new(source) }),
+        }
+    }
+    let Some(found) = found else { return Ok(QueueSeen::ControllerMissing) };
     let Some(workload) = found.items.first() else {
         return Ok(QueueSeen::Waiting("the queue's controller has not looked at the Job yet".into()));
     };

@@ -85,6 +85,14 @@ pub fn run(arguments: Arguments, environment: Environment) -> Result<(), anyhow:
         arguments.renew_deadline_seconds,
         arguments.lease_duration_seconds
     );
+    anyhow::ensure!(
+        arguments.renew_deadline_seconds + arguments.retry_period_seconds <= arguments.lease_duration_seconds,
+        "--retry-period-seconds: found {}, expected at most what --lease-duration-seconds, {}, has left after \
+         --renew-deadline-seconds, {}",
+        arguments.retry_period_seconds,
+        arguments.lease_duration_seconds,
+        arguments.renew_deadline_seconds
+    );
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("no runtime")?;
     runtime.block_on(live(arguments, environment))
 }

@@ -35,6 +35,8 @@ const LIVES: i32 = 3;
 const OUT_OF_MEMORY_ATTEMPTS: usize = 2;
 /// Between two looks at a queue's Workload.
 const QUEUE_INTERVAL: Duration = Duration::from_secs(15);
+/// Garbage is collected within seconds.
+const LEFTOVER_INTERVAL: Duration = Duration::from_secs(2);
 /// A Job whose pod the API server refuses (quota, admission) shows no more than that it has none.
 const POD_PATIENCE: Duration = Duration::from_secs(20);
 
@@ -43,6 +45,8 @@ const POD_PATIENCE: Duration = Duration::from_secs(20);
 pub struct Applied {
     /// Kind and name of an object of somebody else that is in the way.
     pub name_taken: Option<String>,
+    /// Kind and name of an object that is left from a job of the same name.
+    pub leftover: Option<String>,
     /// What the API server said when it refused an object.
     pub refused: Option<String>,
     /// This pass made the ConfigMap that holds the plan: it holds the plan of this pass.
@@ -69,6 +73,18 @@ pub fn is_terminal(status: &FineTuneJobStatus) -> bool {
 
 fn is_true(status: &FineTuneJobStatus, name: &str) -> bool {
     status.conditions.iter().any(|condition| condition.type_ == name && condition.status == "True")
+}
+
+/// Whether no object was made for a job yet: what its profile says today is what it gets.
+pub fn nothing_was_made(status: &FineTuneJobStatus, observed: &Observed) -> bool {
+    match &status.job_refs[..] {
+        [] => true,
+        [only] => {
+            let job = observed.attempt.as_ref().map(|attempt| &attempt.job);
+            only.uid.is_none() && only.outcome.is_none() && observed.plan.is_none() && job == Some(&JobSeen::Missing)
+        }
+        _ => false,
+    }
 }
 
 /// Whether the last word of the newest attempt is to be read from the volume.
@@ -148,25 +164,31 @@ impl Transition<'_> {
         let plan = match plan {
             Ok(plan) => plan,
             // Accepted once, and now nothing says any more what was accepted.
-            Err(invalid) if !self.status.job_refs.is_empty() => {
+            Err(invalid) if !self.status.job_refs.is_empty() && invalid.reason != reason::PLAN_UNREADABLE => {
                 return self.finish(condition::FAILED, invalid.reason, &invalid.message);
             }
             Err(invalid) => {
                 self.status.phase = Some(Phase::Pending);
                 self.set(condition::ACCEPTED, ConditionStatus::False, invalid.reason, &invalid.message);
+                self.check_deadlines(None);
                 return;
             }
         };
         if let Some(taken) = &applied.name_taken {
             let message = format!("{taken} belongs to somebody else; delete it, or give the job another name");
-            self.status.phase = Some(Phase::Pending);
             self.set(condition::ACCEPTED, ConditionStatus::False, reason::CHILD_NAME_TAKEN, &message);
             self.wake_in(QUEUE_INTERVAL);
-            return;
+            if self.current().is_none_or(|current| current.uid.is_none()) {
+                self.status.phase = Some(Phase::Pending);
+                self.check_deadlines(Some(plan));
+                return;
+            }
+            // An attempt is not disturbed by what is in the way of something else.
+        } else {
+            self.accept(plan);
         }
-        self.accept(plan);
-        self.note_attempt(applied);
-        if self.check_deadlines(plan) {
+        self.note_attempt(plan, applied);
+        if self.check_deadlines(Some(plan)) {
             return;
         }
         let ended = self.note_end(plan);
@@ -175,7 +197,7 @@ impl Transition<'_> {
         {
             return;
         }
-        self.hold_or_go_on(plan);
+        self.hold_or_go_on();
         self.describe(plan, applied);
     }
 
@@ -187,6 +209,13 @@ impl Transition<'_> {
     }
 
     fn accept(&mut self, plan: &Plan) {
+        if nothing_was_made(&self.status, self.observed) {
+            let resolved = self.status.resolved.get_or_insert_with(ResolvedStatus::default);
+            resolved.hyperparameters = Some(crds::resolve::hyperparameters_spec(&plan.run.hyperparameters));
+            resolved.image = Some(plan.pods.image.clone());
+            resolved.claim = Some(plan.claim.name().to_owned());
+            resolved.plan_digest = Some(plan.digest());
+        }
         self.set(condition::ACCEPTED, ConditionStatus::True, reason::RESOLVED, "");
         if plan.run.output.uri.is_none() && is_unknown(&self.status, condition::PUBLISHED) {
             self.set(
@@ -199,7 +228,7 @@ impl Transition<'_> {
     }
 
     /// What is seen of the attempt that runs: its Job's UID, its start, its progress.
-    fn note_attempt(&mut self, applied: &Applied) {
+    fn note_attempt(&mut self, plan: &Plan, applied: &Applied) {
         let Some(seen) = &self.observed.attempt else { return };
         let Some(current) = self.status.job_refs.last_mut().filter(|current| current.outcome.is_none()) else { return };
         if current.uid.is_none() {
@@ -209,7 +238,9 @@ impl Transition<'_> {
             };
         }
         // A Job that a queue closed and opened again has several pods; what ran before it was closed was counted then.
-        let started = seen.pods.iter().find_map(|pod| pod.started.clone());
+        let queued = plan.pods.queue(current.stage).is_some();
+        let pod = seen.newest_pod().filter(|pod| !(queued && pod.terminating));
+        let started = pod.and_then(|pod| pod.started.clone());
         let closed = matches!(seen.job, JobSeen::Present { suspended: true, .. });
         if current.start_time.is_none() && !closed {
             current.start_time = started;
@@ -235,7 +266,7 @@ impl Transition<'_> {
         self.status.job_refs.last()
     }
 
-    fn check_deadlines(&mut self, plan: &Plan) -> bool {
+    fn check_deadlines(&mut self, plan: Option<&Plan>) -> bool {
         let trains =
             self.current().is_some_and(|current| current.stage == PodStage::Train && current.outcome.is_none());
         let running_since = self
@@ -244,6 +275,12 @@ impl Transition<'_> {
             .and_then(|pod| pod.started.as_ref())
             .map(|started| started.0);
         let created = self.job.metadata.creation_timestamp.as_ref().map_or(self.now, |created| created.0);
+        let suspended = self.status.conditions.iter().find(|condition| condition.type_ == condition::SUSPENDED);
+        let waits_since = match suspended {
+            Some(held) if held.status == "True" => self.now,
+            Some(held) if held.reason == reason::RESUMED => held.last_transition_time.0.max(created),
+            _ => created,
+        };
         let has_trained = self.status.job_refs.iter().any(|attempt| {
             attempt.stage == PodStage::Publish || (attempt.stage == PodStage::Train && attempt.start_time.is_some())
         }) || self.status.usage.as_ref().is_some_and(|usage| usage.train_seconds > 0);
@@ -257,9 +294,11 @@ impl Transition<'_> {
         }
         // Whoever holds a job does not wait for it.
         let starts = has_trained || self.job.spec.suspend;
-        match deadline(&self.job.spec, &self.status, created, starts, running_since, self.now) {
+        match deadline(&self.job.spec, &self.status, waits_since, starts, running_since, self.now) {
             Deadline::Over { reason, message } => {
-                self.end_by_deadline(plan, reason, &message);
+                if let Some(plan) = plan {
+                    self.end_by_deadline(plan, reason, &message);
+                }
                 self.finish(condition::FAILED, reason, &message);
                 true
             }
@@ -328,7 +367,7 @@ impl Transition<'_> {
         if current.stage == PodStage::Train {
             // Of a trainer that was killed the last word is what it told before.
             let known = self.status.checkpoints.last().map(|checkpoint| checkpoint.step);
-            count_progress(attempts, known, ended);
+            count_progress(attempts, known, current.start_time.is_some(), ended);
             self.count_time(plan, current, finished.0);
         }
         if matches!(ended.outcome, AttemptOutcome::Failed | AttemptOutcome::Final) {
@@ -356,9 +395,9 @@ impl Transition<'_> {
 
     /// What the end of an attempt means for the job; true when the job has ended.
     fn conclude(&mut self, plan: &Plan, ended: &Ended) -> bool {
-        let policy = self.job.spec.failure_policy.clone();
-        let max_retries = policy.as_ref().and_then(|policy| policy.max_retries).unwrap_or(3);
-        let max_preemptions = policy.and_then(|policy| policy.max_preemptions).unwrap_or(20);
+        let policy = self.job.spec.failure_policy.as_ref();
+        let max_retries = policy.and_then(|policy| policy.max_retries).unwrap_or(3);
+        let max_preemptions = self.max_preemptions();
         let attempts = self.status.attempts.clone().unwrap_or_default();
         let stage = self.current().map_or(PodStage::Prepare, |current| current.stage);
         let out_of_memory = ExitCode::OutOfMemory.reason();
@@ -392,6 +431,10 @@ impl Transition<'_> {
         }
         self.finish(condition::FAILED, &reason, &message);
         true
+    }
+
+    fn max_preemptions(&self) -> i32 {
+        self.job.spec.failure_policy.as_ref().and_then(|policy| policy.max_preemptions).unwrap_or(20)
     }
 
     fn stage_done(&mut self, plan: &Plan, stage: PodStage, report: Option<&Report>) -> bool {
@@ -450,7 +493,7 @@ impl Transition<'_> {
     }
 
     /// Lists the next attempt when it is due.
-    fn hold_or_go_on(&mut self, plan: &Plan) {
+    fn hold_or_go_on(&mut self) {
         if self.job.spec.suspend {
             self.set(condition::SUSPENDED, ConditionStatus::True, reason::SUSPENDED_BY_USER, "spec.suspend is true");
             return;
@@ -459,11 +502,6 @@ impl Transition<'_> {
             self.set(condition::SUSPENDED, ConditionStatus::False, reason::RESUMED, "");
         }
         let Some(last) = self.current().cloned() else {
-            let resolved = self.status.resolved.get_or_insert_with(ResolvedStatus::default);
-            resolved.hyperparameters = Some(crds::resolve::hyperparameters_spec(&plan.run.hyperparameters));
-            resolved.image = Some(plan.pods.image.clone());
-            resolved.claim = Some(plan.claim.name().to_owned());
-            resolved.plan_digest = Some(plan.digest());
             return self.list(PodStage::Prepare, 1);
         };
         let Some(outcome) = last.outcome else { return };
@@ -505,6 +543,9 @@ impl Transition<'_> {
     /// Running, Admitted and the phase.
     fn describe(&mut self, plan: &Plan, applied: &Applied) {
         self.describe_queue(plan);
+        if is_terminal(&self.status) {
+            return;
+        }
         let current = self.current().cloned();
         let (status, reason, message) = self.running(applied);
         self.set(condition::RUNNING, status, reason, &message);
@@ -540,8 +581,7 @@ impl Transition<'_> {
 
     fn describe_queue(&mut self, plan: &Plan) {
         let Some(current) = self.current().cloned() else { return };
-        let queue = if current.stage == PodStage::Train { &plan.pods.queue_name } else { &plan.pods.cpu_queue_name };
-        let Some(queue) = queue else {
+        let Some(queue) = plan.pods.queue(current.stage) else {
             return self.set(condition::ADMITTED, ConditionStatus::True, reason::NO_QUEUE, "");
         };
         let was_admitted = self
@@ -579,10 +619,20 @@ impl Transition<'_> {
         }
         self.set(condition::ADMITTED, ConditionStatus::False, reason, &message);
         self.wake_in(QUEUE_INTERVAL);
+        let (preempted, most) =
+            (self.status.attempts.as_ref().map_or(0, |attempts| attempts.preempted), self.max_preemptions());
+        if preempted > most {
+            let message = format!("{preempted} preemptions, maxPreemptions is {most}; the last one: {message}");
+            self.finish(condition::FAILED, reason::PREEMPTION_LIMIT_EXCEEDED, &message);
+        }
     }
 
     fn running(&mut self, applied: &Applied) -> (ConditionStatus, &'static str, String) {
         use ConditionStatus::{False, True, Unknown};
+        if let Some(leftover) = &applied.leftover {
+            self.wake_in(LEFTOVER_INTERVAL);
+            return (False, reason::PENDING, format!("{leftover} of an earlier job of this name is being taken away"));
+        }
         if let Some(refused) = &applied.refused {
             self.wake_in(QUEUE_INTERVAL);
             return (False, reason::CHILD_CREATION_FAILED, refused.clone());
@@ -623,7 +673,7 @@ impl Transition<'_> {
             // The kubelet tells of one failure in turns: that it failed, and that it waits.
             let told =
                 self.status.conditions.iter().find(|one| one.type_ == condition::RUNNING && one.reason == reason);
-            if let Some(told) = told {
+            if let Some(told) = told.filter(|_| why.ends_with("BackOff")) {
                 return (False, reason, told.message.clone());
             }
             return (False, reason, format!("{why}: {message}"));
@@ -641,7 +691,7 @@ fn is_unknown(status: &FineTuneJobStatus, name: &str) -> bool {
 }
 
 /// Whether a training attempt left a checkpoint that none before it had left.
-fn count_progress(attempts: &mut AttemptsStatus, known: Option<i64>, ended: &Ended) {
+fn count_progress(attempts: &mut AttemptsStatus, known: Option<i64>, ran: bool, ended: &Ended) {
     let report = ended.report.as_ref();
     let told = [
         known,
@@ -653,7 +703,7 @@ fn count_progress(attempts: &mut AttemptsStatus, known: Option<i64>, ended: &End
     if newest > attempts.checkpoint_step {
         attempts.checkpoint_step = newest;
         attempts.without_checkpoint = 0;
-    } else if !matches!(ended.outcome, AttemptOutcome::Done | AttemptOutcome::Suspended) {
+    } else if ran && !matches!(ended.outcome, AttemptOutcome::Done | AttemptOutcome::Suspended) {
         attempts.without_checkpoint += 1;
     }
 }

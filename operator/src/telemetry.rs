@@ -1,6 +1,8 @@
 //! Logs, `/metrics`, `/healthz` and `/readyz`. The series of jobs are read from the caches when they are asked for: a job that is
 //! gone has none.
 
+mod series;
+
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,14 +14,10 @@ use axum::Router;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::routing::get;
-use crds::FineTuneJob;
-use crds::condition;
-use crds::finetunejob::Phase;
 use k8s_openapi::jiff::Timestamp;
-use kube::ResourceExt;
-use prometheus::{Gauge, GaugeVec, Histogram, HistogramOpts, IntCounterVec, IntGauge, Opts, Registry, TextEncoder};
+use prometheus::{GaugeVec, Histogram, HistogramOpts, IntCounterVec, IntGauge, Opts, Registry, TextEncoder};
 
-use crate::controller::JobStore;
+use crate::controller::{Guarded, JobStore};
 
 /// Kinds that are watched; each has to be heard of.
 pub const WATCHED: [&str; 3] = ["finetunejobs", "jobs", "pods"];
@@ -27,6 +25,9 @@ pub const WATCHED: [&str; 3] = ["finetunejobs", "jobs", "pods"];
 pub const STUCK_AFTER: Duration = Duration::from_mins(10);
 /// A process that cannot mend its watches for so long is to be replaced.
 const DEAD_AFTER: Duration = Duration::from_mins(20);
+
+/// A kind, and the namespace in which it is watched; `None` for all.
+type Watched = (&'static str, Option<String>);
 
 /// What the operator tells about itself and its jobs.
 pub struct Telemetry {
@@ -36,7 +37,7 @@ pub struct Telemetry {
     errors: IntCounterVec,
     leader: IntGauge,
     heard: GaugeVec,
-    last_heard: Mutex<HashMap<&'static str, Instant>>,
+    last_heard: Mutex<HashMap<Watched, Instant>>,
     leads: AtomicBool,
     started: Instant,
     stores: Mutex<HashMap<Option<String>, JobStore>>,
@@ -61,7 +62,7 @@ impl Telemetry {
         registry.register(Box::new(leader.clone()))?;
         let heard = GaugeVec::new(
             Opts::new("watch_last_success_timestamp_seconds", "When a list or watch last began well, by kind"),
-            &["kind"],
+            &["kind", "watched_namespace"],
         )?;
         registry.register(Box::new(heard.clone()))?;
         let build = GaugeVec::new(Opts::new("build_info", "1, with the version as label"), &["version"])?;
@@ -117,128 +118,44 @@ impl Telemetry {
         self.stores.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn last_heard(&self) -> MutexGuard<'_, HashMap<&'static str, Instant>> {
+    fn last_heard(&self) -> MutexGuard<'_, HashMap<Watched, Instant>> {
         self.last_heard.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn hear(&self, kind: &'static str) {
-        self.heard.with_label_values(&[kind]).set(Timestamp::now().as_second() as f64);
-        self.last_heard().insert(kind, Instant::now());
+    fn hear(&self, watched: Watched) {
+        let labels = [watched.0, watched.1.as_deref().unwrap_or_default()];
+        self.heard.with_label_values(&labels).set(Timestamp::now().as_second() as f64);
+        self.last_heard().insert(watched, Instant::now());
     }
 
-    /// The longest silence of a kind that is watched, since this replica leads.
+    /// The longest silence of what is watched, since this replica leads.
     pub fn silence(&self) -> Duration {
         let heard = self.last_heard();
-        if !self.leads.load(Ordering::Relaxed) || heard.is_empty() {
+        if !self.leads.load(Ordering::Relaxed) {
             return Duration::ZERO;
         }
-        WATCHED.iter().filter_map(|kind| heard.get(kind)).map(Instant::elapsed).max().unwrap_or_default()
+        heard.values().map(Instant::elapsed).max().unwrap_or_default()
     }
 
-    /// Whether every kind was heard of, or another replica leads.
+    /// Whether every kind was heard of in every namespace, or another replica leads.
     fn is_ready(&self) -> bool {
-        let heard = self.last_heard();
-        !self.leads.load(Ordering::Relaxed) || WATCHED.iter().all(|kind| heard.contains_key(kind))
+        if !self.leads.load(Ordering::Relaxed) {
+            return true;
+        }
+        let (namespaces, heard) = (self.stores(), self.last_heard());
+        let is_heard =
+            |namespace: &Option<String>| WATCHED.iter().all(|kind| heard.contains_key(&(*kind, namespace.clone())));
+        !namespaces.is_empty() && namespaces.keys().all(is_heard)
     }
 
     fn text(&self) -> Result<String, prometheus::Error> {
         let mut families = self.registry.gather();
-        families.extend(self.job_families()?);
         families.extend(prometheus::gather());
-        TextEncoder::new().encode_to_string(&families)
-    }
-
-    fn job_families(&self) -> Result<Vec<prometheus::proto::MetricFamily>, prometheus::Error> {
-        let registry = Registry::new_custom(Some("finetunejob".into()), None)?;
-        let series = JobSeries::register(&registry)?;
-        let stores: Vec<JobStore> = self.stores().values().cloned().collect();
-        for guarded in stores.iter().flat_map(kube::runtime::reflector::Store::state) {
-            if let Ok(job) = &guarded.0 {
-                series.tell(job);
-            }
-        }
-        Ok(registry.gather())
-    }
-}
-
-/// One value of every job.
-struct JobSeries {
-    info: GaugeVec,
-    phase: GaugeVec,
-    condition: GaugeVec,
-    progress: GaugeVec,
-    train_loss: GaugeVec,
-    attempts: GaugeVec,
-    created: GaugeVec,
-    started: GaugeVec,
-    completed: GaugeVec,
-}
-
-impl JobSeries {
-    fn register(registry: &Registry) -> Result<Self, prometheus::Error> {
-        let gauges = |name: &str, help: &str, more: &[&str]| {
-            let labels: Vec<&str> = ["namespace", "finetunejob"].iter().chain(more).copied().collect();
-            let gauges = GaugeVec::new(Opts::new(name, help), &labels)?;
-            registry.register(Box::new(gauges.clone())).map(|()| gauges)
-        };
-        Ok(Self {
-            info: gauges("info", "1, with what is trained as labels", &["method", "base_model", "profile", "queue"])?,
-            phase: gauges("status_phase", "1 for the phase that a job is in", &["phase"])?,
-            condition: gauges("status_condition", "1 for the status of a condition", &["condition", "status"])?,
-            progress: gauges("status_progress_ratio", "Completed share of the optimizer steps", &[])?,
-            train_loss: gauges("status_train_loss", "Mean loss per trained token, nats", &[])?,
-            attempts: gauges("status_attempts", "Attempts by kind", &["kind"])?,
-            created: gauges("created_timestamp_seconds", "When the job was created", &[])?,
-            started: gauges("start_timestamp_seconds", "When its first pod ran", &[])?,
-            completed: gauges("completion_timestamp_seconds", "When it ended", &[])?,
-        })
-    }
-
-    fn tell(&self, job: &FineTuneJob) {
-        let (namespace, name) = (job.namespace().unwrap_or_default(), job.name_any());
-        let set = |gauges: &GaugeVec, more: &[&str], value: f64| {
-            let labels: Vec<&str> =
-                [namespace.as_str(), name.as_str()].into_iter().chain(more.iter().copied()).collect();
-            let gauge: Gauge = gauges.with_label_values(&labels);
-            gauge.set(value);
-        };
-        let spec = &job.spec;
-        let queue =
-            spec.scheduling.as_ref().and_then(|scheduling| scheduling.queue_name.as_deref()).unwrap_or_default();
-        let method = format!("{:?}", spec.method.method_type);
-        // A query may be a presigned one, and is nobody's label.
-        let model = spec.model.uri.0.split('?').next().unwrap_or_default();
-        let profile = spec.profile.as_deref().unwrap_or(crds::profile::DEFAULT);
-        set(&self.info, &[&method, model, profile, queue], 1.0);
-        if let Some(created) = &job.metadata.creation_timestamp {
-            set(&self.created, &[], created.0.as_second() as f64);
-        }
-        let Some(status) = &job.status else { return };
-        for phase in Phase::ALL {
-            set(&self.phase, &[&format!("{phase:?}")], f64::from(u8::from(status.phase == Some(phase))));
-        }
-        for found in status.conditions.iter().filter(|found| condition::TYPES.contains(&found.type_.as_str())) {
-            for value in ["True", "False", "Unknown"] {
-                set(&self.condition, &[&found.type_, value], f64::from(u8::from(found.status == value)));
-            }
-        }
-        if let Some(progress) = status.progress.as_ref().filter(|progress| progress.total_steps > 0) {
-            set(&self.progress, &[], progress.step as f64 / progress.total_steps as f64);
-        }
-        let loss = status.metrics.iter().find(|metric| metric.name == "trainLoss");
-        if let Some(loss) = loss.and_then(|metric| metric.value.parse().ok()) {
-            set(&self.train_loss, &[], loss);
-        }
-        let attempts = status.attempts.clone().unwrap_or_default();
-        for (kind, count) in [("total", attempts.total), ("failed", attempts.failed), ("preempted", attempts.preempted)]
-        {
-            set(&self.attempts, &[kind], f64::from(count));
-        }
-        for (gauges, time) in [(&self.started, &status.start_time), (&self.completed, &status.completion_time)] {
-            if let Some(time) = time {
-                set(gauges, &[], time.0.as_second() as f64);
-            }
-        }
+        let mut text = TextEncoder::new().encode_to_string(&families)?;
+        let jobs: Vec<Arc<Guarded>> = self.stores().values().flat_map(JobStore::state).collect();
+        let jobs: Vec<_> = jobs.iter().filter_map(|guarded| guarded.0.as_ref().ok()).collect();
+        series::write(&mut text, &jobs);
+        Ok(text)
     }
 }
 
@@ -312,18 +229,28 @@ where
     }
 
     fn call(&mut self, request: http::Request<A>) -> Self::Future {
-        // A collection: its path ends in the kind.
-        let kind =
-            request.uri().path().rsplit('/').next().and_then(|last| WATCHED.into_iter().find(|kind| *kind == last));
-        let kind = kind.filter(|_| request.method() == http::Method::GET);
+        let watched = watched(request.uri().path()).filter(|_| request.method() == http::Method::GET);
         let (telemetry, answer) = (Arc::clone(&self.telemetry), self.inner.call(request));
         Box::pin(async move {
             let answer = answer.await?;
-            if let Some(kind) = kind.filter(|_| answer.status().is_success()) {
-                telemetry.hear(kind);
+            if let Some(watched) = watched.filter(|_| answer.status().is_success()) {
+                telemetry.hear(watched);
             }
             Ok(answer)
         })
+    }
+}
+
+/// What a collection's path asks for: it ends in the kind, after the namespace if it is of one.
+fn watched(path: &str) -> Option<Watched> {
+    let mut parts = path.rsplit('/');
+    let last = parts.next()?;
+    let kind = WATCHED.into_iter().find(|kind| *kind == last)?;
+    match (parts.next(), parts.next()) {
+        // One namespace, of that name.
+        (Some("namespaces"), _) => None,
+        (Some(namespace), Some("namespaces")) => Some((kind, Some(namespace.to_owned()))),
+        _ => Some((kind, None)),
     }
 }
 
@@ -373,26 +300,17 @@ mod tests {
         let telemetry = Telemetry::new().expect("series register");
         let (store, mut writer) = kube::runtime::reflector::store();
         telemetry.add_store(None, store);
-        let job: FineTuneJob = serde_json::from_value(serde_json::json!({
+        let job = serde_json::from_value(serde_json::json!({
             "apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob",
             "metadata": {"name": "bot", "namespace": "team", "uid": "u"},
-            "spec": {"model": {"uri": "https://host/m?token=1"}, "dataset": {"train": {"uri": "hf://a/b"}},
-                     "method": {"type": "LoRA"}},
-            "status": {"phase": "Training", "attempts": {"total": 3, "failed": 1, "preempted": 1},
-                       "progress": {"step": 5, "totalSteps": 20, "summary": "5/20"},
-                       "metrics": [{"name": "trainLoss", "value": "1.5"}]},
+            "spec": {"model": {"uri": "hf://a/b"}, "dataset": {"train": {"uri": "hf://a/b"}}, "method": {"type": "LoRA"}},
         }))
         .expect("a job");
         let guarded = kube::core::DeserializeGuard(Ok(job));
         writer.apply_watcher_event(&kube::runtime::watcher::Event::Apply(guarded.clone()));
         let text = telemetry.text().expect("text");
         for line in [
-            "finetunejob_status_phase{finetunejob=\"bot\",namespace=\"team\",phase=\"Training\"} 1",
-            "finetunejob_status_phase{finetunejob=\"bot\",namespace=\"team\",phase=\"Failed\"} 0",
-            "finetunejob_status_attempts{finetunejob=\"bot\",kind=\"failed\",namespace=\"team\"} 1",
-            "finetunejob_status_progress_ratio{finetunejob=\"bot\",namespace=\"team\"} 0.25",
-            "finetunejob_status_train_loss{finetunejob=\"bot\",namespace=\"team\"} 1.5",
-            "base_model=\"https://host/m\"",
+            "finetunejob_info{namespace=\"team\",finetunejob=\"bot\"",
             "finetune_operator_reconcile_total{result=\"error\"} 0",
             "finetune_operator_leader 0",
         ] {
@@ -407,15 +325,28 @@ mod tests {
         let telemetry = Telemetry::new().expect("series register");
         assert!(telemetry.is_ready(), "a standby waits");
         telemetry.set_leader(true);
-        assert!(!telemetry.is_ready());
-        for kind in WATCHED {
-            telemetry.hear(kind);
+        assert!(!telemetry.is_ready(), "nothing is watched yet");
+        let namespaces = ["a", "b"].map(|namespace| Some(namespace.to_owned()));
+        for namespace in &namespaces {
+            telemetry.add_store(namespace.clone(), kube::runtime::reflector::store().0);
+            assert!(!telemetry.is_ready());
+            for kind in WATCHED {
+                telemetry.hear((kind, namespace.clone()));
+            }
         }
         assert!(telemetry.is_ready() && telemetry.silence() < Duration::from_secs(5));
         let long_ago = Instant::now().checked_sub(Duration::from_mins(15)).expect("a machine that runs for longer");
-        telemetry.last_heard().insert("pods", long_ago);
-        assert!(telemetry.silence() > STUCK_AFTER, "one kind that is silent is enough");
+        telemetry.last_heard().insert(("pods", Some("a".to_owned())), long_ago);
+        assert!(telemetry.silence() > STUCK_AFTER, "one kind that is silent in one namespace is enough");
         telemetry.set_leader(false);
         assert_eq!(telemetry.silence(), Duration::ZERO);
+    }
+
+    #[test]
+    fn a_collection_is_told_by_its_path() {
+        assert_eq!(watched("/api/v1/pods"), Some(("pods", None)));
+        assert_eq!(watched("/apis/batch/v1/namespaces/team/jobs"), Some(("jobs", Some("team".to_owned()))));
+        assert_eq!(watched("/apis/batch/v1/namespaces/team/jobs/bot-train-1"), None);
+        assert_eq!(watched("/api/v1/namespaces/jobs"), None, "a namespace of that name is none");
     }
 }

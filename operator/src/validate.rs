@@ -7,7 +7,7 @@ use crds::FineTuneJob;
 use crds::condition::reason;
 use crds::profile::{self, Profile, Profiles, allows};
 use crds::resolve::{Finding, Target, VolumeClaim, accelerators, resolve, training_resources, volume_claim};
-use crds::run::RunConfig;
+use crds::run::{PodStage, RunConfig};
 use k8s_openapi::api::core::v1::{LocalObjectReference, ResourceRequirements, Toleration};
 use serde::{Deserialize, Serialize};
 
@@ -89,6 +89,11 @@ pub fn digest_of_files(run: &str, plan: &str) -> String {
 }
 
 impl PodPlan {
+    /// The queue that holds the Jobs of a stage.
+    pub fn queue(&self, stage: PodStage) -> Option<&String> {
+        if stage == PodStage::Train { self.queue_name.as_ref() } else { self.cpu_queue_name.as_ref() }
+    }
+
     /// Accelerators of a training pod.
     pub fn accelerators(&self) -> i64 {
         accelerators(&self.resources)

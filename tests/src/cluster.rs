@@ -153,11 +153,16 @@ impl Cluster {
         if let Some(reference) = references.get(name) {
             return reference.clone();
         }
-        let (archive, _) = build_image(name, &self.run_dir.join("images"));
-        let reference = self.push(&archive, &format!("finetune-{name}:test"));
-        std::fs::remove_file(&archive).expect("the archive can be removed");
+        let reference = self.push_product(name, &format!("finetune-{name}:test"));
         references.insert(name.to_owned(), reference.clone());
         reference
+    }
+
+    /// Makes an image of the product and pushes it under a name.
+    pub fn push_product(&self, product: &str, name: &str) -> String {
+        let folder = tempfile::tempdir_in(&self.run_dir).expect("the run directory is writable");
+        let (archive, _) = build_image(product, folder.path());
+        self.push(&archive, name)
     }
 
     /// The small image for probes, by digest; pushed once.
@@ -196,6 +201,13 @@ impl Cluster {
     /// Kills the first container of a pod on the first node with SIGKILL, as the kernel does when memory runs out.
     pub fn kill_container(&self, namespace: &str, pod: &str) {
         self.container(namespace, pod, &["kill", "--signal=SIGKILL"]);
+    }
+
+    /// Stops the processes of a pod's container while `during` runs: it neither works nor ends.
+    pub fn freeze(&self, namespace: &str, pod: &str, during: impl FnOnce()) {
+        self.container(namespace, pod, &["pause"]);
+        during();
+        self.container(namespace, pod, &["resume"]);
     }
 
     /// Follows the pods with a label in a namespace, from now on.
@@ -278,11 +290,9 @@ impl Namespace<'_> {
         self.cluster.kill_container(&self.name, pod);
     }
 
-    /// Stops a container's clock, so that its job is not over before the test is, while `during` runs.
+    /// See [`Cluster::freeze`].
     pub fn freeze(&self, pod: &str, during: impl FnOnce()) {
-        self.cluster.container(&self.name, pod, &["pause"]);
-        during();
-        self.cluster.container(&self.name, pod, &["resume"]);
+        self.cluster.freeze(&self.name, pod, during);
     }
 
     /// Waits until a pod has ended and returns its log; panics with state and log when it did not succeed.

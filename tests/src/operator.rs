@@ -40,6 +40,9 @@ fn profiles() -> String {
     fallBackToCpu: true
   unpullable:
     image: 10.99.0.1:5000/nobody@sha256:{none}
+  late:
+    image: 10.99.0.1:5000/late-trainer:1
+    storage: {{size: 64Mi}}
 "#,
         none = "0".repeat(64)
     )

@@ -47,7 +47,7 @@ pub fn build_stage_job(job: &FineTuneJob, plan: &Plan, attempt: &JobReference) -
         pod.tolerations = Some(plan.pods.tolerations.clone()).filter(|taints| !taints.is_empty());
         pod.containers[0].resources = Some(plan.pods.resources.clone());
     }
-    let queue = if train { &plan.pods.queue_name } else { &plan.pods.cpu_queue_name };
+    let queue = plan.pods.queue(attempt.stage);
     let mut built = assemble(job, attempt, attempt.stage, pod);
     built.metadata.name = Some(attempt.name.clone());
     let spec = built.spec.get_or_insert_default();
@@ -74,7 +74,7 @@ pub fn build_report_job(job: &FineTuneJob, plan: &Plan, of: &JobReference) -> Jo
     let spec = built.spec.get_or_insert_default();
     spec.backoff_limit = Some(2);
     spec.active_deadline_seconds = Some(REPORT_DEADLINE_SECONDS);
-    if let Some(queue) = &plan.pods.cpu_queue_name {
+    if let Some(queue) = plan.pods.queue(PodStage::Report) {
         spec.suspend = Some(true);
         built.metadata.labels.get_or_insert_default().insert(QUEUE_LABEL.into(), queue.clone());
     }

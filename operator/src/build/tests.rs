@@ -59,6 +59,19 @@ fn objects(job: &FineTuneJob) -> Vec<Value> {
     all
 }
 
+#[test]
+fn an_eviction_is_no_reason_to_fail_a_queued_job() {
+    let rules = |spec: &Value| {
+        let all = objects(&example(spec));
+        let train = all.iter().find(|object| object["metadata"]["labels"]["app.kubernetes.io/component"] == "train");
+        train.expect("a training Job")["spec"]["podFailurePolicy"]["rules"].as_array().expect("rules").clone()
+    };
+    let by_exit_code = |rules: &[Value]| rules.iter().filter(|rule| !rule["onExitCodes"].is_null()).count();
+    assert_eq!(by_exit_code(&rules(&json!({}))), 1);
+    let queued = rules(&json!({"scheduling": {"queueName": "q"}}));
+    assert_eq!((queued.len(), by_exit_code(&queued)), (1, 0));
+}
+
 fn json<T: serde::Serialize>(object: &T) -> Value {
     serde_json::to_value(object).expect("objects are JSON")
 }
@@ -117,6 +130,7 @@ fn a_job_chooses_nothing_else_of_a_pod() {
         [
             format!("{pod}/priorityClassName"),
             "/spec/suspend".into(),
+            "/spec/podFailurePolicy/rules".into(),
             "/metadata/labels/kueue.x-k8s.io~1queue-name".into(),
         ]
         .contains(&path.to_owned())

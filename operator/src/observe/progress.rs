@@ -1,7 +1,8 @@
 //! Asks running trainers how far they are. A task of its own: reconciling never waits for a pod. What it hears decides nothing;
 //! a trainer that does not answer has not failed, its `lastReportTime` ages.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::hash::{BuildHasher, RandomState};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -42,7 +43,7 @@ pub struct Intervals {
     pub write: Duration,
 }
 
-/// The newest progress by `metadata.uid` of the job.
+/// The newest progress by `metadata.uid` of the pod: what a pod tells is looked up by those who know whose pod it is.
 #[derive(Debug, Default)]
 pub struct ProgressBoard(Mutex<HashMap<String, Noted>>);
 
@@ -53,9 +54,10 @@ struct Noted {
 }
 
 impl ProgressBoard {
-    /// What the trainer of a job told last.
-    pub fn get(&self, job_uid: &str) -> Option<Progress> {
-        self.notes().get(job_uid).map(|noted| noted.progress.clone())
+    /// What a pod told last of the job that it works for.
+    pub fn get(&self, pod_uid: &str, job_uid: &str) -> Option<Progress> {
+        let notes = self.notes();
+        notes.get(pod_uid).map(|noted| &noted.progress).filter(|progress| progress.job_uid == job_uid).cloned()
     }
 
     fn notes(&self) -> std::sync::MutexGuard<'_, HashMap<String, Noted>> {
@@ -67,10 +69,8 @@ impl ProgressBoard {
         let mut notes = self.notes();
         let now = Instant::now();
         let noted =
-            notes.entry(progress.job_uid.clone()).or_insert_with(|| Noted { progress: progress.clone(), told: None });
-        // Attempts count from 1 in each stage.
-        let place = |progress: &Progress| (progress.pod_stage, progress.attempt, progress.step);
-        if place(&progress) < place(&noted.progress) {
+            notes.entry(progress.pod_uid.clone()).or_insert_with(|| Noted { progress: progress.clone(), told: None });
+        if progress.step < noted.progress.step {
             return false;
         }
         let stage_moved = noted.progress.stage != progress.stage;
@@ -110,7 +110,8 @@ pub async fn poll(
     };
     loop {
         let asked: Vec<Asked> = caches.pods.store.state().iter().filter_map(|pod| asked(pod, &caches)).collect();
-        board.retain(|uid| asked.iter().any(|asked| asked.job_uid == uid));
+        let known: HashSet<&str> = asked.iter().map(|asked| asked.pod_uid.as_str()).collect();
+        board.retain(|pod_uid| known.contains(pod_uid));
         let write = intervals.write.max(Duration::from_secs_f64(asked.len() as f64 / WRITES_PER_SECOND));
         let answers = futures::stream::iter(asked).map(|asked| {
             let client = client.clone();
@@ -128,7 +129,9 @@ pub async fn poll(
             }
         }
         drop(answers);
-        sleep(intervals.poll).await;
+        // With jitter: questions and other periodic work do not fall into step.
+        let spread = RandomState::new().hash_one(()) % 100;
+        sleep(intervals.poll.mul_f64(0.9 + spread as f64 / 500.0)).await;
     }
 }
 
@@ -137,7 +140,7 @@ fn asked(pod: &Pod, caches: &Caches) -> Option<Asked> {
     let address = pod.status.as_ref()?.pod_ip.clone().filter(|_| seen.running)?;
     let labels = pod.labels();
     let namespace = pod.metadata.namespace.as_deref()?;
-    // Labels prove nothing: the pod must be of a Job that we made.
+    // Labels prove nothing, and a Job has some too: whose pod it is, observing knows.
     let child = caches.jobs.get(&ObjectRef::new(labels.get(CHILD_NAME_LABEL)?).within(namespace))?;
     if child.uid().as_deref() != controller_uid(pod) || child.labels().get(JOB_UID_LABEL) != labels.get(JOB_UID_LABEL) {
         return None;
@@ -180,6 +183,7 @@ mod tests {
     fn progress(attempt: i32, step: i64) -> Progress {
         Progress {
             job_uid: "u".into(),
+            pod_uid: format!("pod-{attempt}"),
             pod_stage: Some(PodStage::Train),
             attempt,
             step,
@@ -194,13 +198,14 @@ mod tests {
         let hour = Duration::from_hours(1);
         assert!(board.note(progress(1, 5), hour), "the first one is news");
         assert!(!board.note(progress(1, 6), hour), "the next one can wait");
-        assert_eq!(board.get("u").map(|progress| progress.step), Some(6));
+        assert_eq!(board.get("pod-1", "u").map(|progress| progress.step), Some(6));
+        assert_eq!(board.get("pod-1", "v"), None, "the pod of one job tells nothing of another");
         assert!(!board.note(progress(1, 4), Duration::ZERO), "an answer that was under way for long");
-        assert_eq!(board.get("u").map(|progress| progress.step), Some(6));
+        assert_eq!(board.get("pod-1", "u").map(|progress| progress.step), Some(6));
         assert!(board.note(progress(2, 4), Duration::ZERO), "the next attempt begins before where this one ended");
         let evaluating = Progress { stage: Stage::Evaluating, ..progress(2, 4) };
         assert!(board.note(evaluating, hour), "another stage is news");
         board.retain(|_| false);
-        assert_eq!(board.get("u"), None);
+        assert_eq!(board.get("pod-2", "u"), None);
     }
 }

@@ -28,11 +28,11 @@ pub fn seconds_between(from: Timestamp, to: Timestamp) -> i64 {
     to.duration_since(from).max(SignedDuration::ZERO).as_secs()
 }
 
-/// The nearer of the two deadlines of a job. `running_since`: when the training pod that runs now began to.
+/// The nearer of the two deadlines of a job. `waits_since`: its creation, or when it was last resumed. `running_since`: when the training pod that runs now began to.
 pub fn deadline(
     spec: &FineTuneJobSpec,
     status: &FineTuneJobStatus,
-    created: Timestamp,
+    waits_since: Timestamp,
     has_trained: bool,
     running_since: Option<Timestamp>,
     now: Timestamp,
@@ -40,9 +40,9 @@ pub fn deadline(
     let mut nearest: Option<i64> = None;
     let mut near = |left: i64| nearest = Some(nearest.map_or(left, |nearest| nearest.min(left)));
     if let Some(seconds) = spec.start_deadline_seconds.filter(|_| !has_trained) {
-        let left = seconds - seconds_between(created, now);
+        let left = seconds - seconds_between(waits_since, now);
         if left <= 0 {
-            let message = format!("no training pod ran within {seconds} s of the job's creation");
+            let message = format!("no training pod ran within {seconds} s since the job was created or resumed");
             return Deadline::Over { reason: reason::START_DEADLINE_EXCEEDED, message };
         }
         near(left);

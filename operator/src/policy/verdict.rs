@@ -19,6 +19,15 @@ pub struct Judgement {
 /// Judges what validation found. A report that had to be short may not list the gates that hold: the plan knows of them.
 pub fn judge(validation: Option<&ValidationReport>, has_gates: bool) -> Judgement {
     let Some(validation) = validation else {
+        if has_gates {
+            let message = "the report does not say what the gates found".to_owned();
+            return Judgement {
+                status: ConditionStatus::False,
+                reason: reason::GATE_FAILED,
+                message,
+                gate_failed: true,
+            };
+        }
         let message = "nothing was validated".to_owned();
         return Judgement { status: ConditionStatus::Unknown, reason: reason::NO_GATES, message, gate_failed: false };
     };
@@ -33,4 +42,17 @@ pub fn judge(validation: Option<&ValidationReport>, has_gates: bool) -> Judgemen
         return Judgement { status: ConditionStatus::True, reason: reason::GATES_PASSED, message, gate_failed: false };
     }
     Judgement { status: ConditionStatus::Unknown, reason: reason::NO_GATES, message, gate_failed: false }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gate_that_nobody_saw_does_not_hold() {
+        let unseen = judge(None, true);
+        assert!(unseen.gate_failed && unseen.status == ConditionStatus::False, "{unseen:?}");
+        let none = judge(None, false);
+        assert!(!none.gate_failed && none.status == ConditionStatus::Unknown, "{none:?}");
+    }
 }

@@ -68,30 +68,29 @@ impl World {
     /// One pass; what it makes is there for the next one.
     fn pass(&mut self) -> Next {
         let plan = validate(&self.job, &profiles());
-        let mut applied = Applied::default();
-        {
-            for act in acts(&self.job, plan.as_ref().ok(), &self.observed) {
-                match act {
-                    Act::StageJob(job) => {
-                        let name = job.metadata.name.clone().expect("a name");
-                        applied.created_uid = Some(format!("uid-{name}"));
-                        self.made.push(name);
-                    }
-                    Act::ReportJob(job) => self.made.push(job.metadata.name.clone().expect("a name")),
-                    Act::DeleteJob { name, .. } => {
-                        self.made.push(format!("-{name}"));
-                        self.attempt().job = JobSeen::Missing;
-                        self.attempt().pods.iter_mut().for_each(|pod| pod.live = false);
-                    }
-                    Act::ConfigMap(_) | Act::Control(_) | Act::Claim(_) => {}
+        let (mut applied, mut recorded) = (Applied::default(), None);
+        for act in acts(&self.job, plan.as_ref().ok(), &self.observed) {
+            match act {
+                Act::StageJob(job) => {
+                    let name = job.metadata.name.clone().expect("a name");
+                    applied.created_uid = Some(format!("uid-{name}"));
+                    self.made.push(name);
                 }
+                Act::ReportJob(job) => self.made.push(job.metadata.name.clone().expect("a name")),
+                Act::DeleteJob { name, .. } => {
+                    self.made.push(format!("-{name}"));
+                    self.attempt().job = JobSeen::Missing;
+                    self.attempt().pods.iter_mut().for_each(|pod| pod.live = false);
+                }
+                Act::ConfigMap(_) => recorded = plan.as_ref().ok().cloned(),
+                Act::Control(_) | Act::Claim(_) => {}
             }
-            self.observed.plan = plan.as_ref().ok().cloned();
         }
         let next = next_status(&self.job, plan.as_ref(), &self.observed, &applied, TIMING, self.now);
         let listed = next.status.job_refs.last().map(|attempt| attempt.name.clone());
         let had = self.status().job_refs.last().map(|attempt| attempt.name.clone());
         self.job.status = Some(next.status.clone());
+        self.observed.plan = recorded.or(self.observed.plan.take());
         if listed != had {
             self.observed.report_job = None;
             self.observed.attempt = Some(AttemptSeen::default());
@@ -432,6 +431,24 @@ fn a_job_whose_plan_is_lost_ends_and_takes_its_pod_away() {
 }
 
 #[test]
+fn a_plan_that_this_version_does_not_understand_holds_a_job_until_one_does() {
+    let mut world = training(&json!({}));
+    let (plan, job) = (validate(&world.job, &profiles()).expect("valid"), world.job.clone());
+    let next = |plan: Result<&Plan, &Invalid>, job: &FineTuneJob| {
+        next_status(job, plan, &world.observed, &Applied::default(), TIMING, world.now).status
+    };
+    let unreadable = Invalid { reason: reason::PLAN_UNREADABLE, message: "unknown field".into() };
+    let held = next(Err(&unreadable), &job);
+    assert!(!is_terminal(&held), "{held:?}");
+    assert_eq!(held.job_refs, world.status().job_refs);
+    let accepted = held.conditions.iter().find(|condition| condition.type_ == condition::ACCEPTED).expect("there");
+    assert_eq!((accepted.status.as_str(), accepted.reason.as_str()), ("False", "PlanUnreadable"));
+    world.job.status = Some(held);
+    let next = next_status(&world.job, Ok(&plan), &world.observed, &Applied::default(), TIMING, world.now).status;
+    assert_eq!(next.phase, Some(Phase::Training));
+}
+
+#[test]
 fn deadlines_end_a_job_and_take_its_pod_away() {
     let mut world = training(&json!({"activeDeadlineSeconds": 100}));
     world.wait(101);
@@ -482,6 +499,14 @@ fn what_stands_in_the_way_of_a_pod_is_told_in_the_words_of_who_sees_it() {
     world.attempt().pods[0] = PodSeen { live: true, waiting, ..PodSeen::default() };
     world.pass();
     assert_eq!(world.condition(condition::RUNNING).1, "ImagePullFailed");
+    let failed = Some(("ErrImagePull".to_owned(), "401 unauthorized".to_owned()));
+    world.attempt().pods[0] = PodSeen { live: true, waiting: failed, ..PodSeen::default() };
+    world.pass();
+    assert_eq!(
+        world.condition(condition::RUNNING).2,
+        "ErrImagePull: 401 unauthorized",
+        "a failure says more than a pause"
+    );
     world.attempt().pods[0] = PodSeen { live: true, running: true, ..PodSeen::default() };
     world.pass();
     assert_eq!(world.condition(condition::RUNNING).0, "True", "and it goes on when it is mended");
@@ -532,6 +557,105 @@ fn a_queue_holds_evicts_and_takes_back_the_same_job() {
     held(&mut world, QueueSeen::Evicted("Preempted: by another".into()));
     let usage = world.status().usage.expect("usage");
     assert_eq!(usage.train_seconds, 150, "what it waited is not counted");
+}
+
+#[test]
+fn evictions_are_bounded_like_other_preemptions() {
+    let mut world = World::new(&json!({"scheduling": {"queueName": "gpu"}, "failurePolicy": {"maxPreemptions": 1}}));
+    world.start();
+    world.end(0, Some(Report::default()));
+    world.pass();
+    world.pass();
+    for number in 1..=2 {
+        let uid = world.current().uid.expect("made");
+        world.attempt().job = present(&uid, false);
+        world.observed.queue = None;
+        // Its pod of before may still be on its way out: what it ran was counted.
+        let (started, leaving) = (Some(Time(world.now)), world.now);
+        world.attempt().pods = vec![PodSeen { live: true, running: true, started, ..PodSeen::default() }];
+        world.pass();
+        world.wait(10);
+        world.attempt().job = JobSeen::Present { uid, created: None, suspended: true, finished: false, failure: None };
+        world.observed.queue = Some(QueueSeen::Evicted("Preempted: by another".into()));
+        world.pass();
+        assert_eq!(world.status().usage.map(|usage| usage.train_seconds), Some(10 * number));
+        let uid = world.current().uid.expect("made");
+        world.attempt().job = present(&uid, false);
+        world.observed.queue = None;
+        let started = Some(Time(leaving));
+        world.attempt().pods = vec![PodSeen { live: true, terminating: true, started, ..PodSeen::default() }];
+        world.pass();
+    }
+    assert_eq!(world.status().phase, Some(Phase::Failed));
+    assert_eq!(world.condition(condition::FAILED).1, "PreemptionLimitExceeded");
+}
+
+#[test]
+fn a_life_counts_when_a_trainer_ran() {
+    let mut world = training(&json!({}));
+    for number in 1..=4 {
+        let taken =
+            PodSeen { terminating: true, disrupted: Some("EvictionByEvictionAPI".into()), ..PodSeen::default() };
+        let uid = world.current().uid.expect("made");
+        world.attempt().job = present(&uid, true);
+        world.attempt().pods = vec![taken];
+        world.observed.report_job = Some(AttemptSeen { job: present("report", true), pods: Vec::new() });
+        world.pass();
+        assert_eq!(world.status().attempts.map(|attempts| attempts.preempted), Some(number));
+        assert!(!is_terminal(&world.status()), "{:?}", world.status());
+        world.wait(60);
+        world.pass();
+        world.pass();
+    }
+}
+
+#[test]
+fn what_nothing_was_made_of_follows_todays_profile() {
+    let mut world = World::new(&json!({}));
+    world.pass();
+    let first = world.status().resolved.and_then(|resolved| resolved.plan_digest);
+    world.job.status.as_mut().and_then(|status| status.resolved.as_mut()).expect("resolved").plan_digest =
+        Some("old".into());
+    world.pass();
+    assert!(world.made.is_empty(), "what is made is recorded first: {:?}", world.made);
+    assert_eq!(world.status().resolved.and_then(|resolved| resolved.plan_digest), first);
+    world.pass();
+    assert_eq!(world.made, ["bot-prepare-1"]);
+}
+
+#[test]
+fn a_start_deadline_counts_from_the_resumption_and_for_jobs_that_are_not_accepted() {
+    let mut world = World::new(&json!({"suspend": true, "startDeadlineSeconds": 600}));
+    world.pass();
+    world.wait(3600);
+    world.job.spec.suspend = false;
+    world.pass();
+    assert!(!is_terminal(&world.status()), "{:?}", world.status());
+    world.wait(599);
+    world.pass();
+    assert!(!is_terminal(&world.status()), "{:?}", world.status());
+    world.wait(1);
+    world.pass();
+    assert_eq!(world.condition(condition::FAILED).1, "StartDeadlineExceeded");
+    let mut world = World::new(&json!({"profile": "h100", "startDeadlineSeconds": 600}));
+    assert_eq!(world.pass().wake, Some(Duration::from_secs(599)));
+    world.wait(600);
+    world.pass();
+    assert_eq!(world.condition(condition::FAILED).1, "StartDeadlineExceeded");
+}
+
+#[test]
+fn what_is_in_the_way_of_a_word_to_stop_stops_nothing_else() {
+    let world = training(&json!({"activeDeadlineSeconds": 100}));
+    let plan = validate(&world.job, &profiles()).expect("valid");
+    let applied = Applied { name_taken: Some("ConfigMap bot-control".into()), ..Applied::default() };
+    let next = |seconds| {
+        let now = world.now + k8s_openapi::jiff::SignedDuration::from_secs(seconds);
+        next_status(&world.job, Ok(&plan), &world.observed, &applied, TIMING, now).status
+    };
+    assert_eq!(next(1).phase, Some(Phase::Training));
+    assert!(next(1).conditions.iter().any(|one| one.type_ == condition::ACCEPTED && one.reason == "ChildNameTaken"));
+    assert_eq!(next(200).phase, Some(Phase::Failed), "its deadline holds");
 }
 
 #[test]

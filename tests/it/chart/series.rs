@@ -16,6 +16,9 @@ enum Kind {
 /// Where they are registered, under the prefix that the registry was made with.
 const SOURCES: [&str; 2] = ["trainer/src/serve.rs", "operator/src/telemetry.rs"];
 
+/// Where the operator lists the gauges of a job.
+const JOB_FAMILIES: &str = "operator/src/telemetry/series.rs";
+
 /// How a series is registered, spaces left out; the name follows.
 const CALLS: [(&str, Kind); 10] = [
     ("gauge(", Kind::Gauge),
@@ -53,6 +56,10 @@ fn exported() -> &'static BTreeMap<String, Kind> {
                 }
             }
         }
+        let mut code = super::read(&repository().join(JOB_FAMILIES));
+        code.retain(|character| !character.is_whitespace());
+        let names = code.split("Family{name:\"").skip(1).filter_map(|rest| rest.split('"').next());
+        series.extend(names.map(|name| (format!("finetunejob_{name}"), Kind::Gauge)));
         for prefix in ["finetune_step", "finetune_operator_", "finetunejob_"] {
             let found = series.keys().filter(|name| name.starts_with(prefix)).count();
             assert!(found > 3, "{prefix}…: series are registered in another way now: {series:?}");

@@ -135,6 +135,30 @@ fn a_forged_configuration_holds_its_job_and_no_other() {
 }
 
 #[test]
+fn an_object_of_another_version_stalls_no_other() {
+    let Some(operator) = Operator::shared() else { return };
+    let disturbed = operator.disturb();
+    let space = disturbed.workspace("unheard");
+    let crd = ["crd", "finetunejobs.finetune.dev"];
+    let kinds = "/spec/versions/0/schema/openAPIV3Schema/properties/spec/properties/method/properties/type/enum";
+    let change = |change: &str| {
+        let patch = format!("[{{\"path\": \"{kinds}/0\", {change}}}]");
+        operator.cluster.kubectl(&[&["patch"], &crd[..], &["--type=json", "--patch", &patch]].concat());
+    };
+    change("\"op\": \"add\", \"value\": \"Unheard\"");
+    let refused = wait_for("the CRD to take a method that the operator does not know", FEW_MINUTES, || {
+        let job = harness::operator::Workspace::yaml("bot", "method: {type: Unheard}");
+        operator.cluster.try_apply(space.namespace.name(), &job)
+    });
+    assert!(refused.contains("bot"), "{refused}");
+    space.job("next", SHORT);
+    space.succeeded("next");
+    assert!(space.status("bot").is_null(), "it is left alone");
+    space.namespace.kubectl(&["delete", "finetunejob", "bot"]);
+    change("\"op\": \"remove\"");
+}
+
+#[test]
 fn a_report_that_is_torn_is_not_believed() {
     let Some(operator) = Operator::shared() else { return };
     let space = operator.workspace("torn");

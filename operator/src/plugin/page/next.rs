@@ -10,6 +10,8 @@ use kube::ResourceExt;
 
 /// Where serving pods are told to mount the claim.
 const MOUNT: &str = "/models";
+/// And of a base model that lies on a claim.
+const BASE_MOUNT: &str = "/base";
 /// Ranks that vLLM makes room for.
 const VLLM_RANKS: [i64; 7] = [8, 16, 32, 64, 128, 256, 512];
 
@@ -193,19 +195,30 @@ fn succeeded(name: &str, status: &FineTuneJobStatus) -> Vec<Advice> {
 }
 
 fn load(name: &str, artifact: &ArtifactStatus, folder: &str) -> [Advice; 2] {
-    let base = artifact.base_model.strip_prefix("hf://").unwrap_or(&artifact.base_model);
     match artifact.kind {
         OutputFormat::Adapter => {
+            let base = artifact.base_model.strip_prefix("hf://").unwrap_or(&artifact.base_model);
+            // A claim is no place that a server knows: it is mounted too.
+            let on_claim = base.strip_prefix("pvc://").map(|rest| rest.split_once('/').unwrap_or((rest, "")));
+            let base = on_claim.map_or_else(|| base.to_owned(), |(_, path)| format!("{BASE_MOUNT}/{path}"));
+            let first = on_claim.map_or_else(String::new, |(claim, _)| {
+                format!("# with the claim {claim} of the base model at {BASE_MOUNT}\n")
+            });
+            let peft = if on_claim.is_some() {
+                format!("PeftModel.from_pretrained(\n  AutoModelForCausalLM.from_pretrained(\"{base}\"), \"{folder}\")")
+            } else {
+                format!("AutoPeftModelForCausalLM.from_pretrained(\"{folder}\")")
+            };
             let rank = artifact.lora_rank.unwrap_or(16);
             let room = VLLM_RANKS.into_iter().find(|room| *room >= rank).unwrap_or(rank);
             [
                 advice(
                     "with vLLM",
                     format!(
-                        "vllm serve {base} --enable-lora --max-lora-rank {room} \\\n  --lora-modules {name}={folder}"
+                        "{first}vllm serve {base} --enable-lora --max-lora-rank {room} \\\n  --lora-modules {name}={folder}"
                     ),
                 ),
-                advice("with PEFT", format!("AutoPeftModelForCausalLM.from_pretrained(\"{folder}\")")),
+                advice("with PEFT", peft),
             ]
         }
         OutputFormat::Merged => [

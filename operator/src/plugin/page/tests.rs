@@ -247,6 +247,19 @@ fn a_merged_model_is_loaded_by_its_folder() {
 }
 
 #[test]
+fn a_base_model_on_a_claim_is_mounted_too() {
+    let mut job = finished();
+    let artifact = job.status.as_mut().and_then(|status| status.artifact.as_mut()).expect("an artifact");
+    artifact.base_model = "pvc://models/smol/v2".into();
+    let text = shown(&job);
+    for expected in
+        ["the claim models of the base model at /base", "vllm serve /base/smol/v2 ", "pretrained(\"/base/smol/v2\")"]
+    {
+        assert!(text.contains(expected), "{expected}: {text}");
+    }
+}
+
+#[test]
 fn pages_fit_and_are_coloured_for_terminals_only() {
     for job in [training(), finished(), refused()] {
         let text = shown(&job);
