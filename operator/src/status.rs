@@ -103,7 +103,9 @@ fn reading(job: &FineTuneJob, observed: &Observed, current: &JobReference) -> Op
     let attempt = observed.attempt.as_ref()?;
     let uid = job.uid().unwrap_or_default();
     let own = attempt.report(&uid, current.stage, current.attempt);
-    let from_volume = observed.report_job.as_ref().and_then(|read| read.report(&uid, current.stage, current.attempt));
+    // A pod of ours that reads the volume is gone before the next one writes to it.
+    let read_job = observed.report_job.as_ref().filter(|read| !read.is_live());
+    let from_volume = read_job.and_then(|read| read.report(&uid, current.stage, current.attempt));
     let volume_was_read = observed.report_job.as_ref().is_some_and(AttemptSeen::has_ended);
     Some(read(attempt, own.or(from_volume).as_ref(), volume_was_read))
 }
