@@ -4,7 +4,10 @@ fn main() {
     let lib =
         std::env::var("DEP_TCH_LIBTORCH_LIB").expect("torch-sys is a direct dependency and names its library folder");
     let include = std::path::Path::new(&lib).parent().expect("the library folder has a parent").join("include");
-    println!("cargo:rerun-if-changed=src/shim.cpp");
+    let files = ["src/shim.cpp", "src/profiler.cpp"];
+    for file in files {
+        println!("cargo:rerun-if-changed={file}");
+    }
     cc::Build::new()
         .cpp(true)
         .std("c++17")
@@ -13,7 +16,7 @@ fn main() {
         .include(&include)
         .include(include.join("torch/csrc/api/include"))
         .define("_GLIBCXX_USE_CXX11_ABI", "1")
-        .file("src/shim.cpp")
+        .files(files)
         .compile("ftshim");
     println!("cargo:rustc-link-search=native={lib}");
     println!("cargo:rustc-link-lib=torch_cpu");

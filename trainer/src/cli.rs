@@ -50,6 +50,14 @@ enum Command {
     },
     /// Tell memory, steps, time and cost without training
     Plan(JobArguments),
+    /// Train a few steps and tell where their time goes, beside what the machine could do
+    Profile {
+        #[command(flatten)]
+        job: JobArguments,
+        /// Where the Chrome trace goes (chrome://tracing, Perfetto); by default profile.json in the run directory
+        #[arg(long)]
+        trace: Option<PathBuf>,
+    },
     /// Check the file without running it
     Check {
         /// A FineTuneJob
@@ -87,7 +95,7 @@ impl Arguments {
     pub fn computes(&self) -> bool {
         match &self.command {
             Command::Run { pod, .. } => pod.stage.is_none_or(|stage| stage == StageArgument::Train),
-            Command::Plan(_) | Command::Generate { .. } => true,
+            Command::Plan(_) | Command::Profile { .. } | Command::Generate { .. } => true,
             Command::Check { .. } => false,
         }
     }
@@ -252,6 +260,7 @@ pub fn execute(arguments: &Arguments, environment: &Environment) -> ExitCode {
             (None, None) => unreachable!("clap asks for one of the two"),
         },
         Command::Plan(job) => plan_job(job, environment),
+        Command::Profile { job, trace } => profile_job(job, trace.as_ref(), environment),
         Command::Check { file, local } => check_file(file, local),
         Command::Generate { folder, prompt, base, max_new_tokens, precision } => {
             let chosen = crate::device::choose(precision.precision(), None, &environment.cuda);
@@ -373,6 +382,20 @@ fn plan_job(job: &JobArguments, environment: &Environment) -> Outcome {
     let planned = plan_run(&config, &context, Place::Here, &mut display);
     let planned = planned.map_err(|error| (error.exit(), error.to_string()))?;
     tell(&planned.describe(&config));
+    Ok(ExitCode::Done)
+}
+
+fn profile_job(job: &JobArguments, trace: Option<&PathBuf>, environment: &Environment) -> Outcome {
+    let config = load(&job.file, &job.local, Scope::Local)?;
+    let directory = run_directory(job.dir.as_ref(), &config);
+    let trace = trace.map_or_else(|| directory.join("profile.json"), Clone::clone);
+    // A profile leaves no report.
+    let last_word = LastWord::default();
+    let stop = stop_on_signals(&last_word)?;
+    let context = local_context(&directory, &stop, &last_word, environment);
+    let mut display = Display::new(std::io::stderr().is_terminal());
+    let profile = crate::profile::profile(&config, &context, &trace, &mut display);
+    tell(&profile.map_err(|error| (error.exit(), error.to_string()))?.to_string());
     Ok(ExitCode::Done)
 }
 

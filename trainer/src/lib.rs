@@ -22,6 +22,7 @@ pub mod plan;
 pub mod plot;
 pub mod pod;
 pub mod prepare;
+pub mod profile;
 pub mod publish;
 pub mod random;
 pub mod record;

@@ -469,7 +469,8 @@ fn open_store(config: &RunConfig, context: &Context, planned: &Planned) -> Resul
     Ok(Store::open(context.run, identity, class, context.claim(config))?)
 }
 
-fn model_source<'a>(config: &'a RunConfig, planned: &'a Planned) -> model::Source<'a> {
+/// What the model of a run is built from.
+pub fn model_source<'a>(config: &'a RunConfig, planned: &'a Planned) -> model::Source<'a> {
     let prepared = &planned.prepared;
     let new_tokens = max_new_tokens(&prepared.generation) as usize;
     let prompts = prepared

@@ -18,18 +18,21 @@
 namespace {
 thread_local std::string last_error;
 
+void set_error(const std::string &message) {
+  // libtorch appends a stack trace after the first line.
+  last_error = message.substr(0, message.find('\n'));
+}
+
 template <typename F> int guarded(F body) {
   try {
     c10::AutoGradMode no_grad(false);
     body();
     return 0;
   } catch (const std::exception &error) {
-    last_error = error.what();
-    // libtorch appends a stack trace after the first line.
-    last_error = last_error.substr(0, last_error.find('\n'));
+    set_error(error.what());
     return 1;
   } catch (...) {
-    last_error = "an exception that is not a std::exception";
+    set_error("an exception that is not a std::exception");
     return 1;
   }
 }
@@ -40,6 +43,9 @@ at::Tensor &tensor(void *handle) { return *static_cast<at::Tensor *>(handle); }
 extern "C" {
 
 const char *ft_last_error() { return last_error.c_str(); }
+
+// For the other files of the shim.
+void ft_set_error(const char *message) { set_error(message); }
 
 // One AdamW step over flat buffers. `step` is an fp32 scalar tensor that already counts this step; where `found_inf`
 // (fp32 scalar) is 1 nothing moves.

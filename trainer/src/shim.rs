@@ -35,7 +35,11 @@ unsafe extern "C" {
     fn ft_device_total_bytes(device: c_int, bytes: *mut i64) -> c_int;
     fn ft_set_deterministic() -> c_int;
     fn ft_device_peak_bytes(device: c_int, bytes: *mut i64) -> c_int;
+    fn ft_profile_start(cuda: c_int) -> c_int;
+    fn ft_profile_stop(trace: *const c_char, tell: Tell, context: *mut c_void) -> c_int;
 }
+
+type Tell = extern "C" fn(*mut c_void, *const c_char, u64, u64, c_int, *const c_char);
 
 /// A libtorch call failed; the text is the first line of libtorch's own message.
 #[derive(Debug, thiserror::Error)]
@@ -170,6 +174,48 @@ pub fn device_peak_bytes(device: i32) -> Result<i64, Error> {
     // SAFETY: `bytes` outlives the call.
     check(unsafe { ft_device_peak_bytes(device, &raw mut bytes) })?;
     Ok(bytes)
+}
+
+/// One call of libtorch, or one kernel on the device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Operation {
+    /// For example `aten::mm`.
+    pub name: String,
+    /// When it began, ns.
+    pub start: u64,
+    /// How long it took, what it called included, ns.
+    pub duration: u64,
+    /// A kernel, not the call that launched it.
+    pub on_device: bool,
+    /// C++ dtype and shape of each argument that is a tensor, for example `c10::BFloat16 4 5;float 5`.
+    pub inputs: String,
+}
+
+/// Runs `work` under libtorch's profiler: its result, what it called on this thread, and a Chrome trace at `trace`.
+pub fn profile<T>(cuda: bool, trace: &std::path::Path, work: impl FnOnce() -> T) -> Result<(T, Vec<Operation>), Error> {
+    extern "C" fn note(
+        context: *mut c_void,
+        name: *const c_char,
+        start: u64,
+        duration: u64,
+        on_device: c_int,
+        inputs: *const c_char,
+    ) {
+        // SAFETY: the context is the list below, and both texts live during the call.
+        let (list, name, inputs) =
+            unsafe { (&mut *context.cast::<Vec<Operation>>(), CStr::from_ptr(name), CStr::from_ptr(inputs)) };
+        let text = |text: &CStr| text.to_string_lossy().into_owned();
+        list.push(Operation { name: text(name), start, duration, on_device: on_device != 0, inputs: text(inputs) });
+    }
+    let path = std::ffi::CString::new(trace.as_os_str().as_encoded_bytes())
+        .map_err(|_| Error(format!("{}: a path cannot hold a zero byte", trace.display())))?;
+    // SAFETY: a flag only.
+    check(unsafe { ft_profile_start(c_int::from(cuda)) })?;
+    let result = work();
+    let mut operations = Vec::new();
+    // SAFETY: path and list outlive the call, which is over when `note` is called no more.
+    check(unsafe { ft_profile_stop(path.as_ptr(), note, (&raw mut operations).cast()) })?;
+    Ok((result, operations))
 }
 
 /// A tensor over memory that somebody else owns, without a copy.

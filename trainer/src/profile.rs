@@ -1,0 +1,436 @@
+//! Where the time of a step goes: every operation beside what the machine could do. `finetune-trainer profile`.
+//!
+//! The roofline of an operation is the larger of its arithmetic at the machine's measured matrix-product rate and its
+//! traffic at the measured memory bandwidth; both are measured here, in the same process.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use crds::run::RunConfig;
+use tch::{Device, Kind, Tensor};
+
+use crate::data::pack::pack;
+use crate::model::{Built, Noise, build};
+use crate::record::Observer;
+use crate::run::{Context, Error, Place, Planned, model_source, plan_run};
+use crate::shim::{self, Operation};
+use crate::train::{StepConfig, train_step};
+
+/// Steps before anything is measured: they fill caches of kernels and memory.
+const WARM_STEPS: i64 = 2;
+/// Steps that are timed without the profiler.
+const TIMED_STEPS: i64 = 5;
+/// Attempts of which the fastest counts, for what the machine can do.
+const ATTEMPTS: usize = 10;
+/// Rows and columns of the matrices that the peak is measured with.
+const PEAK_SIZE: i64 = 2048;
+/// Elements that are copied to measure the bandwidth: larger than any cache.
+const COPIED: i64 = 1 << 27;
+/// Lines of the table; the rest is one more.
+const LINES: usize = 16;
+
+/// What the machine can do.
+#[derive(Clone, Copy, Debug)]
+pub struct Peaks {
+    /// FLOP/s of a large matrix product in fp32.
+    pub fp32: f64,
+    /// FLOP/s of a large matrix product in bf16.
+    pub bf16: f64,
+    /// Bytes read and written in a second.
+    pub bandwidth: f64,
+}
+
+impl Peaks {
+    /// Measures them.
+    fn measure(device: Device) -> Self {
+        let rate = |kind| {
+            let a = Tensor::randn([PEAK_SIZE, PEAK_SIZE], (Kind::Float, device)).to_kind(kind);
+            2.0 * (PEAK_SIZE as f64).powi(3) / fastest(|| drop(a.matmul(&a)), device)
+        };
+        let (from, mut to) =
+            (Tensor::ones([COPIED], (Kind::Float, device)), Tensor::zeros([COPIED], (Kind::Float, device)));
+        let bandwidth = 2.0 * 4.0 * COPIED as f64 / fastest(|| to.copy_(&from), device);
+        Self { fp32: rate(Kind::Float), bf16: rate(Kind::BFloat16), bandwidth }
+    }
+
+    const fn matmul(&self, kind: Kind) -> f64 {
+        match kind {
+            Kind::BFloat16 => self.bf16,
+            _ => self.fp32,
+        }
+    }
+}
+
+/// Seconds of the fastest attempt.
+fn fastest(mut work: impl FnMut(), device: Device) -> f64 {
+    let attempt = |work: &mut dyn FnMut()| {
+        let started = Instant::now();
+        work();
+        wait(device);
+        started.elapsed().as_secs_f64()
+    };
+    attempt(&mut work);
+    (0..ATTEMPTS).map(|_| attempt(&mut work)).fold(f64::INFINITY, f64::min)
+}
+
+/// Waits until the device has done what it was asked for.
+fn wait(device: Device) {
+    if let Device::Cuda(index) = device {
+        tch::Cuda::synchronize(index as i64);
+    }
+}
+
+/// All calls of one operation on one dtype.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Line {
+    /// Number of them.
+    pub calls: usize,
+    /// Their own time, without that of what they called, in seconds.
+    pub seconds: f64,
+    /// Floating-point operations of matrix products and attention; other arithmetic is not counted.
+    pub flops: f64,
+    /// Bytes of the inputs and of one output of the size of the largest, at least.
+    pub bytes: f64,
+    /// Seconds at the roofline.
+    pub bound: f64,
+}
+
+/// A profiled step.
+#[derive(Debug)]
+pub struct Profile {
+    /// The machine.
+    pub peaks: Peaks,
+    /// Dtype of the activations.
+    pub kind: Kind,
+    /// Tokens of the step, and those that are trained.
+    pub tokens: (usize, usize),
+    /// Median seconds of a step without the profiler.
+    pub seconds: f64,
+    /// Seconds of the profiled step.
+    pub profiled_seconds: f64,
+    /// By operation and dtype.
+    pub lines: BTreeMap<String, Line>,
+    /// The Chrome trace.
+    pub trace: PathBuf,
+}
+
+/// Trains a few steps from the base model and profiles one. Nothing is saved but the prepared rows and the trace.
+pub fn profile(
+    config: &RunConfig,
+    context: &Context,
+    trace: &Path,
+    observer: &mut dyn Observer,
+) -> Result<Profile, Error> {
+    let planned = plan_run(config, context, Place::Here, observer)?;
+    let device = planned.chosen.device;
+    let Built { model, mut parameters } = build(&model_source(config, &planned))?;
+    let mut step = |number: i64| -> Result<f64, Error> {
+        let (micro_batches, constants) = step_inputs(config, &planned, number);
+        let started = Instant::now();
+        let stats = train_step(&model, &mut parameters, &micro_batches, &constants, context.stop);
+        let stats = stats.map_err(|error| Error::Train(error.into()))?.ok_or(Error::Stopped { step: number })?;
+        // Reading a number waits for the device.
+        let _ = stats.loss.double_value(&[]);
+        Ok(started.elapsed().as_secs_f64())
+    };
+    (0..WARM_STEPS).try_for_each(|number| step(number).map(drop))?;
+    let mut times = (0..TIMED_STEPS).map(&mut step).collect::<Result<Vec<f64>, Error>>()?;
+    times.sort_by(f64::total_cmp);
+    // The step that the tokens are counted of is the last one that was timed; dense rows have the same number in each.
+    let measured = TIMED_STEPS - 1;
+    let (profiled, operations) =
+        shim::profile(device.is_cuda(), trace, || step(measured)).map_err(|error| Error::Train(error.into()))?;
+    let profiled_seconds = profiled?;
+    let (batches, _) = step_inputs(config, &planned, measured);
+    let tokens =
+        batches.iter().fold((0, 0), |(all, trained), batch| (all + batch.tokens.len(), trained + batch.labels.len()));
+    let peaks = Peaks::measure(device);
+    let lines = lines(&operations, device.is_cuda(), &peaks);
+    let seconds = times[times.len() / 2];
+    Ok(Profile {
+        peaks,
+        kind: planned.chosen.kind,
+        tokens,
+        seconds,
+        profiled_seconds,
+        lines,
+        trace: trace.to_path_buf(),
+    })
+}
+
+fn step_inputs(
+    config: &RunConfig,
+    planned: &Planned,
+    number: i64,
+) -> (Vec<crate::data::pack::PackedBatch>, StepConfig) {
+    let hyperparameters = &config.hyperparameters;
+    let ids = planned.order.examples(number);
+    let constants = StepConfig {
+        learning_rate: planned.schedule.learning_rate(number),
+        weight_decay: hyperparameters.weight_decay,
+        max_grad_norm: hyperparameters.max_grad_norm,
+        noise: Noise { seed: hyperparameters.seed, step: number, neftune_alpha: hyperparameters.neftune_alpha },
+        recompute: planned.estimate.recompute,
+    };
+    (pack(&planned.prepared.train, &ids, planned.estimate.micro_batch_tokens), constants)
+}
+
+/// Adds up operations. Of calls the time of what they called themselves is taken off; kernels on a device call nothing.
+fn lines(operations: &[Operation], on_device: bool, peaks: &Peaks) -> BTreeMap<String, Line> {
+    let mut chosen: Vec<&Operation> = operations.iter().filter(|operation| operation.on_device == on_device).collect();
+    // The caller before what it calls, which begins with it or later.
+    chosen.sort_by_key(|operation| (operation.start, std::cmp::Reverse(operation.duration)));
+    let mut own: Vec<u64> = chosen.iter().map(|operation| operation.duration).collect();
+    let mut callers: Vec<usize> = Vec::new();
+    for (index, operation) in chosen.iter().enumerate() {
+        while callers.last().is_some_and(|&caller| chosen[caller].start + chosen[caller].duration <= operation.start) {
+            callers.pop();
+        }
+        if let Some(&caller) = callers.last().filter(|_| !on_device) {
+            own[caller] = own[caller].saturating_sub(operation.duration);
+        }
+        callers.push(index);
+    }
+    let mut lines: BTreeMap<String, Line> = BTreeMap::new();
+    for (operation, own) in chosen.iter().zip(own) {
+        let tensors = tensors(&operation.inputs);
+        let kind = tensors
+            .iter()
+            .map(|(kind, _)| *kind)
+            .find(|kind| matches!(kind, Kind::BFloat16 | Kind::Half | Kind::Float | Kind::Double));
+        let name = operation.name.trim_start_matches("aten::");
+        let key = kind.map_or_else(|| name.to_owned(), |kind| format!("{name} {}", short(kind)));
+        let line = lines.entry(key).or_default();
+        let (flops, bytes) = (flops(name, &tensors), bytes(name, &tensors));
+        line.calls += 1;
+        line.seconds += own as f64 * 1e-9;
+        line.flops += flops;
+        line.bytes += bytes;
+        line.bound += (flops / peaks.matmul(kind.unwrap_or(Kind::Float))).max(bytes / peaks.bandwidth);
+    }
+    lines
+}
+
+const fn short(kind: Kind) -> &'static str {
+    match kind {
+        Kind::BFloat16 => "bf16",
+        Kind::Half => "fp16",
+        Kind::Double => "fp64",
+        _ => "fp32",
+    }
+}
+
+/// Dtype and shape of each tensor among the arguments.
+fn tensors(inputs: &str) -> Vec<(Kind, Vec<i64>)> {
+    inputs
+        .split(';')
+        .filter_map(|input| {
+            let mut words = input.split(' ');
+            // Names of C++ types; two words in one of them.
+            let kind = match words.next()? {
+                "c10::BFloat16" => Kind::BFloat16,
+                "c10::Half" => Kind::Half,
+                "float" => Kind::Float,
+                "double" => Kind::Double,
+                "long" => Kind::Int64,
+                "int" => Kind::Int,
+                "bool" => Kind::Bool,
+                _ => return None,
+            };
+            Some((kind, words.filter_map(|size| size.parse().ok()).collect()))
+        })
+        .collect()
+}
+
+fn numel(shape: &[i64]) -> f64 {
+    shape.iter().map(|size| *size as f64).product()
+}
+
+/// Multiplications and additions of matrix products and attention.
+fn flops(name: &str, tensors: &[(Kind, Vec<i64>)]) -> f64 {
+    let shape = |index: usize| tensors.get(index).map_or(&[][..], |(_, shape)| shape.as_slice());
+    // `[…, m, k] x [k, n]`
+    let product = |a: &[i64], b: &[i64]| numel(a) * 2.0 * b.last().map_or(0.0, |n| *n as f64);
+    match name {
+        "mm" | "bmm" => product(shape(0), shape(1)),
+        "addmm" | "addmm_" | "baddbmm" => product(shape(1), shape(2)),
+        // Query `[b, n, l, d]`: scores and values, the lower triangle only.
+        "_scaled_dot_product_flash_attention_for_cpu" => attention_flops(shape(0)),
+        // The same twice over for the gradients of both products, and the scores again.
+        "_scaled_dot_product_flash_attention_for_cpu_backward" => 2.5 * attention_flops(shape(1)),
+        _ => 0.0,
+    }
+}
+
+fn attention_flops(query: &[i64]) -> f64 {
+    match *query {
+        [batch, heads, length, size] => 2.0 * (batch * heads * length * length * size) as f64,
+        _ => 0.0,
+    }
+}
+
+/// Bytes that have to be moved: the inputs, and an output.
+fn bytes(name: &str, tensors: &[(Kind, Vec<i64>)]) -> f64 {
+    // These only make a handle, or give memory that nobody has written yet.
+    if [
+        "view",
+        "reshape",
+        "transpose",
+        "t",
+        "expand",
+        "narrow",
+        "slice",
+        "as_strided",
+        "unsqueeze",
+        "squeeze",
+        "flatten",
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "select",
+        "detach",
+        "alias",
+        "matmul",
+        "linear",
+        "numpy_T",
+        "resize_",
+        "_unsafe_view",
+        "unflatten",
+        "permute",
+    ]
+    .contains(&name)
+    {
+        return 0.0;
+    }
+    let size = |(kind, shape): &(Kind, Vec<i64>)| kind.elt_size_in_bytes() as f64 * numel(shape);
+    let inputs: f64 = tensors.iter().map(size).sum();
+    let output = match (name, tensors) {
+        ("mm", [(kind, a), (_, b), ..]) => {
+            kind.elt_size_in_bytes() as f64 * numel(a) / a.last().map_or(1.0, |k| *k as f64)
+                * b.last().map_or(1.0, |n| *n as f64)
+        }
+        // Lookups and reductions write less than they read.
+        ("sum" | "mean" | "logsumexp" | "max" | "argmax" | "norm" | "gather" | "index_select", _) => 0.0,
+        _ => tensors.iter().map(size).fold(0.0, f64::max),
+    };
+    inputs + output
+}
+
+impl Profile {
+    /// Arithmetic of matrix products and attention over the step's time, as a share of the matrix-product rate.
+    pub fn share_of_peak(&self) -> f64 {
+        self.lines.values().map(|line| line.flops).sum::<f64>() / self.seconds / self.peaks.matmul(self.kind)
+    }
+}
+
+impl fmt::Display for Profile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (tokens, trained) = self.tokens;
+        writeln!(
+            f,
+            "a step of {tokens} tokens, {trained} of them trained: {:.1} ms, {:.0} tokens/s ({:.1} ms under the profiler)",
+            self.seconds * 1e3,
+            tokens as f64 / self.seconds,
+            self.profiled_seconds * 1e3
+        )?;
+        writeln!(
+            f,
+            "this machine: matrix products {:.0} GFLOP/s in bf16, {:.0} in fp32; memory {:.1} GB/s",
+            self.peaks.bf16 * 1e-9,
+            self.peaks.fp32 * 1e-9,
+            self.peaks.bandwidth * 1e-9
+        )?;
+        writeln!(
+            f,
+            "matrix products and attention over the whole step: {:.0} % of that rate",
+            100.0 * self.share_of_peak()
+        )?;
+        writeln!(
+            f,
+            "\n{:<52} {:>6} {:>9} {:>6} {:>9} {:>8} {:>9}",
+            "operation", "calls", "ms", "share", "GFLOP", "GB", "roofline"
+        )?;
+        let total: f64 = self.lines.values().map(|line| line.seconds).sum();
+        let mut sorted: Vec<(&str, Line)> =
+            self.lines.iter().map(|(name, line)| (name.as_str(), line.clone())).collect();
+        sorted.sort_by(|a, b| b.1.seconds.total_cmp(&a.1.seconds));
+        let rest = sorted.split_off(LINES.min(sorted.len()));
+        let mut others = Line::default();
+        for (_, line) in rest {
+            others.calls += line.calls;
+            others.seconds += line.seconds;
+            others.flops += line.flops;
+            others.bytes += line.bytes;
+            others.bound += line.bound;
+        }
+        for (name, line) in sorted.iter().map(|(name, line)| (*name, line)).chain([("others", &others)]) {
+            writeln!(
+                f,
+                "{name:<52} {:>6} {:>9.1} {:>5.1}% {:>9.1} {:>8.2} {:>8.0}%",
+                line.calls,
+                line.seconds * 1e3,
+                100.0 * line.seconds / total,
+                line.flops * 1e-9,
+                line.bytes * 1e-9,
+                100.0 * line.bound / line.seconds.max(f64::MIN_POSITIVE)
+            )?;
+        }
+        write!(
+            f,
+            "\nroofline: what the operation would take at the rates above, as a share of what it took. Chrome trace: {}",
+            self.trace.display()
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PEAKS: Peaks = Peaks { fp32: 1e9, bf16: 2e9, bandwidth: 1e9 };
+
+    fn operation(name: &str, start: u64, duration: u64, inputs: &str) -> Operation {
+        Operation { name: name.into(), start, duration, on_device: false, inputs: inputs.into() }
+    }
+
+    #[test]
+    fn the_time_of_a_call_is_its_own() {
+        let all = [
+            operation("aten::mm", 110, 50, "c10::BFloat16 4 8;c10::BFloat16 8 2"),
+            operation("aten::matmul", 100, 100, "c10::BFloat16 4 8;c10::BFloat16 8 2"),
+            operation("aten::add", 200, 30, "c10::BFloat16 4 2;c10::BFloat16 4 2;"),
+        ];
+        let lines = lines(&all, false, &PEAKS);
+        let matmul = &lines["matmul bf16"];
+        assert!((matmul.seconds - 50e-9).abs() < 1e-15 && matmul.bytes == 0.0, "{matmul:?}");
+        let mm = &lines["mm bf16"];
+        assert_eq!((mm.calls, mm.flops, mm.bytes), (1, 128.0, 2.0 * (32.0 + 16.0 + 8.0)));
+        assert!((mm.bound - 112e-9).abs() < 1e-15, "its traffic takes longer than its arithmetic: {mm:?}");
+        assert_eq!(lines["add bf16"].bytes, 3.0 * 16.0);
+    }
+
+    #[test]
+    fn libtorch_tells_what_it_computes() {
+        tch::set_num_threads(1);
+        let folder = tempfile::tempdir().expect("writable");
+        let trace = folder.path().join("trace.json");
+        let (a, b) =
+            (Tensor::ones([64, 32], (Kind::Float, Device::Cpu)), Tensor::ones([32, 16], (Kind::Float, Device::Cpu)));
+        let (sum, operations) =
+            shim::profile(false, &trace, || a.matmul(&b).sum(Kind::Float).double_value(&[])).expect("a profile");
+        assert_eq!(sum, f64::from(64 * 16 * 32));
+        let lines = lines(&operations, false, &PEAKS);
+        assert_eq!(lines["mm fp32"].flops, f64::from(2 * 64 * 32 * 16), "{lines:?}");
+        let text = std::fs::read_to_string(&trace).expect("a trace");
+        let trace: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+        assert!(trace["traceEvents"].as_array().is_some_and(|events| !events.is_empty()));
+    }
+
+    #[test]
+    fn attention_counts_the_lower_triangle() {
+        let query = (Kind::BFloat16, vec![1, 2, 8, 4]);
+        assert_eq!(flops("_scaled_dot_product_flash_attention_for_cpu", &[query]), f64::from(2 * 2 * 8 * 8 * 4));
+    }
+}
