@@ -1,12 +1,13 @@
 //! Causal attention over packed examples: no padding, no example sees another.
 //!
 //! Shapes: t packed tokens, n heads, k key-value heads, d head size, b examples of one length, l that length.
-//! On CPU each run of examples of equal length is one call of libtorch's flash attention, with keys and values expanded
-//! to all heads (measured faster there than native grouping); on CUDA one variable-length call takes the whole row.
+//! In bf16 on a CPU that has AVX512-BF16 our own kernel takes the whole row (`shim::cpu`); elsewhere on the CPU each run of
+//! examples of equal length is one call of libtorch's flash attention, with keys and values expanded to all heads (measured
+//! faster there than native grouping). On CUDA one variable-length call takes the whole row.
 
 use tch::{Device, Kind, Tensor};
 
-use crate::shim;
+use crate::shim::{self, cpu};
 
 /// Where the examples of a packed row begin and end, on the host and (int32, for CUDA kernels) on the device.
 #[derive(Debug)]
@@ -52,6 +53,8 @@ pub struct Saved {
 enum Statistics {
     /// Log-sum-exp of each run, `[b, n, l]`.
     Runs(Vec<Tensor>),
+    /// Log-sum-exp, `[n, t]`.
+    Kernel(Tensor),
     Flash(shim::FlashAttention),
 }
 
@@ -94,6 +97,16 @@ pub fn attention(q_tnd: &Tensor, k_tkd: &Tensor, v_tkd: &Tensor, segments: &Segm
             .unwrap_or_else(|error| panic!("{error}"));
         return Saved { out: saved.out.shallow_clone(), statistics: Statistics::Flash(saved) };
     }
+    let [q, k, v] = [q_tnd, k_tkd, v_tkd].map(Tensor::contiguous);
+    if cpu::fits(&[&q, &k, &v], cpu::HEAD_WIDTH) {
+        let (out, logsumexp) = cpu::attention(&q, &k, &v, &segments.cu_seqlens, scale);
+        return Saved { out, statistics: Statistics::Kernel(logsumexp) };
+    }
+    by_runs(q_tnd, k_tkd, v_tkd, segments, scale)
+}
+
+/// Run by run, by libtorch.
+fn by_runs(q_tnd: &Tensor, k_tkd: &Tensor, v_tkd: &Tensor, segments: &Segments, scale: f64) -> Saved {
     let heads = q_tnd.size()[1];
     let (k_tnd, v_tnd) = (expand_heads(k_tkd, heads), expand_heads(v_tkd, heads));
     let out_tnd = q_tnd.empty_like();
@@ -142,6 +155,11 @@ pub fn attention_backward(
                 None,
                 None,
             );
+        }
+        Statistics::Kernel(logsumexp) => {
+            let [gradient, q, k, v] = [gradient_tnd, q_tnd, k_tkd, v_tkd].map(Tensor::contiguous);
+            let forward = (&saved.out, logsumexp);
+            return cpu::attention_backward(&gradient, [&q, &k, &v], forward, &segments.cu_seqlens, scale).into();
         }
         Statistics::Runs(logsumexp) => logsumexp,
     };
@@ -198,6 +216,50 @@ fn plain_attention_backward(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Our kernel rounds to bf16 where libtorch's does: both are as far from fp64.
+    #[test]
+    fn our_kernel_is_as_exact_as_libtorchs() {
+        tch::set_num_threads(1);
+        tch::manual_seed(1);
+        for (lengths, heads, kv_heads, head_dim) in
+            [(&[1, 2, 17, 50, 23][..], 9, 3, 64), (&[130, 64, 257], 4, 4, 32), (&[600], 2, 1, 128)]
+        {
+            let bounds: Vec<i32> = [0]
+                .into_iter()
+                .chain(lengths.iter().scan(0, |end, length| {
+                    Some({
+                        *end += length;
+                        *end
+                    })
+                }))
+                .collect();
+            let tokens = i64::from(bounds[lengths.len()]);
+            let segments = Segments::new(&bounds, Device::Cpu);
+            let random = |heads| {
+                let values = Tensor::randn([tokens, heads, head_dim], (Kind::Float, Device::Cpu)) * 2;
+                values.to_kind(Kind::BFloat16)
+            };
+            let (q, k, v, gradient) = (random(heads), random(kv_heads), random(kv_heads), random(heads));
+            let scale = 1.0 / (head_dim as f64).sqrt();
+            let all = |kind: Kind, ours: bool| {
+                let [q, k, v, gradient] = [&q, &k, &v, &gradient].map(|tensor| tensor.to_kind(kind));
+                let saved =
+                    if ours { attention(&q, &k, &v, &segments, scale) } else { by_runs(&q, &k, &v, &segments, scale) };
+                assert_eq!(matches!(saved.statistics, Statistics::Kernel(_)), ours && cpu::fits(&[&q], 32));
+                let (dq, dk, dv) = attention_backward(&gradient, &q, &k, &v, &saved, &segments, scale);
+                [saved.out.shallow_clone(), dq, dk, dv].map(|tensor| tensor.to_kind(Kind::Double))
+            };
+            let (exact, ours, libtorchs) =
+                (all(Kind::Double, false), all(Kind::BFloat16, true), all(Kind::BFloat16, false));
+            for (place, ((exact, ours), theirs)) in exact.iter().zip(&ours).zip(&libtorchs).enumerate() {
+                let distance =
+                    |other: &Tensor| (other - exact).norm().double_value(&[]) / exact.norm().double_value(&[]);
+                let (ours, theirs) = (distance(ours), distance(theirs));
+                assert!(ours < 1.2 * theirs && ours < 0.01, "{lengths:?} {place}: {ours:e}, libtorch {theirs:e}");
+            }
+        }
+    }
 
     #[test]
     fn kernel_and_plain_attention_agree_and_examples_do_not_mix() {

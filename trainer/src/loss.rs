@@ -6,6 +6,7 @@
 use tch::Tensor;
 
 use crate::ops::accumulate_kind;
+use crate::shim::cpu;
 
 /// Bytes of one chunk's logits in the accumulation dtype.
 const CHUNK_BYTES: i64 = 32 << 20;
@@ -45,8 +46,15 @@ pub fn cross_entropy(hidden_nh: &Tensor, labels_n: &Tensor, head: &Head, scale: 
     let gradient_nh = hidden_nh.empty_like();
     for (start, rows) in chunks(hidden_nh.size()[0], chunk_rows(head.weight.size()[0])) {
         let hidden_ch = hidden_nh.narrow(0, start, rows);
-        let labels_c1 = labels_n.narrow(0, start, rows).unsqueeze(1);
-        let mut logits_cv = hidden_ch.matmul(&head.weight.tr()).to_kind(kind);
+        let labels_c = labels_n.narrow(0, start, rows);
+        let logits_cv = hidden_ch.matmul(&head.weight.tr());
+        if cpu::fits(&[&logits_cv], cpu::ROW_WIDTH) {
+            loss += cpu::cross_entropy(&logits_cv, &labels_c, scale).sum(kind) * scale;
+            add_gradients(&logits_cv, &hidden_ch, head, &gradient_nh.narrow(0, start, rows));
+            continue;
+        }
+        let labels_c1 = labels_c.unsqueeze(1);
+        let mut logits_cv = logits_cv.to_kind(kind);
         let logsumexp_c1 = logits_cv.logsumexp([-1i64].as_slice(), true);
         loss += (&logsumexp_c1 - logits_cv.gather(1, &labels_c1, false)).sum(kind) * scale;
         // d(scale * NLL) / d(logits) = scale * (softmax - onehot), in place.
@@ -54,12 +62,17 @@ pub fn cross_entropy(hidden_nh: &Tensor, labels_n: &Tensor, head: &Head, scale: 
         let minus_one_c1 = Tensor::full([rows, 1], -1.0, (kind, hidden_nh.device()));
         let _ = logits_cv.scatter_add_(1, &labels_c1, &minus_one_c1).g_mul_scalar_(scale);
         let d_logits_cv = logits_cv.to_kind(hidden_nh.kind());
-        if let Some(gradient) = &head.gradient {
-            add_product(gradient, &d_logits_cv.tr(), &hidden_ch);
-        }
-        gradient_nh.narrow(0, start, rows).copy_(&d_logits_cv.matmul(&head.weight));
+        add_gradients(&d_logits_cv, &hidden_ch, head, &gradient_nh.narrow(0, start, rows));
     }
     (loss, gradient_nh)
+}
+
+/// From the gradient of a chunk's logits that of its hidden states, which is written, and the head's, which is added to.
+fn add_gradients(d_logits_cv: &Tensor, hidden_ch: &Tensor, head: &Head, d_hidden_ch: &Tensor) {
+    if let Some(gradient) = &head.gradient {
+        add_product(gradient, &d_logits_cv.tr(), hidden_ch);
+    }
+    d_hidden_ch.shallow_clone().copy_(&d_logits_cv.matmul(&head.weight));
 }
 
 /// Loss and hits of at least one trained token, without gradients.
@@ -84,5 +97,31 @@ pub fn add_product(target: &Tensor, a: &Tensor, b: &Tensor) {
         let _ = target.addmm_(a, b);
     } else {
         let _ = target.g_add_(&a.matmul(b));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::{Device, Kind};
+
+    use super::*;
+
+    #[test]
+    fn the_fused_loss_is_the_one_that_is_written_out() {
+        tch::set_num_threads(1);
+        tch::manual_seed(1);
+        let hidden = Tensor::randn([19, 32], (Kind::Float, Device::Cpu)).to_kind(Kind::BFloat16);
+        let weight = (Tensor::randn([96, 32], (Kind::Float, Device::Cpu)) / 2).to_kind(Kind::BFloat16);
+        let labels = Tensor::randint(96, [19], (Kind::Int64, Device::Cpu));
+        let all = |kind: Kind| {
+            let head =
+                Head { weight: weight.to_kind(kind), gradient: Some(Tensor::zeros([96, 32], (kind, Device::Cpu))) };
+            let (loss, gradient) = cross_entropy(&hidden.to_kind(kind), &labels, &head, 1.0 / 19.0);
+            [loss, gradient, head.gradient.expect("it is trained")].map(|tensor| tensor.to_kind(Kind::Double))
+        };
+        for (place, (ours, exact)) in all(Kind::BFloat16).iter().zip(&all(Kind::Double)).enumerate() {
+            let distance = (ours - exact).norm().double_value(&[]) / exact.norm().double_value(&[]);
+            assert!(distance < 1e-2, "{place}: {distance:e}");
+        }
     }
 }

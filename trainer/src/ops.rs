@@ -1,9 +1,12 @@
 //! The pointwise parts of a decoder layer, each with its backward, on whole packed rows.
 //!
 //! Shapes: t packed tokens, h hidden size, n heads, d head size, m MLP width. Statistics are taken in fp32 whatever the
-//! activation's dtype (fp64 stays fp64, for the tests against autograd), and cast once.
+//! activation's dtype (fp64 stays fp64, for the tests against autograd), and cast once. Where the CPU has the instructions each
+//! is one pass over its data (`shim::cpu`); what is written out here is what that computes.
 
 use tch::{Kind, Tensor};
+
+use crate::shim::cpu;
 
 /// The dtype that statistics are taken in.
 pub fn accumulate_kind(kind: Kind) -> Kind {
@@ -19,6 +22,9 @@ fn normalized(x_th: &Tensor, eps: f64) -> (Tensor, Tensor) {
 
 /// RMSNorm as in Llama: normalise in fp32, cast, then multiply by the weight `[h]`.
 pub fn rms_norm(x_th: &Tensor, weight_h: &Tensor, eps: f64) -> Tensor {
+    if cpu::fits(&[x_th, weight_h], cpu::ROW_WIDTH) {
+        return cpu::rms_norm(x_th, weight_h, eps);
+    }
     let (normalized_th, _) = normalized(x_th, eps);
     normalized_th.to_kind(x_th.kind()) * weight_h
 }
@@ -42,13 +48,35 @@ pub fn rms_norm_backward(
     ((scaled_th - normalized_th * mean_t1) * inverse_rms_t1).to_kind(x_th.kind())
 }
 
+/// `residual` plus the gradient of [`rms_norm`] with respect to `x`, whose other path it is; adds the weight's as
+/// [`rms_norm_backward`] does.
+pub fn residual_norm_backward(
+    residual_th: Tensor,
+    gradient_th: &Tensor,
+    x_th: &Tensor,
+    weight_h: &Tensor,
+    eps: f64,
+    weight_gradient: Option<&Tensor>,
+) -> Tensor {
+    if weight_gradient.is_none() && cpu::fits(&[&residual_th, gradient_th, x_th, weight_h], cpu::ROW_WIDTH) {
+        return cpu::rms_norm_backward(gradient_th, x_th, weight_h, eps, &residual_th);
+    }
+    residual_th + rms_norm_backward(gradient_th, x_th, weight_h, eps, weight_gradient)
+}
+
 /// `silu(gate) * up`, `[t, m]`.
 pub fn swiglu(gate_tm: &Tensor, up_tm: &Tensor) -> Tensor {
+    if cpu::fits(&[gate_tm, up_tm], cpu::ROW_WIDTH) {
+        return cpu::swiglu(gate_tm, up_tm);
+    }
     gate_tm.silu() * up_tm
 }
 
 /// The gradients of [`swiglu`] with respect to `gate` and `up`.
 pub fn swiglu_backward(gradient_tm: &Tensor, gate_tm: &Tensor, up_tm: &Tensor) -> (Tensor, Tensor) {
+    if cpu::fits(&[gradient_tm, gate_tm, up_tm], cpu::ROW_WIDTH) {
+        return cpu::swiglu_backward(gradient_tm, gate_tm, up_tm);
+    }
     let up_gradient_tm = gate_tm.silu() * gradient_tm;
     let gate_gradient_tm = gate_tm.silu_backward(&(gradient_tm * up_tm));
     (gate_gradient_tm, up_gradient_tm)
@@ -106,11 +134,53 @@ pub struct RopeRows {
 impl RopeRows {
     /// Rotates `x` `[t, n, d]`.
     pub fn rotate(&self, x_tnd: &Tensor, rotation: Rotation) -> Tensor {
+        if cpu::fits(&[x_tnd, &self.cos, &self.sin], cpu::HEAD_WIDTH) {
+            let sign = if rotation == Rotation::Forward { 1.0 } else { -1.0 };
+            return cpu::rotate(x_tnd, &self.cos, &self.sin, sign);
+        }
         let half = x_tnd.size()[2] / 2;
         let swapped_tnd = x_tnd.roll([half], [2]);
         match rotation {
             Rotation::Forward => x_tnd * &self.cos + swapped_tnd * &self.sin,
             Rotation::Backward => x_tnd * &self.cos - swapped_tnd * &self.sin,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::Device;
+
+    use super::*;
+
+    /// A fused kernel and the operations it stands for differ by rounding to bf16 at most.
+    #[test]
+    fn fused_kernels_compute_what_is_written_out() {
+        tch::set_num_threads(1);
+        tch::manual_seed(1);
+        let random = |size: &[i64]| Tensor::randn(size, (Kind::Float, Device::Cpu)).to_kind(Kind::BFloat16);
+        // A row that is one lane short of a whole number of vectors takes the other way.
+        let (gate, up, gradient) = (random(&[37, 48]), random(&[37, 48]), random(&[37, 48]));
+        let (weight, residual) = (random(&[48]), random(&[37, 48]));
+        let eps = 1e-5;
+        let wide = |tensor: &Tensor| tensor.to_kind(Kind::Double);
+        let check = |what: &str, ours: &Tensor, exact: &Tensor| {
+            let distance = (wide(ours) - exact).norm().double_value(&[]) / exact.norm().double_value(&[]);
+            assert!(distance < 5e-3, "{what}: {distance:e}");
+        };
+        let [g, u, d, w, r] = [&gate, &up, &gradient, &weight, &residual].map(wide);
+        check("swiglu", &swiglu(&gate, &up), &swiglu(&g, &u));
+        let (ours, exact) = (swiglu_backward(&gradient, &gate, &up), swiglu_backward(&d, &g, &u));
+        check("d_gate", &ours.0, &exact.0);
+        check("d_up", &ours.1, &exact.1);
+        check("rms_norm", &rms_norm(&gate, &weight, eps), &rms_norm(&g, &w, eps));
+        let ours = residual_norm_backward(residual.shallow_clone(), &gradient, &gate, &weight, eps, None);
+        check("d_norm", &ours, &residual_norm_backward(r.shallow_clone(), &d, &g, &w, eps, None));
+        let (x, positions) = (random(&[37, 3, 64]), Tensor::arange(37, (Kind::Int64, Device::Cpu)));
+        let inverse: Vec<f32> = (0..32u8).map(|pair| 100f32.powf(-f32::from(pair) / 32.0)).collect();
+        for rotation in [Rotation::Forward, Rotation::Backward] {
+            let rows = |kind| Rope::new(&inverse, 64, kind, Device::Cpu).at(&positions);
+            check("rope", &rows(Kind::BFloat16).rotate(&x, rotation), &rows(Kind::Double).rotate(&wide(&x), rotation));
         }
     }
 }

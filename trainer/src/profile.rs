@@ -344,7 +344,7 @@ impl fmt::Display for Profile {
         )?;
         writeln!(
             f,
-            "matrix products and attention over the whole step: {:.0} % of that rate",
+            "matrix products, and attention where it is libtorch's, over the whole step: {:.0} % of that rate",
             100.0 * self.share_of_peak()
         )?;
         writeln!(

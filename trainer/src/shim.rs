@@ -1,4 +1,6 @@
-//! The few libtorch calls that tch does not bind, through `shim.cpp`. All `unsafe` around libtorch lives here.
+//! The few libtorch calls that tch does not bind, through `cpp/shim.cpp`. All `unsafe` around libtorch lives here.
+
+pub mod cpu;
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 

@@ -1,4 +1,4 @@
-// What tch's generated bindings leave out. Every entry catches C++ exceptions: none may cross into Rust.
+// What tch's generated bindings leave out. Every entry is guarded (guard.h).
 // Tensors are passed as `at::Tensor*`; the caller keeps ownership of inputs and takes ownership of outputs.
 
 #include <ATen/ATen.h>
@@ -12,40 +12,23 @@
 
 #include <torch/headeronly/version.h>
 
-#include <exception>
+#include "guard.h"
+
 #include <string>
 
 namespace {
 thread_local std::string last_error;
-
-void set_error(const std::string &message) {
-  // libtorch appends a stack trace after the first line.
-  last_error = message.substr(0, message.find('\n'));
-}
-
-template <typename F> int guarded(F body) {
-  try {
-    c10::AutoGradMode no_grad(false);
-    body();
-    return 0;
-  } catch (const std::exception &error) {
-    set_error(error.what());
-    return 1;
-  } catch (...) {
-    set_error("an exception that is not a std::exception");
-    return 1;
-  }
-}
-
-at::Tensor &tensor(void *handle) { return *static_cast<at::Tensor *>(handle); }
 } // namespace
 
 extern "C" {
 
 const char *ft_last_error() { return last_error.c_str(); }
 
-// For the other files of the shim.
-void ft_set_error(const char *message) { set_error(message); }
+void ft_set_error(const char *message) {
+  last_error = message;
+  // libtorch appends a stack trace after the first line.
+  last_error = last_error.substr(0, last_error.find('\n'));
+}
 
 // One AdamW step over flat buffers. `step` is an fp32 scalar tensor that already counts this step; where `found_inf`
 // (fp32 scalar) is 1 nothing moves.

@@ -1,27 +1,13 @@
 // libtorch's profiler: what was computed on this thread between start and stop, and on the device. No exception crosses into
-// Rust; the message is the shim's (shim.cpp).
+// Rust (guard.h).
 
 #include <torch/csrc/autograd/profiler_kineto.h>
 
-#include <exception>
+#include <cstdlib>
+#include <set>
 #include <string>
 
-extern "C" void ft_set_error(const char *message);
-
-namespace {
-template <typename F> int guarded(F body) {
-  try {
-    body();
-    return 0;
-  } catch (const std::exception &error) {
-    ft_set_error(error.what());
-    return 1;
-  } catch (...) {
-    ft_set_error("an exception that is not a std::exception");
-    return 1;
-  }
-}
-} // namespace
+#include "guard.h"
 
 extern "C" {
 
@@ -34,6 +20,8 @@ typedef void (*ft_operation)(void *context, const char *name, uint64_t start_ns,
 int ft_profile_start(int cuda) {
   return guarded([&] {
     using torch::profiler::impl::ActivityType;
+    // Kineto complains of every machine without a GPU.
+    setenv("KINETO_LOG_LEVEL", "99", /*overwrite=*/0);
     std::set<ActivityType> activities{ActivityType::CPU};
     if (cuda) {
       activities.insert(ActivityType::CUDA);

@@ -1,0 +1,43 @@
+// No C++ exception may cross into Rust: an entry returns 0, or 1 with a message that ft_last_error gives.
+
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/record_function.h>
+
+#include <c10/core/GradMode.h>
+
+#include <exception>
+#include <initializer_list>
+#include <vector>
+
+extern "C" void ft_set_error(const char *message);
+
+template <typename F> int guarded(F body) {
+  try {
+    c10::AutoGradMode no_grad(false);
+    body();
+    return 0;
+  } catch (const std::exception &error) {
+    ft_set_error(error.what());
+    return 1;
+  } catch (...) {
+    ft_set_error("an exception that is not a std::exception");
+    return 1;
+  }
+}
+
+// The tensor of a handle, which stays the caller's.
+inline at::Tensor &tensor(void *handle) { return *static_cast<at::Tensor *>(handle); }
+
+// Work that the profiler shows by this name, with the shapes of its inputs.
+template <typename F> int recorded(const char *name, std::initializer_list<void *> inputs, F body) {
+  return guarded([&] {
+    std::vector<c10::IValue> values;
+    for (void *input : inputs) {
+      values.emplace_back(tensor(input));
+    }
+    RECORD_FUNCTION(name, c10::ArrayRef<const c10::IValue>(values.data(), values.size()));
+    body();
+  });
+}

@@ -1,0 +1,165 @@
+//! Our kernels for bf16 on CPUs with AVX512-BF16 (`cpp/attention.cpp`, `cpp/pointwise.cpp`). Like tch's own functions they panic
+//! with libtorch's message where arguments do not belong together; [`fits`] says beforehand whether they can be used.
+
+use std::ffi::{c_int, c_void};
+use std::sync::OnceLock;
+
+use tch::{Device, Kind, Tensor};
+
+use super::{check, handle};
+
+unsafe extern "C" {
+    fn ft_cpu_kernels_are_supported() -> c_int;
+    fn ft_cpu_attention(
+        query: *mut c_void,
+        key: *mut c_void,
+        value: *mut c_void,
+        bounds: *mut c_void,
+        scale: f64,
+        out: *mut c_void,
+        logsumexp: *mut c_void,
+    ) -> c_int;
+    fn ft_cpu_attention_backward(
+        gradient: *mut c_void,
+        query: *mut c_void,
+        key: *mut c_void,
+        value: *mut c_void,
+        out: *mut c_void,
+        logsumexp: *mut c_void,
+        bounds: *mut c_void,
+        scale: f64,
+        d_query: *mut c_void,
+        d_key: *mut c_void,
+        d_value: *mut c_void,
+    ) -> c_int;
+    fn ft_cpu_swiglu(gate: *mut c_void, up: *mut c_void, out: *mut c_void) -> c_int;
+    fn ft_cpu_swiglu_backward(
+        gradient: *mut c_void,
+        gate: *mut c_void,
+        up: *mut c_void,
+        d_gate: *mut c_void,
+        d_up: *mut c_void,
+    ) -> c_int;
+    fn ft_cpu_rms_norm(x: *mut c_void, weight: *mut c_void, eps: f64, out: *mut c_void) -> c_int;
+    fn ft_cpu_rms_norm_backward(
+        gradient: *mut c_void,
+        x: *mut c_void,
+        weight: *mut c_void,
+        eps: f64,
+        residual: *mut c_void,
+        out: *mut c_void,
+    ) -> c_int;
+    fn ft_cpu_rotate(x: *mut c_void, cos: *mut c_void, sin: *mut c_void, sign: f64, out: *mut c_void) -> c_int;
+    fn ft_cpu_cross_entropy(logits: *mut c_void, labels: *mut c_void, scale: f64, losses: *mut c_void) -> c_int;
+}
+
+/// Whether this CPU has the instructions.
+fn is_supported() -> bool {
+    static SUPPORTED: OnceLock<bool> = OnceLock::new();
+    // SAFETY: asks the CPU.
+    *SUPPORTED.get_or_init(|| unsafe { ft_cpu_kernels_are_supported() != 0 })
+}
+
+/// Whether the kernels take these tensors: bf16 on a CPU that has the instructions, contiguous, the last dimension a multiple
+/// of `width`.
+pub fn fits(tensors: &[&Tensor], width: i64) -> bool {
+    let one_fits = |tensor: &&Tensor| {
+        tensor.device() == Device::Cpu
+            && tensor.kind() == Kind::BFloat16
+            && tensor.is_contiguous()
+            && tensor.size().last().is_some_and(|size| size % width == 0)
+    };
+    is_supported() && tensors.iter().all(one_fits)
+}
+
+/// What [`attention`] and [`rotate`] need of a head's size.
+pub const HEAD_WIDTH: i64 = 32;
+/// What the others need of a row.
+pub const ROW_WIDTH: i64 = 16;
+
+fn done(status: c_int) {
+    check(status).unwrap_or_else(|error| panic!("{error}"));
+}
+
+/// Causal attention over packed examples: q `[t, n, d]`, k and v `[t, k, d]`; `bounds` int32 `[examples + 1]`. Returns the
+/// output `[t, n, d]` and the log-sum-exp of the scores, fp32 `[n, t]`.
+pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, bounds: &Tensor, scale: f64) -> (Tensor, Tensor) {
+    let size = q.size();
+    let (out, logsumexp) = (q.empty_like(), Tensor::empty([size[1], size[0]], (Kind::Float, Device::Cpu)));
+    // SAFETY: the handles are live tensors during the call; the kernel checks dtypes and layouts.
+    done(unsafe {
+        let (out, logsumexp) = (handle(&out), handle(&logsumexp));
+        ft_cpu_attention(handle(q), handle(k), handle(v), handle(bounds), scale, out, logsumexp)
+    });
+    (out, logsumexp)
+}
+
+/// The gradients of [`attention`] with respect to q, k and v, from that of its output and what it returned.
+pub fn attention_backward(
+    gradient: &Tensor,
+    [q, k, v]: [&Tensor; 3],
+    (out, logsumexp): (&Tensor, &Tensor),
+    bounds: &Tensor,
+    scale: f64,
+) -> [Tensor; 3] {
+    let gradients = [q, k, v].map(Tensor::empty_like);
+    let [dq, dk, dv] = gradients.each_ref().map(handle);
+    // SAFETY: as above.
+    done(unsafe {
+        let (gradient, out, logsumexp) = (handle(gradient), handle(out), handle(logsumexp));
+        let (q, k, v) = (handle(q), handle(k), handle(v));
+        ft_cpu_attention_backward(gradient, q, k, v, out, logsumexp, handle(bounds), scale, dq, dk, dv)
+    });
+    gradients
+}
+
+/// `silu(gate) * up`
+pub fn swiglu(gate: &Tensor, up: &Tensor) -> Tensor {
+    let out = gate.empty_like();
+    // SAFETY: as above.
+    done(unsafe { ft_cpu_swiglu(handle(gate), handle(up), handle(&out)) });
+    out
+}
+
+/// The gradients of [`swiglu`] with respect to `gate` and `up`.
+pub fn swiglu_backward(gradient: &Tensor, gate: &Tensor, up: &Tensor) -> (Tensor, Tensor) {
+    let (d_gate, d_up) = (gate.empty_like(), up.empty_like());
+    // SAFETY: as above.
+    done(unsafe { ft_cpu_swiglu_backward(handle(gradient), handle(gate), handle(up), handle(&d_gate), handle(&d_up)) });
+    (d_gate, d_up)
+}
+
+/// RMSNorm of rows.
+pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
+    let out = x.empty_like();
+    // SAFETY: as above.
+    done(unsafe { ft_cpu_rms_norm(handle(x), handle(weight), eps, handle(&out)) });
+    out
+}
+
+/// `residual` plus the gradient of [`rms_norm`] with respect to `x`.
+pub fn rms_norm_backward(gradient: &Tensor, x: &Tensor, weight: &Tensor, eps: f64, residual: &Tensor) -> Tensor {
+    let out = x.empty_like();
+    // SAFETY: as above.
+    done(unsafe {
+        let (weight, residual) = (handle(weight), handle(residual));
+        ft_cpu_rms_norm_backward(handle(gradient), handle(x), weight, eps, residual, handle(&out))
+    });
+    out
+}
+
+/// `x * cos + sign * swap_halves(x) * sin` of x `[t, n, d]`, cos and sin `[t, 1, d]`.
+pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor, sign: f64) -> Tensor {
+    let out = x.empty_like();
+    // SAFETY: as above.
+    done(unsafe { ft_cpu_rotate(handle(x), handle(cos), handle(sin), sign, handle(&out)) });
+    out
+}
+
+/// Negative log-likelihoods of `labels` (int64 `[n]`), fp32 `[n]`. The logits `[n, v]` become `scale * (softmax - onehot)`.
+pub fn cross_entropy(logits: &Tensor, labels: &Tensor, scale: f64) -> Tensor {
+    let losses = Tensor::empty([logits.size()[0]], (Kind::Float, Device::Cpu));
+    // SAFETY: as above.
+    done(unsafe { ft_cpu_cross_entropy(handle(logits), handle(labels), scale, handle(&losses)) });
+    losses
+}
