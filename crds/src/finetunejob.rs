@@ -163,7 +163,7 @@ pub struct FineTuneJobSpec {
     /// End training at the next step, evaluate and publish. Cannot be taken back.
     #[serde(default)]
     pub stop_requested: bool,
-    /// Seconds from creation until the first training pod must run.
+    /// Seconds from creation, or from when it was last resumed, until the first training pod must run.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1))]
     pub start_deadline_seconds: Option<i64>,
