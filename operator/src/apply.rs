@@ -12,7 +12,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::build::{
-    build_claim, build_config_map, build_control, build_report_job, build_stage_job, is_labelled_for, is_owned_by,
+    build_claim, build_config_map, build_control, build_report_job, build_stage_job, controller, is_labelled_for,
+    is_owned_by,
 };
 use crate::observe::{AttemptSeen, JobSeen, Observed};
 use crate::status::{Applied, is_terminal, needs_report_job};
@@ -144,12 +145,9 @@ fn same_map(job: &FineTuneJob, map: &ConfigMap) -> impl Fn(&ConfigMap) -> bool {
 
 /// Whether what has an object's name belongs to an owner of the same name that is gone: its garbage is not collected yet.
 fn is_leftover(found: &ObjectMeta, object: &ObjectMeta) -> bool {
-    let controller = |metadata: &ObjectMeta| {
-        metadata.owner_references.iter().flatten().find(|one| one.controller == Some(true)).cloned()
-    };
     controller(found)
         .zip(controller(object))
-        .is_some_and(|(found, ours)| (found.kind, found.name) == (ours.kind, ours.name) && found.uid != ours.uid)
+        .is_some_and(|(found, ours)| (&found.kind, &found.name) == (&ours.kind, &ours.name) && found.uid != ours.uid)
 }
 
 fn owned_by(job: &FineTuneJob) -> impl Fn(&Job) -> bool {

@@ -65,8 +65,12 @@ pub fn report_job_name(job: &FineTuneJob, of: &JobReference) -> String {
 
 /// Whether an object is controlled by this very job.
 pub fn is_owned_by(metadata: &ObjectMeta, job: &FineTuneJob) -> bool {
-    let owners = metadata.owner_references.as_deref().unwrap_or_default();
-    owners.iter().any(|owner| owner.controller == Some(true) && Some(&owner.uid) == job.metadata.uid.as_ref())
+    controller(metadata).is_some_and(|owner| Some(&owner.uid) == job.metadata.uid.as_ref())
+}
+
+/// The owner that controls an object: there is one at most.
+pub fn controller(metadata: &ObjectMeta) -> Option<&OwnerReference> {
+    metadata.owner_references.iter().flatten().find(|owner| owner.controller == Some(true))
 }
 
 /// Whether an object was made for this very job, owned or not.

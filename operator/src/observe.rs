@@ -295,8 +295,7 @@ fn pods_of(caches: &Caches, job: &FineTuneJob, child_uid: Option<&str>) -> Vec<P
 
 /// `metadata.uid` of the Job that a pod belongs to.
 pub fn controller_uid(pod: &Pod) -> Option<&str> {
-    let owners = pod.metadata.owner_references.as_deref().unwrap_or_default();
-    owners.iter().find(|owner| owner.controller == Some(true)).map(|owner| owner.uid.as_str())
+    build::controller(&pod.metadata).map(|owner| owner.uid.as_str())
 }
 
 /// What a pod shows, of its trainer container.

@@ -130,9 +130,7 @@ fn what_no_node_has_is_told_and_recovers() {
     let Some(operator) = Operator::shared() else { return };
     let space = operator.workspace("mig");
     space.job("bot", "profile: mig\nhyperparameters: {maxSteps: 5, batchSize: 8, precision: FP32}");
-    let status = space.until("bot", "to be unschedulable", |status| {
-        status["conditions"].as_array().is_some_and(|all| all.iter().any(|one| one["reason"] == "Unschedulable"))
-    });
+    let status = space.until_reason("bot", "Unschedulable");
     let message = condition(&status, "Running")["message"].as_str().unwrap_or_default();
     assert!(message.contains("Insufficient nvidia.com/mig-1g.10gb"), "{message}");
     operator.cluster.set_capacity("node1", "nvidia.com/mig-1g.10gb", 1);
@@ -146,9 +144,7 @@ fn an_image_that_cannot_be_pulled_and_a_claim_that_is_missing_are_told_in_the_wo
     space.job("image", "profile: late");
     space.job("claim", "checkpoint: {storage: {claim: nowhere}}");
     let stuck = |name: &str, reason: &str| {
-        let status = space.until(name, reason, |status| {
-            status["conditions"].as_array().is_some_and(|all| all.iter().any(|one| one["reason"] == reason))
-        });
+        let status = space.until_reason(name, reason);
         condition(&status, "Running")["message"].as_str().unwrap_or_default().to_owned()
     };
     let message = stuck("image", "ImagePullFailed");
@@ -192,9 +188,7 @@ fn what_a_profile_does_not_allow_makes_no_child() {
     // Somebody else's object has a name that a child would get.
     space.namespace.kubectl(&["create", "configmap", "taken-run"]);
     space.job("taken", "");
-    let status = space.until("taken", "a verdict", |status| {
-        status["conditions"].as_array().is_some_and(|all| all.iter().any(|one| one["reason"] == "ChildNameTaken"))
-    });
+    let status = space.until_reason("taken", "ChildNameTaken");
     assert_eq!(condition(&status, "Accepted")["status"], "False");
     space.namespace.kubectl(&["delete", "configmap", "taken-run"]);
     space.succeeded("taken");
@@ -246,13 +240,7 @@ fn deadlines_end_jobs_and_the_ttl_forgets_them() {
             if live.is_empty() { Ok(()) } else { Err(format!("{live:?}")) }
         });
     }
-    harness::cluster::wait_for("the job to be forgotten", harness::operator::FEW_MINUTES, || {
-        match space.get("active") {
-            Err(error) if error.contains("NotFound") => Ok(()),
-            Err(error) => Err(error),
-            Ok(job) => Err(job["status"].to_string()),
-        }
-    });
+    space.forgotten("active");
 }
 
 #[test]

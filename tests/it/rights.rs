@@ -41,11 +41,7 @@ fn the_operator_uses_every_right_that_it_has_and_asks_for_no_other() {
     });
     space.patch("held", "{\"suspend\": true}");
     space.until("held", "to be held", |status| status["phase"] == "Suspended");
-    wait_for("the job to be forgotten", FEW_MINUTES, || match space.get("forgotten") {
-        Err(error) if error.contains("NotFound") => Ok(()),
-        Err(error) => Err(error),
-        Ok(job) => Err(job["status"].to_string()),
-    });
+    space.forgotten("forgotten");
 
     let mut granted = granted(operator);
     for (right, _) in UNUSED {

@@ -283,6 +283,22 @@ spec: {{accessModes: [ReadWriteMany], storageClassName: "", volumeName: {name}-{
         })
     }
 
+    /// Waits until a condition has a reason; returns the status.
+    pub fn until_reason(&self, name: &str, reason: &str) -> Value {
+        self.until(name, reason, |status| {
+            status["conditions"].as_array().is_some_and(|all| all.iter().any(|one| one["reason"] == reason))
+        })
+    }
+
+    /// Waits until a job is not there any more.
+    pub fn forgotten(&self, name: &str) {
+        wait_for(format!("{name} to be forgotten"), FEW_MINUTES, || match self.get(name) {
+            Err(error) if error.contains("NotFound") => Ok(()),
+            Err(error) => Err(error),
+            Ok(job) => Err(job["status"].to_string()),
+        });
+    }
+
     /// Waits until a job has ended, and returns its status.
     pub fn ended(&self, name: &str) -> Value {
         self.until(name, "to end", |status| matches!(status["phase"].as_str(), Some("Succeeded" | "Failed")))
@@ -346,4 +362,10 @@ spec: {{accessModes: [ReadWriteMany], storageClassName: "", volumeName: {name}-{
 pub fn condition<'a>(status: &'a Value, name: &str) -> &'a Value {
     let conditions = status["conditions"].as_array().unwrap_or_else(|| panic!("no conditions: {status:#}"));
     conditions.iter().find(|one| one["type"] == name).unwrap_or_else(|| panic!("no condition {name}: {status:#}"))
+}
+
+/// Training attempts, and attempts that were preempted and that failed, of a status.
+pub fn attempts(status: &Value) -> (Option<i64>, Option<i64>, Option<i64>) {
+    let count = |name: &str| status["attempts"][name].as_i64();
+    (count("total"), count("preempted"), count("failed"))
 }

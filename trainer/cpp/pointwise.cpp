@@ -5,7 +5,6 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <c10/core/AutogradState.h>
 
 #include <algorithm>
 #include <cmath>
@@ -129,9 +128,6 @@ AVX512 float cross_entropy(uint16_t *logits, int64_t label, int64_t columns, flo
   return level - logit;
 }
 
-// Calls work(first, last) on shares of `count`, at least `least` each.
-template <typename F> void for_shares(int64_t count, int64_t least, F work) { at::parallel_for(0, count, least, work); }
-
 // Elements that are worth a thread of their own.
 constexpr int64_t LEAST = 16384;
 
@@ -150,7 +146,7 @@ int ft_cpu_kernels_are_supported() {
 int ft_cpu_swiglu(void *gate, void *up, void *out) {
   return recorded("finetune::swiglu", {gate, up}, [&] {
     const Matrix g(tensor(gate), "gate"), u(tensor(up), "up"), o(tensor(out), "out");
-    for_shares(g.rows, least_rows(g.columns), [&](int64_t first, int64_t last) {
+    at::parallel_for(0, g.rows, least_rows(g.columns), [&](int64_t first, int64_t last) {
       swiglu(g.row(first), u.row(first), o.row(first), (last - first) * g.columns);
     });
   });
@@ -160,7 +156,7 @@ int ft_cpu_swiglu_backward(void *gradient, void *gate, void *up, void *d_gate, v
   return recorded("finetune::swiglu_backward", {gradient, gate, up}, [&] {
     const Matrix d(tensor(gradient), "gradient"), g(tensor(gate), "gate"), u(tensor(up), "up");
     const Matrix dg(tensor(d_gate), "d_gate"), du(tensor(d_up), "d_up");
-    for_shares(g.rows, least_rows(g.columns), [&](int64_t first, int64_t last) {
+    at::parallel_for(0, g.rows, least_rows(g.columns), [&](int64_t first, int64_t last) {
       swiglu_backward(d.row(first), g.row(first), u.row(first), dg.row(first), du.row(first), (last - first) * g.columns);
     });
   });
@@ -169,7 +165,7 @@ int ft_cpu_swiglu_backward(void *gradient, void *gate, void *up, void *d_gate, v
 int ft_cpu_rms_norm(void *x, void *weight, double eps, void *out) {
   return recorded("finetune::rms_norm", {x, weight}, [&] {
     const Matrix input(tensor(x), "x"), w(tensor(weight), "weight"), o(tensor(out), "out");
-    for_shares(input.rows, least_rows(input.columns), [&](int64_t first, int64_t last) {
+    at::parallel_for(0, input.rows, least_rows(input.columns), [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row) {
         rms_norm(input.row(row), w.data, o.row(row), input.columns, eps);
       }
@@ -182,7 +178,7 @@ int ft_cpu_rms_norm_backward(void *gradient, void *x, void *weight, double eps, 
   return recorded("finetune::rms_norm_backward", {gradient, x, weight, residual}, [&] {
     const Matrix g(tensor(gradient), "gradient"), input(tensor(x), "x"), w(tensor(weight), "weight");
     const Matrix r(tensor(residual), "residual"), o(tensor(out), "out");
-    for_shares(input.rows, least_rows(input.columns), [&](int64_t first, int64_t last) {
+    at::parallel_for(0, input.rows, least_rows(input.columns), [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row) {
         rms_norm_backward(g.row(row), input.row(row), w.data, r.row(row), o.row(row), input.columns, eps);
       }
@@ -196,7 +192,7 @@ int ft_cpu_rotate(void *x, void *cos, void *sin, double sign, void *out) {
     const Matrix input(tensor(x), "x"), c(tensor(cos), "cos"), s(tensor(sin), "sin"), o(tensor(out), "out");
     TORCH_CHECK(input.columns % (2 * LANES) == 0, "x must be a multiple of 32 wide");
     const int64_t heads = input.rows / c.rows;
-    for_shares(c.rows, least_rows(heads * input.columns), [&](int64_t first, int64_t last) {
+    at::parallel_for(0, c.rows, least_rows(heads * input.columns), [&](int64_t first, int64_t last) {
       for (int64_t row = first * heads; row < last * heads; ++row) {
         rotate(input.row(row), c.row(row / heads), s.row(row / heads), o.row(row), input.columns, static_cast<float>(sign));
       }
@@ -210,7 +206,7 @@ int ft_cpu_cross_entropy(void *logits, void *labels, double scale, void *losses)
     const Matrix l(tensor(logits), "logits");
     const int64_t *targets = tensor(labels).data_ptr<int64_t>();
     float *found = tensor(losses).data_ptr<float>();
-    for_shares(l.rows, 1, [&](int64_t first, int64_t last) {
+    at::parallel_for(0, l.rows, 1, [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row) {
         TORCH_CHECK(targets[row] >= 0 && targets[row] < l.columns, "label ", targets[row], " of ", l.columns);
         found[row] = cross_entropy(l.row(row), targets[row], l.columns, static_cast<float>(scale));

@@ -7,8 +7,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/_flash_attention_forward.h>
 #include <ATen/ops/_fused_adamw.h>
-#include <c10/core/AutogradState.h>
-#include <c10/core/GradMode.h>
 
 #include <torch/headeronly/version.h>
 

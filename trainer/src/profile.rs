@@ -12,11 +12,11 @@ use crds::run::RunConfig;
 use tch::{Device, Kind, Tensor};
 
 use crate::data::pack::pack;
-use crate::model::{Built, Noise, build};
+use crate::model::{Built, build};
 use crate::record::Observer;
-use crate::run::{Context, Error, Place, Planned, model_source, plan_run};
+use crate::run::{Context, Error, Place, loop_plan, model_source, plan_run};
 use crate::shim::{self, Operation};
-use crate::train::{StepConfig, train_step};
+use crate::train::train_step;
 
 /// Steps before anything is measured: they fill caches of kernels and memory.
 const WARM_STEPS: i64 = 2;
@@ -126,8 +126,11 @@ pub fn profile(
     let planned = plan_run(config, context, Place::Here, observer)?;
     let device = planned.chosen.device;
     let Built { model, mut parameters } = build(&model_source(config, &planned))?;
+    let plan = loop_plan(config, &planned);
+    let micro_batches =
+        |number: i64| pack(plan.examples, &plan.order.examples(number), planned.estimate.micro_batch_tokens);
     let mut step = |number: i64| -> Result<f64, Error> {
-        let (micro_batches, constants) = step_inputs(config, &planned, number);
+        let (micro_batches, constants) = (micro_batches(number), plan.step_config(number));
         let started = Instant::now();
         let stats = train_step(&model, &mut parameters, &micro_batches, &constants, context.stop);
         let stats = stats.map_err(|error| Error::Train(error.into()))?.ok_or(Error::Stopped { step: number })?;
@@ -143,7 +146,7 @@ pub fn profile(
     let (profiled, operations) =
         shim::profile(device.is_cuda(), trace, || step(measured)).map_err(|error| Error::Train(error.into()))?;
     let profiled_seconds = profiled?;
-    let (batches, _) = step_inputs(config, &planned, measured);
+    let batches = micro_batches(measured);
     let tokens =
         batches.iter().fold((0, 0), |(all, trained), batch| (all + batch.tokens.len(), trained + batch.labels.len()));
     let peaks = Peaks::measure(device);
@@ -158,23 +161,6 @@ pub fn profile(
         lines,
         trace: trace.to_path_buf(),
     })
-}
-
-fn step_inputs(
-    config: &RunConfig,
-    planned: &Planned,
-    number: i64,
-) -> (Vec<crate::data::pack::PackedBatch>, StepConfig) {
-    let hyperparameters = &config.hyperparameters;
-    let ids = planned.order.examples(number);
-    let constants = StepConfig {
-        learning_rate: planned.schedule.learning_rate(number),
-        weight_decay: hyperparameters.weight_decay,
-        max_grad_norm: hyperparameters.max_grad_norm,
-        noise: Noise { seed: hyperparameters.seed, step: number, neftune_alpha: hyperparameters.neftune_alpha },
-        recompute: planned.estimate.recompute,
-    };
-    (pack(&planned.prepared.train, &ids, planned.estimate.micro_batch_tokens), constants)
 }
 
 /// Adds up operations. Of calls the time of what they called themselves is taken off; kernels on a device call nothing.

@@ -32,6 +32,7 @@ use crate::train::{self, Outcome, TrainState, train};
 use crate::watchdog::Watchdog;
 pub use planning::{Place, Planned, plan_run};
 use publishing::publish;
+pub use surroundings::loop_plan;
 use surroundings::{Earlier, Failures, RunSurroundings};
 
 /// A run ended without a result.
@@ -390,7 +391,7 @@ fn train_stage(
         earlier,
         failures: Failures::default(),
     };
-    let loop_plan = surroundings::loop_plan(config, planned);
+    let loop_plan = loop_plan(config, planned);
     let outcome = train(&model, &mut parameters, &mut state, &loop_plan, context.stop, &mut surroundings);
     let title = format!("{}: loss", config.job.name);
     let best = state.best.map(|best| (best.step, best.value));

@@ -214,6 +214,19 @@ pub struct Plan<'a> {
     pub checkpoint: CheckpointInterval,
 }
 
+impl Plan<'_> {
+    /// What the step after `step` completed ones is made with.
+    pub fn step_config(&self, step: i64) -> StepConfig {
+        StepConfig {
+            learning_rate: self.schedule.learning_rate(step),
+            weight_decay: self.weight_decay,
+            max_grad_norm: self.max_grad_norm,
+            noise: Noise { seed: self.seed, step, neftune_alpha: self.neftune_alpha },
+            recompute: self.recompute,
+        }
+    }
+}
+
 /// What the loop asks of the world around it.
 pub trait Surroundings {
     /// Takes note of an event.
@@ -372,13 +385,7 @@ fn step(
 ) -> Result<(), Error> {
     let started = Instant::now();
     let ids = plan.order.examples(state.step);
-    let config = StepConfig {
-        learning_rate: plan.schedule.learning_rate(state.step),
-        weight_decay: plan.weight_decay,
-        max_grad_norm: plan.max_grad_norm,
-        noise: Noise { seed: plan.seed, step: state.step, neftune_alpha: plan.neftune_alpha },
-        recompute: plan.recompute,
-    };
+    let config = plan.step_config(state.step);
     let mut data_seconds = 0.0;
     let stats = loop {
         let packing = Instant::now();

@@ -1,7 +1,7 @@
 //! Pods, nodes and operators that go away while a job runs: it ends as if they had not.
 
 use harness::cluster::{MINUTE, Node, TEST_NODE, wait_for};
-use harness::operator::{FEW_MINUTES, Operator, PLACE, SYSTEM, Workspace, condition};
+use harness::operator::{FEW_MINUTES, Operator, PLACE, SYSTEM, Workspace, attempts, condition};
 
 use super::{LONG, LONG_ON_CLAIM, artifact, long_adapter};
 
@@ -63,9 +63,7 @@ fn a_node_without_power_is_waited_for_until_it_is_gone_for_certain() {
     let node = train_on(operator, &space);
     node.power_off();
     allow_first_node(operator, &space);
-    let status = space.until("bot", "to wait for the lost pod", |status| {
-        status["conditions"].as_array().is_some_and(|all| all.iter().any(|one| one["reason"] == "Preempted"))
-    });
+    let status = space.until_reason("bot", "Preempted");
     let message = condition(&status, "Running")["message"].as_str().unwrap_or_default();
     assert!(message.contains("when it is gone for certain"), "{status:#}");
     assert_eq!(status["attempts"]["total"], 1, "the lost pod may still write: {status:#}");
@@ -73,9 +71,7 @@ fn a_node_without_power_is_waited_for_until_it_is_gone_for_certain() {
     let taint = "node.kubernetes.io/out-of-service=nodeshutdown:NoExecute";
     operator.cluster.kubectl(&["taint", "node", &node.name(), taint]);
     let status = space.succeeded("bot");
-    let attempts = &status["attempts"];
-    let counts = (attempts["total"].as_i64(), attempts["preempted"].as_i64(), attempts["failed"].as_i64());
-    assert_eq!(counts, (Some(2), Some(1), Some(0)), "{status:#}");
+    assert_eq!(attempts(&status), (Some(2), Some(1), Some(0)), "{status:#}");
     assert_eq!(artifact(&status), long_adapter());
     assert_eq!(pods.one_after_another().len(), 4);
 }
@@ -101,9 +97,7 @@ fn lose_the_operator(operator: &Operator, space: &Workspace, name: &str, lose: i
     }
     let status = space.succeeded(name);
     assert_eq!(artifact(&status), long_adapter());
-    let attempts = &status["attempts"];
-    let counts = (attempts["total"].as_i64(), attempts["preempted"].as_i64(), attempts["failed"].as_i64());
-    assert_eq!(counts, (Some(1), Some(0), Some(0)), "{status:#}");
+    assert_eq!(attempts(&status), (Some(1), Some(0), Some(0)), "{status:#}");
     assert_eq!(pods.one_after_another().len(), 3);
     let mut made = operator.cluster.created(space.namespace.name(), "jobs");
     made.sort();

@@ -125,9 +125,7 @@ fn a_forged_configuration_holds_its_job_and_no_other() {
         operator.cluster.try_apply(space.namespace.name(), &forged.to_string())
     });
     // An owner reference proves nothing: no pod is made to read it.
-    space.until("bot", "the forgery to be noticed", |status| {
-        status["conditions"].as_array().is_some_and(|all| all.iter().any(|one| one["reason"] == "ChildNameTaken"))
-    });
+    space.until_reason("bot", "ChildNameTaken");
     space.job("next", SHORT);
     space.succeeded("next");
     space.namespace.kubectl(&["delete", "configmap", "bot-run"]);

@@ -1,6 +1,6 @@
 //! A job that waits in a queue. The queue is played by the test: it does to Workloads and Jobs what Kueue does.
 
-use harness::operator::{Operator, Workspace, condition};
+use harness::operator::{Operator, Workspace, attempts, condition};
 use serde_json::{Value, json};
 
 use super::{LONG, artifact, long_adapter};
@@ -105,10 +105,8 @@ fn a_queued_job_waits_is_admitted_evicted_and_goes_on_as_the_same_attempt() {
     kueue.says("QuotaReserved", "True", "QuotaReserved", "");
     kueue.suspend(false);
     let status = space.succeeded("bot");
-    let attempts = &status["attempts"];
-    let counts = (attempts["total"].as_i64(), attempts["preempted"].as_i64(), attempts["failed"].as_i64());
-    assert_eq!(counts, (Some(1), Some(1), Some(0)), "{status:#}");
-    assert!(attempts["resumedFromStep"].as_i64().is_some_and(|step| step > 0), "{status:#}");
+    assert_eq!(attempts(&status), (Some(1), Some(1), Some(0)), "{status:#}");
+    assert!(status["attempts"]["resumedFromStep"].as_i64().is_some_and(|step| step > 0), "{status:#}");
     assert_eq!(artifact(&status), long_adapter());
     assert_eq!(space.jobs("bot"), ["bot-prepare-1", "bot-publish-1", "bot-train-1"]);
     assert_eq!(pods.one_after_another().len(), 4);

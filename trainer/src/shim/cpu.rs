@@ -163,3 +163,10 @@ pub fn cross_entropy(logits: &Tensor, labels: &Tensor, scale: f64) -> Tensor {
     done(unsafe { ft_cpu_cross_entropy(handle(logits), handle(labels), scale, handle(&losses)) });
     losses
 }
+
+/// How far a result is from the exact one, relative to it: what the kernels' tests judge by.
+#[cfg(test)]
+pub fn distance(ours: &Tensor, exact: &Tensor) -> f64 {
+    let [ours, exact] = [ours, exact].map(|tensor| tensor.to_kind(Kind::Double));
+    (ours - &exact).norm().double_value(&[]) / exact.norm().double_value(&[])
+}
