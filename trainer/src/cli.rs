@@ -479,7 +479,7 @@ fn answer(
 mod tests {
     use super::*;
 
-    const EXAMPLES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../crds/examples");
+    const EXAMPLES: &str = "../crds/examples";
 
     fn parsed(line: &str) -> Result<Arguments, ExitCode> {
         parse_arguments(line.split_whitespace().map(Into::into))
