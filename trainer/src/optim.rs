@@ -12,6 +12,8 @@ use crate::shim::{self, AdamwStep};
 const BETA1: f64 = 0.9;
 const BETA2: f64 = 0.999;
 const EPS: f64 = 1e-8;
+/// Bytes of a trained element's master and moments, fp32.
+pub const STATE_BYTES: i64 = 12;
 /// Elements whose squares are summed in one run of fp32 additions.
 const NORM_BLOCK: i64 = 1024;
 
@@ -134,6 +136,11 @@ impl Parameters {
     /// The flat first and second moments and the number of updates, for a checkpoint.
     pub fn moments(&self) -> (&Tensor, &Tensor, &Tensor) {
         (&self.exp_avg, &self.exp_avg_sq, &self.updates)
+    }
+
+    /// Bytes of what a checkpoint holds: masters and both moments.
+    pub fn state_bytes(&self) -> u64 {
+        STATE_BYTES.unsigned_abs() * self.num_elements().unsigned_abs()
     }
 
     /// The whole fp32 master buffer.

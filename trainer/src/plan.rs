@@ -9,6 +9,7 @@ use tch::{Kind, Tensor};
 
 use crate::loss::chunk_rows;
 use crate::model::{Config, Recompute, base_elements, lora_parameters};
+use crate::optim::STATE_BYTES;
 
 /// Resident bytes of the process before a model is there: libtorch, its threads, the binary and the prepared rows, as
 /// measured on x86-64.
@@ -66,6 +67,8 @@ pub struct Estimate {
     pub base_parameters: i64,
     /// Seconds of all optimizer steps.
     pub seconds: f64,
+    /// Whether the host has room for a copy of the trained state, from which a checkpoint is written while training goes on.
+    pub has_room_for_copy: bool,
     /// Whether it fits.
     pub fits: bool,
 }
@@ -176,6 +179,14 @@ fn estimate_at(inputs: &Inputs, method: &Method, tokens: i64, recompute: Recompu
         total: 0,
     };
     memory.total = memory.weights + memory.parameters + memory.optimizer + memory.activations + memory.workspace;
+    let fits = memory.total <= inputs.memory;
+    // An accelerator's memory is not the host's, where the copy lies.
+    let copy = if inputs.accelerator { 0 } else { trainable * STATE_BYTES };
+    let has_room_for_copy = memory.total + copy <= inputs.memory;
+    if has_room_for_copy {
+        memory.workspace += copy;
+        memory.total += copy;
+    }
     let linear = (base - model.vocab_size * hidden * if model.tie_word_embeddings { 1 } else { 2 }) as f64;
     let adapters = if full { 0.0 } else { trainable as f64 };
     // Forward and input gradient always; weight gradients where trained; a third pass where layers are recomputed.
@@ -189,7 +200,8 @@ fn estimate_at(inputs: &Inputs, method: &Method, tokens: i64, recompute: Recompu
         trainable_parameters: trainable,
         base_parameters: base,
         seconds: run_tokens * per_token / (inputs.matmul_rate * STEP_EFFICIENCY),
-        fits: memory.total <= inputs.memory,
+        has_room_for_copy,
+        fits,
     }
 }
 
