@@ -1,4 +1,4 @@
-//! Our kernels for bf16 on CPUs with AVX512-BF16 (`cpp/attention.cpp`, `cpp/pointwise.cpp`). Like tch's own functions they panic
+//! Our kernels for bf16 and fp32 on CPUs with AVX512-BF16 (`cpp/attention.cpp`, `cpp/pointwise.cpp`). Like tch's own functions they panic
 //! with libtorch's message where arguments do not belong together; [`fits`] says beforehand whether they can be used.
 
 use std::ffi::{c_int, c_void};
@@ -60,16 +60,17 @@ fn is_supported() -> bool {
     *SUPPORTED.get_or_init(|| unsafe { ft_cpu_kernels_are_supported() != 0 })
 }
 
-/// Whether the kernels take these tensors: bf16 on a CPU that has the instructions, contiguous, the last dimension a multiple
+/// Whether the kernels take these tensors: all bf16 or all fp32, on a CPU that has the instructions, contiguous, the last dimension a multiple
 /// of `width`.
 pub fn fits(tensors: &[&Tensor], width: i64) -> bool {
+    let Some(kind) = tensors.first().map(|tensor| tensor.kind()) else { return false };
     let one_fits = |tensor: &&Tensor| {
         tensor.device() == Device::Cpu
-            && tensor.kind() == Kind::BFloat16
+            && tensor.kind() == kind
             && tensor.is_contiguous()
             && tensor.size().last().is_some_and(|size| size % width == 0)
     };
-    is_supported() && tensors.iter().all(one_fits)
+    matches!(kind, Kind::BFloat16 | Kind::Float) && is_supported() && tensors.iter().all(one_fits)
 }
 
 /// What [`attention`] and [`rotate`] need of a head's size.
