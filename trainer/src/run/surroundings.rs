@@ -4,7 +4,7 @@ use std::io::Write;
 use std::time::Instant;
 
 use crds::report::Scores;
-use crds::run::{CheckpointInterval, Metric, RunConfig};
+use crds::run::{CheckpointInterval, Method, Metric, RunConfig};
 use tch::{Device, Kind, Tensor};
 
 use super::evaluation::{Answers, TUNED, measure};
@@ -72,6 +72,7 @@ pub fn loop_plan<'a>(config: &RunConfig, planned: &'a Planned) -> train::Plan<'a
         weight_decay: config.hyperparameters.weight_decay,
         max_grad_norm: config.hyperparameters.max_grad_norm,
         recompute: planned.estimate.recompute,
+        in_backward: matches!(config.method, Method::Full { optimizer_in_backward: true }),
         evaluate_every: (!planned.prepared.validation.is_empty()).then_some(every),
         metric: config.validation.metric,
         early_stopping: config.early_stopping,
@@ -115,11 +116,11 @@ impl RunSurroundings<'_> {
         let mut state = state.clone();
         (state.wall_seconds, state.energy_joules) = self.spent();
         let best = state.best.is_some_and(|best| best.step == state.step);
-        // Masters and both moments, fp32.
-        let bytes = 12 * parameters.num_elements().unsigned_abs();
+        let held = parameters.state().into_iter().map(|(_, tensor)| tensor).chain([parameters.flat_master()]);
+        let bytes = held.map(|tensor| (tensor.numel() * tensor.kind().elt_size_in_bytes()) as u64).sum();
         self.emit_event(&Event::Committing { bytes })?;
         let weights = host_masters(parameters);
-        let optimizer = host_moments(parameters);
+        let optimizer = host_optimizer(parameters);
         let write_state = |sink: &mut dyn Write| serde_json::to_writer_pretty(sink, &state).map_err(Into::into);
         let write_weights = |sink: &mut dyn Write| write_safetensors(sink, &[], &views(&weights));
         let write_optimizer = |sink: &mut dyn Write| write_safetensors(sink, &[], &views(&optimizer));
@@ -197,11 +198,9 @@ pub fn host_masters(parameters: &Parameters) -> Vec<(String, Tensor)> {
     parameters.slots().iter().map(|slot| (slot.name.clone(), host(slot))).collect()
 }
 
-fn host_moments(parameters: &Parameters) -> Vec<(String, Tensor)> {
-    let (exp_avg, exp_avg_sq, updates) = parameters.moments();
-    [("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq), ("updates", updates)]
-        .map(|(name, tensor)| (name.to_owned(), tensor.to_device(Device::Cpu).contiguous()))
-        .into()
+fn host_optimizer(parameters: &Parameters) -> Vec<(String, Tensor)> {
+    let host = |(name, tensor): (&str, &Tensor)| (name.to_owned(), tensor.to_device(Device::Cpu).contiguous());
+    parameters.state().into_iter().map(host).collect()
 }
 
 /// Named tensors as bytes.
@@ -217,20 +216,19 @@ pub fn views(tensors: &[(String, Tensor)]) -> Vec<TensorView<'_>> {
         .collect()
 }
 
-/// The tensor `name` of a checkpoint's file, fp32.
-fn stored_tensor(file: &MappedFile, stored: &Stored, name: &str, shape: &[i64]) -> Result<Tensor, Error> {
+/// The tensor `name` of a checkpoint's file.
+fn stored_tensor(file: &MappedFile, stored: &Stored, name: &str, shape: &[i64], kind: Kind) -> Result<Tensor, Error> {
     let malformed = || {
         Error::Weights(crate::weights::Error::Malformed {
             path: stored.folder.clone(),
-            message: format!("the checkpoint verifies and has no tensor {name} of shape {shape:?}"),
+            message: format!("the checkpoint verifies and has no {kind:?} tensor {name} of shape {shape:?}"),
         })
     };
     let mapped = file.tensor(name).ok_or_else(malformed)?;
-    if mapped.dtype != safetensors::Dtype::F32 || mapped.shape.iter().map(|&size| size as i64).ne(shape.iter().copied())
-    {
+    if mapped.dtype != dtype(kind) || mapped.shape.iter().map(|&size| size as i64).ne(shape.iter().copied()) {
         return Err(malformed());
     }
-    Ok(Tensor::from_data_size(mapped.data, shape, Kind::Float))
+    Ok(Tensor::from_data_size(mapped.data, shape, kind))
 }
 
 /// Puts a checkpoint's weights in place, and leaves the moments.
@@ -238,31 +236,21 @@ pub fn restore_weights(stored: &Stored, parameters: &mut Parameters, stop: &Stop
     let file = MappedFile::open(&stored.folder.join(WEIGHTS))?;
     parameters.set_masters(|slot| {
         stop.alive();
-        stored_tensor(&file, stored, &slot.name, &slot.shape)
+        stored_tensor(&file, stored, &slot.name, &slot.shape, Kind::Float)
     })
 }
 
-fn read_masters(stored: &Stored, parameters: &Parameters) -> Result<Tensor, Error> {
-    let file = MappedFile::open(&stored.folder.join(WEIGHTS))?;
-    let flat = Tensor::zeros([parameters.num_elements()], (Kind::Float, Device::Cpu));
-    for slot in parameters.slots() {
-        slot.view(&flat).copy_(&stored_tensor(&file, stored, &slot.name, &slot.shape)?);
-    }
-    Ok(flat)
-}
-
-/// Puts a checkpoint's weights and moments in place and returns the loop's state.
-pub fn restore(stored: &Stored, parameters: &mut Parameters) -> Result<TrainState, Error> {
+/// Puts a checkpoint's weights and moments in place, one tensor at a time, and returns the loop's state.
+pub fn restore(stored: &Stored, parameters: &mut Parameters, stop: &Stop) -> Result<TrainState, Error> {
     let path = stored.folder.join(STATE);
     let read = |source| crate::checkpoint::Error::Read { path: path.clone(), source };
     let state = std::fs::read(&path).map_err(read)?;
     let state: TrainState = serde_json::from_slice(&state).map_err(|error| read(error.into()))?;
-    let flat = read_masters(stored, parameters)?;
+    restore_weights(stored, parameters, stop)?;
     let file = MappedFile::open(&stored.folder.join(OPTIMIZER))?;
-    let length = [parameters.num_elements()];
-    let exp_avg = stored_tensor(&file, stored, "exp_avg", &length)?;
-    let exp_avg_sq = stored_tensor(&file, stored, "exp_avg_sq", &length)?;
-    let updates = stored_tensor(&file, stored, "updates", &[])?;
-    parameters.restore(&flat, &exp_avg, &exp_avg_sq, &updates);
+    for (name, held) in parameters.state() {
+        stop.alive();
+        held.shallow_clone().copy_(&stored_tensor(&file, stored, name, &held.size(), held.kind())?);
+    }
     Ok(state)
 }
