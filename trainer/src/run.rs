@@ -368,7 +368,7 @@ fn train_stage(
             observer.observe(&Event::Warning(warning)).map_err(&write)?;
         }
         if let Some(stored) = stored {
-            state = saving::restore(&stored, &mut parameters)?;
+            state = saving::restore(&stored, &mut parameters, context.stop)?;
             let inexact_because = store.inexact_because(&stored);
             observer.observe(&Event::Resumed { step: state.step, inexact_because }).map_err(&write)?;
         }
@@ -419,6 +419,7 @@ fn train_stage(
     if let Some(text) = warning {
         surroundings.emit_event(&Event::Warning(text))?;
     }
+    parameters.forget_gradients();
     saving::restore_weights(&judged, &mut parameters, context.stop)?;
     last_word.update(|report| report.checkpoint_digest = Some(judged.digest.clone()));
     let mut evaluation = evaluation::Evaluation {
@@ -490,6 +491,7 @@ pub fn model_source<'a>(config: &'a RunConfig, planned: &'a Planned) -> model::S
     model::Source {
         folder: &prepared.base.folder,
         method: Some(&config.method),
+        optimizer: config.hyperparameters.optimizer,
         kind: planned.chosen.kind,
         device: planned.chosen.device,
         seed: config.hyperparameters.seed,
@@ -524,7 +526,7 @@ fn usage(
     let cost = |seconds: f64| price.map(|price| seconds / 3600.0 * price);
     // The estimates' ratio, applied to what was measured: the other method on the same machine.
     let full = match config.method {
-        Method::Full {} => None,
+        Method::Full { .. } => None,
         Method::LoRA { .. } | Method::QLoRA { .. } => {
             cost(wall_seconds + state.train_seconds * (planned.alternative.seconds / planned.estimate.seconds - 1.0))
         }

@@ -52,7 +52,7 @@ fn write(
     let output = context.run.join("output");
     let (lora, kind) = match (&config.method, config.output.format) {
         (Method::LoRA { lora } | Method::QLoRA { lora, .. }, format) => (Some(lora), format),
-        (Method::Full {}, _) => (None, OutputFormat::Merged),
+        (Method::Full { .. }, _) => (None, OutputFormat::Merged),
     };
     let uri = match (&config.output.uri, &config.storage) {
         (Some(uri), _) => uri.clone(),

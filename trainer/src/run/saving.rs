@@ -39,7 +39,7 @@ pub struct Snapshot {
 
 impl Snapshot {
     pub fn of(state: TrainState, parameters: &Parameters, hold: Hold) -> Self {
-        Self { state, weights: host_masters(parameters, hold), optimizer: host_moments(parameters, hold) }
+        Self { state, weights: host_masters(parameters, hold), optimizer: host_optimizer(parameters, hold) }
     }
 
     fn commit(&self, store: &mut Store) -> Result<CheckpointRecord, checkpoint::Error> {
@@ -154,11 +154,8 @@ fn host_masters(parameters: &Parameters, hold: Hold) -> Vec<(String, Tensor)> {
     parameters.slots().iter().map(|slot| (slot.name.clone(), master(slot))).collect()
 }
 
-fn host_moments(parameters: &Parameters, hold: Hold) -> Vec<(String, Tensor)> {
-    let (exp_avg, exp_avg_sq, updates) = parameters.moments();
-    [("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq), ("updates", updates)]
-        .map(|(name, tensor)| (name.to_owned(), on_host(tensor, hold)))
-        .into()
+fn host_optimizer(parameters: &Parameters, hold: Hold) -> Vec<(String, Tensor)> {
+    parameters.state().into_iter().map(|(name, tensor)| (name.to_owned(), on_host(tensor, hold))).collect()
 }
 
 /// Named tensors as bytes.
@@ -174,20 +171,19 @@ pub fn views(tensors: &[(String, Tensor)]) -> Vec<TensorView<'_>> {
         .collect()
 }
 
-/// The tensor `name` of a checkpoint's file, fp32.
-fn stored_tensor(file: &MappedFile, stored: &Stored, name: &str, shape: &[i64]) -> Result<Tensor, Error> {
+/// The tensor `name` of a checkpoint's file.
+fn stored_tensor(file: &MappedFile, stored: &Stored, name: &str, shape: &[i64], kind: Kind) -> Result<Tensor, Error> {
     let malformed = || {
         Error::Weights(crate::weights::Error::Malformed {
             path: stored.folder.clone(),
-            message: format!("the checkpoint verifies and has no tensor {name} of shape {shape:?}"),
+            message: format!("the checkpoint verifies and has no {kind:?} tensor {name} of shape {shape:?}"),
         })
     };
     let mapped = file.tensor(name).ok_or_else(malformed)?;
-    if mapped.dtype != safetensors::Dtype::F32 || mapped.shape.iter().map(|&size| size as i64).ne(shape.iter().copied())
-    {
+    if mapped.dtype != dtype(kind) || mapped.shape.iter().map(|&size| size as i64).ne(shape.iter().copied()) {
         return Err(malformed());
     }
-    Ok(Tensor::from_data_size(mapped.data, shape, Kind::Float))
+    Ok(Tensor::from_data_size(mapped.data, shape, kind))
 }
 
 /// Puts a checkpoint's weights in place, and leaves the moments.
@@ -195,31 +191,21 @@ pub fn restore_weights(stored: &Stored, parameters: &mut Parameters, stop: &Stop
     let file = MappedFile::open(&stored.folder.join(WEIGHTS))?;
     parameters.set_masters(|slot| {
         stop.alive();
-        stored_tensor(&file, stored, &slot.name, &slot.shape)
+        stored_tensor(&file, stored, &slot.name, &slot.shape, Kind::Float)
     })
 }
 
-fn read_masters(stored: &Stored, parameters: &Parameters) -> Result<Tensor, Error> {
-    let file = MappedFile::open(&stored.folder.join(WEIGHTS))?;
-    let flat = Tensor::zeros([parameters.num_elements()], (Kind::Float, Device::Cpu));
-    for slot in parameters.slots() {
-        slot.view(&flat).copy_(&stored_tensor(&file, stored, &slot.name, &slot.shape)?);
-    }
-    Ok(flat)
-}
-
-/// Puts a checkpoint's weights and moments in place and returns the loop's state.
-pub fn restore(stored: &Stored, parameters: &mut Parameters) -> Result<TrainState, Error> {
+/// Puts a checkpoint's weights and moments in place, one tensor at a time, and returns the loop's state.
+pub fn restore(stored: &Stored, parameters: &mut Parameters, stop: &Stop) -> Result<TrainState, Error> {
     let path = stored.folder.join(STATE);
     let read = |source| crate::checkpoint::Error::Read { path: path.clone(), source };
     let state = std::fs::read(&path).map_err(read)?;
     let state: TrainState = serde_json::from_slice(&state).map_err(|error| read(error.into()))?;
-    let flat = read_masters(stored, parameters)?;
+    restore_weights(stored, parameters, stop)?;
     let file = MappedFile::open(&stored.folder.join(OPTIMIZER))?;
-    let length = [parameters.num_elements()];
-    let exp_avg = stored_tensor(&file, stored, "exp_avg", &length)?;
-    let exp_avg_sq = stored_tensor(&file, stored, "exp_avg_sq", &length)?;
-    let updates = stored_tensor(&file, stored, "updates", &[])?;
-    parameters.restore(&flat, &exp_avg, &exp_avg_sq, &updates);
+    for (name, held) in parameters.state() {
+        stop.alive();
+        held.shallow_clone().copy_(&stored_tensor(&file, stored, name, &held.size(), held.kind())?);
+    }
     Ok(state)
 }

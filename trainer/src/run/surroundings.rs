@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use crds::report::Scores;
-use crds::run::{CheckpointInterval, Metric, RunConfig};
+use crds::run::{CheckpointInterval, Method, Metric, RunConfig};
 
 use super::evaluation::{Answers, TUNED, measure};
 use super::saving::{Hold, Snapshot, Writer, Written};
@@ -67,6 +67,7 @@ pub fn loop_plan<'a>(config: &RunConfig, planned: &'a Planned) -> train::Plan<'a
         weight_decay: config.hyperparameters.weight_decay,
         max_grad_norm: config.hyperparameters.max_grad_norm,
         recompute: planned.estimate.recompute,
+        in_backward: matches!(config.method, Method::Full { optimizer_in_backward: true }),
         evaluate_every: (!planned.prepared.validation.is_empty()).then_some(every),
         metric: config.validation.metric,
         early_stopping: config.early_stopping,
