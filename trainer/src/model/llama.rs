@@ -12,6 +12,7 @@ use crate::linear::{Adapters, InputMask, Weight};
 use crate::loss::{self, Head, Scored};
 use crate::ops::{Rope, rms_norm, rms_norm_backward};
 use crate::random::seed64;
+use crate::shim;
 use crate::signal::Stop;
 
 /// A Llama model on one device.
@@ -46,7 +47,7 @@ pub struct DeviceBatch {
 impl DeviceBatch {
     /// Uploads a packed batch.
     pub fn new(batch: &PackedBatch, device: Device) -> Self {
-        let upload = |values: &[i64]| Tensor::from_slice(values).to_device(device);
+        let upload = |values: &[i64]| shim::upload(values, device);
         let bounds = batch.cu_seqlens.windows(2).map(|pair| (i64::from(pair[0]), i64::from(pair[1] - pair[0])));
         Self {
             tokens_t: upload(&batch.tokens),
