@@ -1,8 +1,9 @@
 // A libcuda.so.1 without a GPU, for tests: it runs the kernels of trainer/cuda on the CPU, every thread of a block a coroutine,
 // on "device memory" that is the host's. cuda.h declares what is defined here, so the compiler holds both to one signature.
 //
-// Barriers and shuffles are what they are on a GPU, in an order that alternates from launch to launch: a kernel whose result
-// depends on which thread comes first does not give the same bits twice. A barrier that a thread never reaches is an error.
+// Barriers and shuffles are what they are on a GPU. Each warp runs as far as it can before the next one does, and the order
+// alternates from launch to launch: a kernel that lacks a barrier, or whose result depends on which thread comes first, is found.
+// A barrier that a thread never reaches is an error.
 
 #include <cuda.h>
 #include <ucontext.h>
@@ -98,11 +99,28 @@ void enter() {
   block.progress = true;
 }
 
+// Runs a warp until all its threads wait for others; whether one of them went on.
+bool run_warp(unsigned warp, bool backwards) {
+  bool went_on = false;
+  do {
+    block.progress = false;
+    for (unsigned turn = 0; turn < WARP_SIZE; ++turn) {
+      block.current = warp * WARP_SIZE + (backwards ? WARP_SIZE - 1 - turn : turn);
+      if (!block.threads[block.current].done) {
+        threadIdx.x = block.current;
+        swapcontext(&block.scheduler, &block.threads[block.current].context);
+      }
+    }
+    went_on |= block.progress;
+  } while (block.progress);
+  return went_on;
+}
+
 // Runs one block; false where threads wait for one that will not come.
 bool run_block(bool backwards) {
-  const unsigned count = blockDim.x;
-  block.all = {count, 0, 0};
-  block.warps.assign(count / WARP_SIZE, {WARP_SIZE, 0, 0});
+  const unsigned warps = blockDim.x / WARP_SIZE;
+  block.all = {blockDim.x, 0, 0};
+  block.warps.assign(warps, {WARP_SIZE, 0, 0});
   for (Thread &thread : block.threads) {
     getcontext(&thread.context);
     thread.context.uc_stack.ss_sp = thread.stack.data();
@@ -111,16 +129,13 @@ bool run_block(bool backwards) {
     makecontext(&thread.context, enter, 0);
     thread.done = false;
   }
+  bool went_on;
   do {
-    block.progress = false;
-    for (unsigned turn = 0; turn < count; ++turn) {
-      block.current = backwards ? count - 1 - turn : turn;
-      if (!block.threads[block.current].done) {
-        threadIdx.x = block.current;
-        swapcontext(&block.scheduler, &block.threads[block.current].context);
-      }
+    went_on = false;
+    for (unsigned turn = 0; turn < warps; ++turn) {
+      went_on |= run_warp(backwards ? warps - 1 - turn : turn, backwards);
     }
-  } while (block.progress);
+  } while (went_on);
   return std::all_of(block.threads.begin(), block.threads.end(), [](const Thread &thread) { return thread.done; });
 }
 

@@ -25,9 +25,9 @@ fn wide(tensor: &Tensor) -> Tensor {
 
 /// Rounding to bf16 is all that parts a kernel from fp64. Threads run in the opposite order in every other launch, which
 /// changes no bit.
-fn check<const N: usize>(what: &str, launch: impl Fn() -> [Tensor; N], exact: [Tensor; N]) {
+fn check<const N: usize>(what: &str, launch: impl Fn() -> [Tensor; N], exact: &[Tensor; N]) {
     let (ours, again) = (launch(), launch());
-    for (place, ((ours, again), exact)) in ours.iter().zip(&again).zip(&exact).enumerate() {
+    for (place, ((ours, again), exact)) in ours.iter().zip(&again).zip(exact).enumerate() {
         let distance = ((wide(ours) - exact).norm() / exact.norm()).double_value(&[]);
         assert!(distance < 5e-3, "{what}, output {place}: {distance:e}");
         assert!(ours.equal(again), "{what}, output {place} depends on the order of threads");
@@ -42,9 +42,9 @@ fn norms_are_what_is_written_out() {
         let (x, gradient, residual) = (random(&[rows, columns]), random(&[rows, columns]), random(&[rows, columns]));
         let weight = random(&[columns]);
         let what = format!("{rows} x {columns}");
-        check(&what, || [KERNELS.rms_norm(&x, &weight, eps)], [rms_norm(&wide(&x), &wide(&weight), eps)]);
+        check(&what, || [KERNELS.rms_norm(&x, &weight, eps)], &[rms_norm(&wide(&x), &wide(&weight), eps)]);
         let exact = residual_norm_backward(wide(&residual), &wide(&gradient), &wide(&x), &wide(&weight), eps, None);
-        check(&what, || [KERNELS.rms_norm_backward(&gradient, &x, &weight, eps, &residual)], [exact]);
+        check(&what, || [KERNELS.rms_norm_backward(&gradient, &x, &weight, eps, &residual)], &[exact]);
     }
 }
 
@@ -53,9 +53,9 @@ fn swiglu_is_what_is_written_out() {
     // The last block is empty but for one vector, or full.
     for size in [[1, 8], [257, 8], [37, 48], [32, 64]] {
         let (gate, up, gradient) = (random(&size), random(&size), random(&size));
-        check("swiglu", || [KERNELS.swiglu(&gate, &up)], [swiglu(&wide(&gate), &wide(&up))]);
+        check("swiglu", || [KERNELS.swiglu(&gate, &up)], &[swiglu(&wide(&gate), &wide(&up))]);
         let exact = swiglu_backward(&wide(&gradient), &wide(&gate), &wide(&up));
-        check("swiglu_backward", || KERNELS.swiglu_backward(&gradient, &gate, &up).into(), exact.into());
+        check("swiglu_backward", || KERNELS.swiglu_backward(&gradient, &gate, &up).into(), &exact.into());
     }
     // Where the exponential overflows the result is still a number.
     let (gate, up) = (Tensor::from_slice(&[-1e4f32; 8]).to_kind(Kind::BFloat16), random(&[8]));
@@ -72,7 +72,7 @@ fn rotation_is_what_is_written_out() {
         for sign in [1.0, -1.0] {
             let swapped = wide(&x).roll([size / 2], [2]);
             let exact = wide(&x) * wide(&cos) + swapped * wide(&sin) * sign;
-            check("rotate", || [KERNELS.rotate(&x, &cos, &sin, sign)], [exact]);
+            check("rotate", || [KERNELS.rotate(&x, &cos, &sin, sign)], &[exact]);
         }
     }
 }
@@ -97,7 +97,7 @@ fn cross_entropy_is_what_is_written_out() {
             assert!(launch().iter().all(|tensor| tensor.abs().max().double_value(&[]) == 0.0));
             continue;
         }
-        check(&format!("{rows} x {vocabulary}"), launch, [losses, gradient]);
+        check(&format!("{rows} x {vocabulary}"), launch, &[losses, gradient]);
     }
 }
 
