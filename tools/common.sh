@@ -7,9 +7,11 @@ export REPO CACHE
 
 LIBTORCH_VERSION=2.11.0
 LIBTORCH_DIR=$CACHE/libtorch-$LIBTORCH_VERSION-cpu
+CUDA_VERSION=13.0.88 # of nvcc; 13.0 is what libtorch's CUDA half is built with
+CUDA_DIR=$CACHE/cuda-$CUDA_VERSION
 BASE_MODEL_DIR=$CACHE/models/SmolLM2-135M-Instruct-0.1.2-1 # wheel version, then the version of the conversion
 PYTHON=${PYTHON:-python3}
-export LIBTORCH_VERSION LIBTORCH_DIR BASE_MODEL_DIR PYTHON
+export LIBTORCH_VERSION LIBTORCH_DIR CUDA_VERSION CUDA_DIR BASE_MODEL_DIR PYTHON
 
 say() { printf '==> %s\n' "$*" >&2; }
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }
@@ -24,7 +26,7 @@ fetch_wheel() {
   say "downloading $requirement"
   "$PYTHON" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
     --python-version 3.11 --implementation cp --platform manylinux_2_28_x86_64 --platform manylinux_2_25_x86_64 \
-    --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --platform any \
+    --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --platform manylinux2010_x86_64 --platform any \
     --dest "$dir" "$requirement" >&2
   for file in "$dir"/*.whl; do
     echo "$sha256  $file" | sha256sum --check --status 2>/dev/null && { printf '%s\n' "$file"; return; }

@@ -379,6 +379,7 @@ pub enum Optimizer {
 }
 
 impl Optimizer {
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
     fn is_default(&self) -> bool {
         *self == Self::default()
     }

@@ -6,6 +6,7 @@ mod chart;
 mod chat_templates;
 mod cluster;
 mod command_line;
+mod cuda;
 mod hub;
 mod numerics;
 mod observed;

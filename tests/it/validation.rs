@@ -3,6 +3,7 @@
 use std::fs;
 
 use crds::report::Verdict;
+use crds::run::Optimizer;
 use harness::{Job, golden};
 use serde_json::json;
 use tch::{Device, Kind};

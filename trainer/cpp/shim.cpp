@@ -54,6 +54,15 @@ int ft_flash_attention(void *q, void *k, void *v, void *cu_seqlens, int64_t max_
   });
 }
 
+// A copy of a CPU tensor on a CUDA device. It goes through pinned memory, which the allocator keeps until the copy is done, so
+// the host does not wait.
+int ft_upload(void *host, int device, void **out) {
+  return guarded([&] {
+    const at::Device target(at::kCUDA, static_cast<c10::DeviceIndex>(device));
+    *out = new at::Tensor(tensor(host).pin_memory().to(target, /*non_blocking=*/true));
+  });
+}
+
 const char *ft_libtorch_version() { return TORCH_VERSION; }
 
 // Bytes of memory of an accelerator, free or not.
@@ -62,7 +71,11 @@ int ft_device_total_bytes(int device, int64_t *bytes) {
 }
 
 int ft_set_deterministic() {
-  return guarded([] { at::globalContext().setDeterministicAlgorithms(true, /*warn_only=*/false); });
+  return guarded([] {
+    at::globalContext().setDeterministicAlgorithms(true, /*warn_only=*/false);
+    // Else every output that is about to be written is filled with NaN first: one more pass over memory.
+    at::globalContext().setDeterministicFillUninitializedMemory(false);
+  });
 }
 
 // Peak bytes allocated on an accelerator since the process began.

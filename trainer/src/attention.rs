@@ -37,7 +37,7 @@ impl Segments {
             }
         }
         let max_length = runs.iter().map(|run| run.length).max().unwrap_or(0);
-        Self { runs, cu_seqlens: Tensor::from_slice(cu_seqlens).to_device(device), max_length }
+        Self { runs, cu_seqlens: shim::upload(cu_seqlens, device), max_length }
     }
 }
 

@@ -24,22 +24,27 @@ pub struct Chosen {
     pub threads: i64,
     /// Why so many.
     pub threads_reason: String,
+    /// What is slower than it could be, and why.
+    pub warning: Option<String>,
 }
 
-/// Settings that libtorch's libraries read from the environment when they are loaded. Must run before [`load_cuda`], in a
-/// process of one thread.
+/// Settings that libtorch's libraries read from the environment when they are loaded, where the user made none. Must run
+/// before [`load_cuda`], in a process of one thread.
 pub fn set_library_defaults() {
-    for (name, value) in [
+    for (names, value) in [
         // cuBLAS is deterministic with workspaces of its own only.
-        ("CUBLAS_WORKSPACE_CONFIG", ":4096:8"),
+        (&["CUBLAS_WORKSPACE_CONFIG"][..], ":4096:8"),
+        // Packed rows have a new length every step: segments that grow leave no gaps behind that fit nothing. libtorch takes
+        // either name.
+        (&["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"], "expandable_segments:True"),
         // oneDNN keeps a primitive for each shape, nearly a megabyte each, and packed rows have a new length every step:
         // room for the shapes of one step is enough, and less than that makes every layer compile them anew. The default is
         // 1024.
-        ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128"),
+        (&["ONEDNN_PRIMITIVE_CACHE_CAPACITY"], "128"),
     ] {
-        if std::env::var_os(name).is_none() {
+        if names.iter().all(|name| std::env::var_os(name).is_none()) {
             // SAFETY: no other thread reads the environment yet.
-            unsafe { std::env::set_var(name, value) };
+            unsafe { std::env::set_var(names[0], value) };
         }
     }
 }
@@ -59,12 +64,19 @@ pub fn load_cuda(folder: Option<&Path>) -> Result<(), String> {
 pub fn choose(precision: Precision, cpus: Option<f64>, cuda: &Result<(), String>) -> Chosen {
     let (threads, threads_reason) = cpu_threads(cpus);
     tch::set_num_threads(threads as i32);
+    let mut warning = None;
     let (device, device_name, device_reason) = if cuda.is_ok() && Cuda::is_available() {
         let deterministic = match crate::shim::set_deterministic() {
             Ok(()) => String::new(),
             Err(error) => format!("; deterministic kernels could not be asked for: {error}"),
         };
-        (Device::Cuda(0), cuda_name(), format!("{} CUDA device(s) found{deterministic}", Cuda::device_count()))
+        let mut name = cuda_name();
+        if let Err(error) = crate::shim::cuda::load() {
+            warning = Some(format!("libtorch's kernels stand in for the trainer's own on {name}: {error}"));
+            // They round elsewhere, so a run that is resumed with the others is not bit-equal.
+            name += ", libtorch's kernels";
+        }
+        (Device::Cuda(0), name, format!("{} CUDA device(s) found{deterministic}", Cuda::device_count()))
     } else {
         let reason = match cuda {
             Ok(()) => "libtorch's CUDA half is loaded, but the driver reports no device".to_owned(),
@@ -81,7 +93,7 @@ pub fn choose(precision: Precision, cpus: Option<f64>, cuda: &Result<(), String>
         }
         Precision::Auto => (Kind::Float, "the CPU has no bf16 arithmetic".to_owned()),
     };
-    Chosen { device, device_name, device_reason, kind, kind_reason, threads, threads_reason }
+    Chosen { device, device_name, device_reason, kind, kind_reason, threads, threads_reason, warning }
 }
 
 /// As many threads as [`choose`] takes, for what is computed without a device: libtorch by itself counts the machine's
@@ -106,6 +118,7 @@ pub fn expect_accelerator(precision: Precision) -> Chosen {
         kind_reason: kind_reason.to_owned(),
         threads,
         threads_reason,
+        warning: None,
     }
 }
 

@@ -6,14 +6,17 @@
 use tch::Tensor;
 
 use crate::ops::accumulate_kind;
-use crate::shim::cpu;
+use crate::shim::fused;
 
-/// Bytes of one chunk's logits in the accumulation dtype.
-const CHUNK_BYTES: i64 = 32 << 20;
+/// Bytes of one chunk's logits in the accumulation dtype. Every chunk reads the whole head: an accelerator needs a thousand rows
+/// before its products are bound by arithmetic.
+const CHUNK_BYTES_CPU: i64 = 32 << 20;
+const CHUNK_BYTES_GPU: i64 = 512 << 20;
 
 /// Rows of logits that exist at once.
-pub fn chunk_rows(vocabulary: i64) -> i64 {
-    (CHUNK_BYTES / (4 * vocabulary)).clamp(16, 4096)
+pub fn chunk_rows(vocabulary: i64, accelerator: bool) -> i64 {
+    let bytes = if accelerator { CHUNK_BYTES_GPU } else { CHUNK_BYTES_CPU };
+    (bytes / (4 * vocabulary)).clamp(16, 4096)
 }
 
 /// The output projection.
@@ -34,7 +37,8 @@ pub struct Scored {
     pub correct_n: Tensor,
 }
 
-fn chunks(rows: i64, chunk: i64) -> impl Iterator<Item = (i64, i64)> {
+fn chunks(hidden_nh: &Tensor, head: &Head) -> impl Iterator<Item = (i64, i64)> + use<> {
+    let (rows, chunk) = (hidden_nh.size()[0], chunk_rows(head.weight.size()[0], hidden_nh.device().is_cuda()));
     (0..rows).step_by(chunk as usize).map(move |start| (start, chunk.min(rows - start)))
 }
 
@@ -44,12 +48,12 @@ pub fn cross_entropy(hidden_nh: &Tensor, labels_n: &Tensor, head: &Head, scale: 
     let kind = accumulate_kind(hidden_nh.kind());
     let mut loss = Tensor::zeros([], (kind, hidden_nh.device()));
     let gradient_nh = hidden_nh.empty_like();
-    for (start, rows) in chunks(hidden_nh.size()[0], chunk_rows(head.weight.size()[0])) {
+    for (start, rows) in chunks(hidden_nh, head) {
         let hidden_ch = hidden_nh.narrow(0, start, rows);
         let labels_c = labels_n.narrow(0, start, rows);
         let logits_cv = hidden_ch.matmul(&head.weight.tr());
-        if cpu::fits(&[&logits_cv], cpu::ROW_WIDTH) {
-            loss += cpu::cross_entropy(&logits_cv, &labels_c, scale).sum(kind) * scale;
+        if let Some(losses_c) = fused::cross_entropy(&logits_cv, &labels_c, scale) {
+            loss += losses_c.sum(kind) * scale;
             add_gradients(&logits_cv, &hidden_ch, head, &gradient_nh.narrow(0, start, rows));
             continue;
         }
@@ -79,7 +83,7 @@ fn add_gradients(d_logits_cv: &Tensor, hidden_ch: &Tensor, head: &Head, d_hidden
 pub fn score(hidden_nh: &Tensor, labels_n: &Tensor, head: &Head) -> Scored {
     let kind = accumulate_kind(hidden_nh.kind());
     let (mut losses, mut correct) = (Vec::new(), Vec::new());
-    for (start, rows) in chunks(hidden_nh.size()[0], chunk_rows(head.weight.size()[0])) {
+    for (start, rows) in chunks(hidden_nh, head) {
         let labels_c = labels_n.narrow(0, start, rows);
         let logits_cv = hidden_nh.narrow(0, start, rows).matmul(&head.weight.tr()).to_kind(kind);
         let label_logits_c1 = logits_cv.gather(1, &labels_c.unsqueeze(1), false);
@@ -105,6 +109,7 @@ mod tests {
     use tch::{Device, Kind};
 
     use super::*;
+    use crate::shim::cpu;
 
     #[test]
     fn the_fused_loss_is_the_one_that_is_written_out() {

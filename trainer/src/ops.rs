@@ -1,12 +1,12 @@
 //! The pointwise parts of a decoder layer, each with its backward, on whole packed rows.
 //!
 //! Shapes: t packed tokens, h hidden size, n heads, d head size, m MLP width. Statistics are taken in fp32 whatever the
-//! activation's dtype (fp64 stays fp64, for the tests against autograd), and cast once. Where the CPU has the instructions each
-//! is one pass over its data (`shim::cpu`); what is written out here is what that computes.
+//! activation's dtype (fp64 stays fp64, for the tests against autograd), and cast once. Where there is a kernel of ours
+//! each is one pass over its data (`shim::fused`); what is written out here is what that computes.
 
 use tch::{Kind, Tensor};
 
-use crate::shim::cpu;
+use crate::shim::fused;
 
 /// The dtype that statistics are taken in.
 pub fn accumulate_kind(kind: Kind) -> Kind {
@@ -22,8 +22,8 @@ fn normalized(x_th: &Tensor, eps: f64) -> (Tensor, Tensor) {
 
 /// RMSNorm as in Llama: normalise in fp32, cast, then multiply by the weight `[h]`.
 pub fn rms_norm(x_th: &Tensor, weight_h: &Tensor, eps: f64) -> Tensor {
-    if cpu::fits(&[x_th, weight_h], cpu::ROW_WIDTH) {
-        return cpu::rms_norm(x_th, weight_h, eps);
+    if let Some(normed_th) = fused::rms_norm(x_th, weight_h, eps) {
+        return normed_th;
     }
     let (normalized_th, _) = normalized(x_th, eps);
     normalized_th.to_kind(x_th.kind()) * weight_h
@@ -58,24 +58,23 @@ pub fn residual_norm_backward(
     eps: f64,
     weight_gradient: Option<&Tensor>,
 ) -> Tensor {
-    if weight_gradient.is_none() && cpu::fits(&[&residual_th, gradient_th, x_th, weight_h], cpu::ROW_WIDTH) {
-        return cpu::rms_norm_backward(gradient_th, x_th, weight_h, eps, &residual_th);
+    if weight_gradient.is_none()
+        && let Some(sum_th) = fused::rms_norm_backward(gradient_th, x_th, weight_h, eps, &residual_th)
+    {
+        return sum_th;
     }
     residual_th + rms_norm_backward(gradient_th, x_th, weight_h, eps, weight_gradient)
 }
 
 /// `silu(gate) * up`, `[t, m]`.
 pub fn swiglu(gate_tm: &Tensor, up_tm: &Tensor) -> Tensor {
-    if cpu::fits(&[gate_tm, up_tm], cpu::ROW_WIDTH) {
-        return cpu::swiglu(gate_tm, up_tm);
-    }
-    gate_tm.silu() * up_tm
+    fused::swiglu(gate_tm, up_tm).unwrap_or_else(|| gate_tm.silu() * up_tm)
 }
 
 /// The gradients of [`swiglu`] with respect to `gate` and `up`.
 pub fn swiglu_backward(gradient_tm: &Tensor, gate_tm: &Tensor, up_tm: &Tensor) -> (Tensor, Tensor) {
-    if cpu::fits(&[gradient_tm, gate_tm, up_tm], cpu::ROW_WIDTH) {
-        return cpu::swiglu_backward(gradient_tm, gate_tm, up_tm);
+    if let Some(gradients_tm) = fused::swiglu_backward(gradient_tm, gate_tm, up_tm) {
+        return gradients_tm;
     }
     let up_gradient_tm = gate_tm.silu() * gradient_tm;
     let gate_gradient_tm = gate_tm.silu_backward(&(gradient_tm * up_tm));
@@ -134,9 +133,9 @@ pub struct RopeRows {
 impl RopeRows {
     /// Rotates `x` `[t, n, d]`.
     pub fn rotate(&self, x_tnd: &Tensor, rotation: Rotation) -> Tensor {
-        if cpu::fits(&[x_tnd, &self.cos, &self.sin], cpu::HEAD_WIDTH) {
-            let sign = if rotation == Rotation::Forward { 1.0 } else { -1.0 };
-            return cpu::rotate(x_tnd, &self.cos, &self.sin, sign);
+        let sign = if rotation == Rotation::Forward { 1.0 } else { -1.0 };
+        if let Some(rotated_tnd) = fused::rotate(x_tnd, &self.cos, &self.sin, sign) {
+            return rotated_tnd;
         }
         let half = x_tnd.size()[2] / 2;
         let swapped_tnd = x_tnd.roll([half], [2]);
@@ -152,6 +151,7 @@ mod tests {
     use tch::Device;
 
     use super::*;
+    use crate::shim::cpu;
 
     /// A fused kernel and the operations it stands for differ by rounding to the dtype at most.
     #[test]

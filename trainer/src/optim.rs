@@ -263,7 +263,7 @@ impl Parameters {
                 )?,
                 Moments::Blockwise(moments) => {
                     let decay = 1.0 - learning_rate * weight_decay;
-                    let rates = Rates { rates: &self.rates(learning_rate), found_inf, decay };
+                    let rates = Rates { corrected: &self.rates(learning_rate), found_inf, decay };
                     moments.update(&master, &gradient, run.offset, run.first_block, &rates)?;
                 }
             }

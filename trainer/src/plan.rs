@@ -189,7 +189,7 @@ fn estimate_at(inputs: &Inputs, method: &Method, tokens: i64, recompute: Recompu
     // Gradients of layers take the place of activations that are gone, unless another micro-batch of the step follows.
     let replaced = if tokens >= inputs.step_tokens { layer_gradients.min(tokens * saved) } else { 0 };
     let activations = tokens * (saved + live) - replaced;
-    let logits = chunk_rows(model.vocab_size).min(tokens) * model.vocab_size * (4 + 4 + element);
+    let logits = chunk_rows(model.vocab_size, inputs.accelerator).min(tokens) * model.vocab_size * (4 + 4 + element);
     // After training its activations are gone, and one of these takes their place at a time: the caches of answers, and
     // the base's weights beside full fine-tuning's own or the merged model that is written.
     let caches = inputs.cache_tokens * layers * 2 * keys * element;

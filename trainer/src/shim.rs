@@ -1,6 +1,8 @@
 //! The few libtorch calls that tch does not bind, through `cpp/shim.cpp`. All `unsafe` around libtorch lives here.
 
 pub mod cpu;
+pub mod cuda;
+pub mod fused;
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 
@@ -33,6 +35,7 @@ unsafe extern "C" {
         rng_state: *mut *mut c_void,
         unused: *mut *mut c_void,
     ) -> c_int;
+    fn ft_upload(host: *mut c_void, device: c_int, out: *mut *mut c_void) -> c_int;
     fn ft_libtorch_version() -> *const c_char;
     fn ft_device_total_bytes(device: c_int, bytes: *mut i64) -> c_int;
     fn ft_set_deterministic() -> c_int;
@@ -148,6 +151,17 @@ pub fn flash_attention(
     // SAFETY: each pointer is a tensor that the shim allocated for us; ownership passes here.
     let [out, logsumexp, rng_state, unused] = outputs.map(|pointer| unsafe { Tensor::from_ptr(pointer.cast()) });
     Ok(FlashAttention { out, logsumexp, rng_state, unused })
+}
+
+/// Values of the host on a device. To a CUDA device they go through pinned memory, and nobody waits for them here.
+pub fn upload<T: tch::kind::Element>(values: &[T], device: tch::Device) -> Tensor {
+    let host = Tensor::from_slice(values);
+    let tch::Device::Cuda(index) = device else { return host.to_device(device) };
+    let mut out = std::ptr::null_mut();
+    // SAFETY: the host's tensor lives during the call; the output is written before success is returned.
+    check(unsafe { ft_upload(handle(&host), index as c_int, &raw mut out) }).unwrap_or_else(|error| panic!("{error}"));
+    // SAFETY: a tensor that the shim allocated for us; ownership passes here.
+    unsafe { Tensor::from_ptr(out.cast()) }
 }
 
 /// The version of the libtorch that this binary was compiled against, for example `2.11.0`.

@@ -47,7 +47,7 @@ pub struct DeviceBatch {
 impl DeviceBatch {
     /// Uploads a packed batch.
     pub fn new(batch: &PackedBatch, device: Device) -> Self {
-        let upload = |values: &[i64]| Tensor::from_slice(values).to_device(device);
+        let upload = |values: &[i64]| shim::upload(values, device);
         let bounds = batch.cu_seqlens.windows(2).map(|pair| (i64::from(pair[0]), i64::from(pair[1] - pair[0])));
         Self {
             tokens_t: upload(&batch.tokens),

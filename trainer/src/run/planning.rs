@@ -259,6 +259,7 @@ impl Planned {
             let seconds = crate::display::display_duration(estimate.seconds);
             events.push(derived("estimated time", seconds, "from a measured matrix product".into()));
         }
+        events.extend(chosen.warning.clone().map(Event::Warning));
         events.push(Event::Plan(Box::new(self.report())));
         events
     }

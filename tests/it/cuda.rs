@@ -1,0 +1,173 @@
+//! The CUDA kernels without a GPU: compiled for the CPU and started through a driver of our own (`cuda/driver.cpp`), they compute
+//! what is written out; and the image that the binary carries has machine code of each for each architecture.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::sync::LazyLock;
+
+use object::{Object, ObjectSection};
+use tch::{Device, Kind, Tensor};
+use trainer::ops::{residual_norm_backward, rms_norm, swiglu, swiglu_backward};
+use trainer::shim::cuda::{self, Kernels, NAMES};
+
+static KERNELS: LazyLock<Kernels> = LazyLock::new(|| {
+    tch::set_num_threads(1);
+    Kernels::load(Path::new(env!("CUDA_ON_CPU"))).unwrap_or_else(|error| panic!("{error}"))
+});
+
+fn random(size: &[i64]) -> Tensor {
+    (Tensor::randn(size, (Kind::Float, Device::Cpu)) * 2).to_kind(Kind::BFloat16)
+}
+
+fn wide(tensor: &Tensor) -> Tensor {
+    tensor.to_kind(Kind::Double)
+}
+
+/// Rounding to bf16 is all that parts a kernel from fp64. Threads run in the opposite order in every other launch, which
+/// changes no bit.
+fn check<const N: usize>(what: &str, launch: impl Fn() -> [Tensor; N], exact: &[Tensor; N]) {
+    let (ours, again) = (launch(), launch());
+    for (place, ((ours, again), exact)) in ours.iter().zip(&again).zip(exact).enumerate() {
+        let distance = ((wide(ours) - exact).norm() / exact.norm()).double_value(&[]);
+        assert!(distance < 5e-3, "{what}, output {place}: {distance:e}");
+        assert!(ours.equal(again), "{what}, output {place} depends on the order of threads");
+    }
+}
+
+#[test]
+fn norms_are_what_is_written_out() {
+    let eps = 1e-5;
+    // One vector, less than a warp, a whole number of warps and not, more vectors than threads.
+    for (rows, columns) in [(1, 8), (5, 48), (3, 256), (7, 576), (2, 2056), (2, 4096)] {
+        let (x, gradient, residual) = (random(&[rows, columns]), random(&[rows, columns]), random(&[rows, columns]));
+        let weight = random(&[columns]);
+        let what = format!("{rows} x {columns}");
+        check(&what, || [KERNELS.rms_norm(&x, &weight, eps)], &[rms_norm(&wide(&x), &wide(&weight), eps)]);
+        let exact = residual_norm_backward(wide(&residual), &wide(&gradient), &wide(&x), &wide(&weight), eps, None);
+        check(&what, || [KERNELS.rms_norm_backward(&gradient, &x, &weight, eps, &residual)], &[exact]);
+    }
+}
+
+#[test]
+fn swiglu_is_what_is_written_out() {
+    // The last block is empty but for one vector, or full.
+    for size in [[1, 8], [257, 8], [37, 48], [32, 64]] {
+        let (gate, up, gradient) = (random(&size), random(&size), random(&size));
+        check("swiglu", || [KERNELS.swiglu(&gate, &up)], &[swiglu(&wide(&gate), &wide(&up))]);
+        let exact = swiglu_backward(&wide(&gradient), &wide(&gate), &wide(&up));
+        check("swiglu_backward", || KERNELS.swiglu_backward(&gradient, &gate, &up).into(), &exact.into());
+    }
+    // Where the exponential overflows the result is still a number.
+    let (gate, up) = (Tensor::from_slice(&[-1e4f32; 8]).to_kind(Kind::BFloat16), random(&[8]));
+    assert_eq!(KERNELS.swiglu(&gate, &up).abs().max().double_value(&[]), 0.0);
+}
+
+#[test]
+fn rotation_is_what_is_written_out() {
+    for (tokens, heads, size) in [(1, 1, 16), (37, 3, 64), (5, 8, 128)] {
+        let x = random(&[tokens, heads, size]);
+        let angles = Tensor::randn([tokens, 1, size / 2], (Kind::Float, Device::Cpu));
+        let table = |parts: [Tensor; 2]| Tensor::cat(&parts, -1).to_kind(Kind::BFloat16);
+        let (cos, sin) = (table([angles.cos(), angles.cos()]), table([-angles.sin(), angles.sin()]));
+        for sign in [1.0, -1.0] {
+            let swapped = wide(&x).roll([size / 2], [2]);
+            let exact = wide(&x) * wide(&cos) + swapped * wide(&sin) * sign;
+            check("rotate", || [KERNELS.rotate(&x, &cos, &sin, sign)], &[exact]);
+        }
+    }
+}
+
+#[test]
+fn cross_entropy_is_what_is_written_out() {
+    // Rows of odd width begin at every alignment; the first have fewer elements than a vector.
+    for (rows, vocabulary) in [(3, 1), (9, 7), (9, 13), (5, 96), (9, 509), (3, 8200), (9, 32001)] {
+        let logits = random(&[rows, vocabulary]) * 4;
+        let labels = Tensor::randint(vocabulary, [rows], (Kind::Int64, Device::Cpu));
+        let scale = 1.0 / 3.0;
+        let log_softmax = wide(&logits).log_softmax(-1, Kind::Double);
+        let onehot = labels.one_hot(vocabulary).to_kind(Kind::Double);
+        let losses = -(&log_softmax * &onehot).sum_dim_intlist([-1i64].as_slice(), false, Kind::Double);
+        let gradient = (log_softmax.exp() - onehot) * scale;
+        let launch = || {
+            let logits = logits.copy();
+            [KERNELS.cross_entropy(&logits, &labels, scale), logits]
+        };
+        if vocabulary == 1 {
+            // Nothing to divide by: the only answer is certain.
+            assert!(launch().iter().all(|tensor| tensor.abs().max().double_value(&[]) == 0.0));
+            continue;
+        }
+        check(&format!("{rows} x {vocabulary}"), launch, &[losses, gradient]);
+    }
+}
+
+#[test]
+fn cross_entropy_of_what_is_no_number_or_no_label_is_none_either() {
+    let label = |label: i64| Tensor::from_slice(&[label, 1]);
+    for (labels, broken) in [(label(0), f64::NAN), (label(0), f64::INFINITY), (label(-1), 0.0), (label(24), 0.0)] {
+        let logits = random(&[2, 24]);
+        let _ = logits.get(0).get(3).fill_(broken);
+        let losses = KERNELS.cross_entropy(&logits, &labels, 1.0);
+        let finite = losses.isfinite();
+        assert_eq!([finite.int64_value(&[0]), finite.int64_value(&[1])], [0, 1], "{labels}, a logit of {broken}");
+    }
+    // A logit of -inf is a probability of zero.
+    let logits = random(&[1, 24]);
+    let _ = logits.narrow(1, 0, 20).fill_(f64::NEG_INFINITY);
+    assert!(KERNELS.cross_entropy(&logits, &Tensor::from_slice(&[22i64]), 1.0).double_value(&[0]).is_finite());
+}
+
+#[test]
+fn nothing_is_started_for_no_rows_and_nothing_is_loaded_for_the_cpu() {
+    let none = random(&[0, 48]);
+    assert_eq!(KERNELS.rms_norm(&none, &random(&[48]), 1e-5).size(), [0, 48]);
+    assert_eq!(KERNELS.swiglu(&none, &none).size(), [0, 48]);
+    assert!(cuda::fits(&[&random(&[2, 48])], 8).is_none());
+}
+
+#[test]
+fn a_missing_driver_is_named() {
+    let error = Kernels::load(Path::new("/nowhere/libcuda.so.1")).err().expect("there is none").to_string();
+    assert!(error.starts_with("/nowhere/libcuda.so.1: ") && error.contains("No such file"), "{error}");
+}
+
+/// What the image holds: (16-bit kind, architecture, content) of each entry behind a header of 16 bytes.
+fn entries(image: &[u8]) -> Vec<(u16, u32, &[u8])> {
+    let number = |at: usize, bytes: usize| {
+        image[at..at + bytes].iter().rev().fold(0, |number, byte| number << 8 | usize::from(*byte))
+    };
+    assert_eq!(number(0, 4), 0xba55_ed50, "the image is no fatbin");
+    let (mut entries, mut at) = (Vec::new(), number(6, 2));
+    let end = at + number(8, 8);
+    while at < end {
+        let content = at + number(at + 4, 4);
+        let next = content + number(at + 8, 8);
+        entries.push((number(at, 2) as u16, number(at + 28, 4) as u32, &image[content..next]));
+        at = next;
+    }
+    entries
+}
+
+#[test]
+fn the_image_has_every_kernel_for_every_architecture() {
+    const PTX: u16 = 1;
+    const MACHINE_CODE: u16 = 2;
+    let names: BTreeSet<&str> = NAMES.into();
+    let mut found = BTreeSet::new();
+    for (kind, architecture, content) in entries(cuda::image()) {
+        found.insert((kind, architecture));
+        if kind == PTX {
+            let text = String::from_utf8_lossy(content);
+            let listed: BTreeSet<&str> =
+                text.split(".entry ").skip(1).filter_map(|rest| rest.split('(').next()).collect();
+            assert_eq!(listed, names, "PTX of {architecture}");
+            continue;
+        }
+        let object = object::File::parse(content).unwrap_or_else(|error| panic!("sm_{architecture}: {error}"));
+        // The code of each kernel is a section of its own.
+        let sections: Vec<&str> = object.sections().map(|section| section.name().expect("UTF-8")).collect();
+        let listed: BTreeSet<&str> = sections.iter().filter_map(|name| name.strip_prefix(".text.")).collect();
+        assert_eq!(listed, names, "sm_{architecture}");
+    }
+    assert_eq!(found, BTreeSet::from([(MACHINE_CODE, 80), (MACHINE_CODE, 90), (MACHINE_CODE, 100), (PTX, 100)]));
+}

@@ -1,0 +1,314 @@
+//! Our kernels for bf16 on CUDA (`cuda/pointwise.cu`), which the binary carries as machine code for several GPUs and as PTX for
+//! later ones. The driver loads them, without CUDA's runtime and without a compiler. [`fits`] says whether they can be used.
+//!
+//! They run in the context and on the stream that libtorch uses: the device's primary context, and the legacy default
+//! stream, which the trainer never changes. So libtorch's own operations before and after are in order with them, and memory
+//! that its allocator hands on is free by then.
+
+use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
+use std::path::{Path, PathBuf};
+use std::ptr::null_mut;
+use std::sync::OnceLock;
+
+use libloading::Library;
+use tch::{Device, Kind, Tensor};
+
+/// The driver's name, as containers get it.
+const DRIVER: &str = "libcuda.so.1";
+/// The device that the trainer computes on.
+const ORDINAL: c_int = 0;
+
+/// What the kernels need of a row: whole vectors of 16 bytes.
+pub const ROW_WIDTH: i64 = 8;
+/// What [`Kernels::rotate`] needs of a head's size: its halves are whole vectors.
+pub const HEAD_WIDTH: i64 = 16;
+
+/// The compiled kernels, where the driver finds numbers of eight bytes.
+#[repr(C, align(8))]
+struct Image<T: ?Sized>(T);
+static IMAGE: &Image<[u8]> = &Image(*include_bytes!(concat!(env!("OUT_DIR"), "/kernels.fatbin")));
+
+/// The image that [`Kernels::load`] gives to the driver.
+pub fn image() -> &'static [u8] {
+    &IMAGE.0
+}
+
+/// Names of the kernels in the image, in the order of [`Kernel`].
+pub const NAMES: [&str; 6] = [
+    "finetune_swiglu",
+    "finetune_swiglu_backward",
+    "finetune_rms_norm",
+    "finetune_rms_norm_backward",
+    "finetune_rotate",
+    "finetune_cross_entropy",
+];
+
+#[derive(Clone, Copy, Debug)]
+enum Kernel {
+    Swiglu,
+    SwigluBackward,
+    RmsNorm,
+    RmsNormBackward,
+    Rotate,
+    CrossEntropy,
+}
+
+/// Why there are no kernels, or a launch failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// No driver, or one that lacks a function.
+    #[error("{}: {source}", path.display())]
+    Driver {
+        /// Its path.
+        path: PathBuf,
+        /// What the loader says.
+        source: libloading::Error,
+    },
+    /// The driver refused.
+    #[error("{call}: {message} (CUDA error {code})")]
+    Call {
+        /// The driver's function, and what it was called for.
+        call: String,
+        /// The driver's own text.
+        message: String,
+        /// `CUresult`
+        code: c_int,
+    },
+}
+
+/// A `CUcontext`, `CUmodule`, `CUfunction` or `CUstream`.
+type Handle = *mut c_void;
+
+/// The functions of the driver that are called here, by `CUresult` what they return.
+struct Driver {
+    init: unsafe extern "C" fn(c_uint) -> c_int,
+    error_string: unsafe extern "C" fn(c_int, *mut *const c_char) -> c_int,
+    device_get: unsafe extern "C" fn(*mut c_int, c_int) -> c_int,
+    retain_primary_context: unsafe extern "C" fn(*mut Handle, c_int) -> c_int,
+    set_context: unsafe extern "C" fn(Handle) -> c_int,
+    load_module: unsafe extern "C" fn(*mut Handle, *const c_void) -> c_int,
+    get_function: unsafe extern "C" fn(*mut Handle, Handle, *const c_char) -> c_int,
+    /// Function, grid, block, shared memory, stream, parameters, extra.
+    launch: unsafe extern "C" fn(
+        Handle,
+        c_uint,
+        c_uint,
+        c_uint,
+        c_uint,
+        c_uint,
+        c_uint,
+        c_uint,
+        Handle,
+        *mut *mut c_void,
+        *mut *mut c_void,
+    ) -> c_int,
+    /// Behind all of them.
+    _library: Library,
+}
+
+impl Driver {
+    fn open(path: &Path) -> Result<Self, libloading::Error> {
+        // SAFETY: the driver's library, or one that stands for it; the types are those of cuda.h, which the tests' own driver
+        // is compiled with.
+        unsafe {
+            let library = Library::new(path)?;
+            Ok(Self {
+                init: *library.get(b"cuInit\0")?,
+                error_string: *library.get(b"cuGetErrorString\0")?,
+                device_get: *library.get(b"cuDeviceGet\0")?,
+                retain_primary_context: *library.get(b"cuDevicePrimaryCtxRetain\0")?,
+                set_context: *library.get(b"cuCtxSetCurrent\0")?,
+                load_module: *library.get(b"cuModuleLoadData\0")?,
+                get_function: *library.get(b"cuModuleGetFunction\0")?,
+                launch: *library.get(b"cuLaunchKernel\0")?,
+                _library: library,
+            })
+        }
+    }
+
+    fn check(&self, code: c_int, call: impl Into<String>) -> Result<(), Error> {
+        if code == 0 {
+            return Ok(());
+        }
+        let mut text = std::ptr::null();
+        // SAFETY: the driver writes a pointer to a text of its own, or null for a code that it does not know.
+        let message = unsafe {
+            (self.error_string)(code, &raw mut text);
+            if text.is_null() { "unknown error".into() } else { CStr::from_ptr(text).to_string_lossy() }
+        };
+        Err(Error::Call { call: call.into(), message: message.into_owned(), code })
+    }
+}
+
+/// The kernels on one device.
+pub struct Kernels {
+    driver: Driver,
+    context: Handle,
+    functions: [Handle; NAMES.len()],
+}
+
+// SAFETY: contexts and functions are handles that any thread may use, and they live as long as the process.
+unsafe impl Send for Kernels {}
+// SAFETY: as above; the driver locks what it changes.
+unsafe impl Sync for Kernels {}
+
+/// Loads the kernels once.
+pub fn load() -> Result<&'static Kernels, &'static Error> {
+    static LOADED: OnceLock<Result<Kernels, Error>> = OnceLock::new();
+    LOADED.get_or_init(|| Kernels::load(Path::new(DRIVER))).as_ref()
+}
+
+/// The kernels, if they take these tensors: bf16 on the device, contiguous, the last dimension a multiple of `width`.
+pub fn fits(tensors: &[&Tensor], width: i64) -> Option<&'static Kernels> {
+    let one_fits = |tensor: &&Tensor| {
+        tensor.device() == Device::Cuda(ORDINAL as usize)
+            && tensor.kind() == Kind::BFloat16
+            && tensor.is_contiguous()
+            && tensor.size().last().is_some_and(|size| size % width == 0)
+            && (tensor.data_ptr() as usize).is_multiple_of(16)
+    };
+    if tensors.iter().all(one_fits) { load().ok() } else { None }
+}
+
+/// Blocks are whole warps.
+const WARP: i64 = 32;
+/// Threads of a block where each has one vector.
+const THREADS: i64 = 256;
+/// Most threads for a row of a hidden size, and of a vocabulary.
+const MOST_FOR_NORM: i64 = 256;
+const MOST_FOR_LOGITS: i64 = 1024;
+
+fn pointer(tensor: &Tensor) -> u64 {
+    tensor.data_ptr() as u64
+}
+
+fn integer(value: i64) -> u64 {
+    value as u64
+}
+
+fn real(value: f64) -> u64 {
+    u64::from((value as f32).to_bits())
+}
+
+fn rows(tensor: &Tensor) -> (i64, i64) {
+    let columns = *tensor.size().last().expect("a row has columns");
+    (tensor.numel() as i64 / columns, columns)
+}
+
+/// Threads of a block that works on one row: a vector for each, in whole warps, `most` at most.
+fn threads_of_row(columns: i64, most: i64) -> i64 {
+    ((columns / ROW_WIDTH).clamp(1, most) + WARP - 1) / WARP * WARP
+}
+
+impl Kernels {
+    /// Loads the kernels with the driver at `path`.
+    pub fn load(path: &Path) -> Result<Self, Error> {
+        let driver = Driver::open(path).map_err(|source| Error::Driver { path: path.to_path_buf(), source })?;
+        let (mut device, mut context, mut module) = (0, null_mut(), null_mut());
+        let mut functions = [null_mut(); NAMES.len()];
+        // SAFETY: the driver writes one handle through each pointer and reads the image by the sizes in it.
+        unsafe {
+            driver.check((driver.init)(0), "cuInit")?;
+            driver.check((driver.device_get)(&raw mut device, ORDINAL), "cuDeviceGet")?;
+            driver.check((driver.retain_primary_context)(&raw mut context, device), "cuDevicePrimaryCtxRetain")?;
+            driver.check((driver.set_context)(context), "cuCtxSetCurrent")?;
+            driver.check((driver.load_module)(&raw mut module, image().as_ptr().cast()), "cuModuleLoadData")?;
+            for (function, name) in functions.iter_mut().zip(NAMES) {
+                let text = CString::new(name).expect("names have no zero byte");
+                let found = (driver.get_function)(function, module, text.as_ptr());
+                driver.check(found, format!("cuModuleGetFunction of {name}"))?;
+            }
+        }
+        Ok(Self { driver, context, functions })
+    }
+
+    /// Starts a kernel. Each argument lies in the low bytes of its word. Like tch's own functions it panics where the device
+    /// refuses.
+    fn launch(&self, kernel: Kernel, blocks: i64, threads: i64, mut arguments: Vec<u64>) {
+        if blocks == 0 {
+            return;
+        }
+        let name = NAMES[kernel as usize];
+        let blocks = c_uint::try_from(blocks).unwrap_or_else(|_| panic!("{name} cannot have {blocks} blocks"));
+        let mut parameters: Vec<*mut c_void> =
+            arguments.iter_mut().map(|argument| std::ptr::from_mut(argument).cast()).collect();
+        let (function, parameters) = (self.functions[kernel as usize], parameters.as_mut_ptr());
+        // SAFETY: the parameters point at words that outlive the call, in the order and number of the kernel's own
+        // (tests/it/cuda.rs); the tensors' memory is used in the order of the stream, after which libtorch hands it on.
+        let launched = unsafe {
+            self.driver.check((self.driver.set_context)(self.context), "cuCtxSetCurrent").and_then(|()| {
+                let threads = threads as c_uint;
+                let code =
+                    (self.driver.launch)(function, blocks, 1, 1, threads, 1, 1, 0, null_mut(), parameters, null_mut());
+                self.driver.check(code, format!("cuLaunchKernel of {name}"))
+            })
+        };
+        launched.unwrap_or_else(|error| panic!("{error}"));
+    }
+
+    fn launch_by_vector(&self, kernel: Kernel, vectors: i64, arguments: Vec<u64>) {
+        self.launch(kernel, (vectors + THREADS - 1) / THREADS, THREADS, arguments);
+    }
+
+    /// `silu(gate) * up`
+    pub fn swiglu(&self, gate: &Tensor, up: &Tensor) -> Tensor {
+        let (out, count) = (gate.empty_like(), gate.numel() as i64);
+        let arguments = vec![pointer(gate), pointer(up), pointer(&out), integer(count)];
+        self.launch_by_vector(Kernel::Swiglu, count / ROW_WIDTH, arguments);
+        out
+    }
+
+    /// The gradients of [`Kernels::swiglu`] with respect to `gate` and `up`.
+    pub fn swiglu_backward(&self, gradient: &Tensor, gate: &Tensor, up: &Tensor) -> (Tensor, Tensor) {
+        let (d_gate, d_up, count) = (gate.empty_like(), up.empty_like(), gate.numel() as i64);
+        let mut arguments: Vec<u64> = [gradient, gate, up, &d_gate, &d_up].map(pointer).into();
+        arguments.push(integer(count));
+        self.launch_by_vector(Kernel::SwigluBackward, count / ROW_WIDTH, arguments);
+        (d_gate, d_up)
+    }
+
+    /// RMSNorm of rows.
+    pub fn rms_norm(&self, x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
+        let (out, (rows, columns)) = (x.empty_like(), rows(x));
+        let arguments = vec![pointer(x), pointer(weight), pointer(&out), integer(columns), real(eps)];
+        self.launch(Kernel::RmsNorm, rows, threads_of_row(columns, MOST_FOR_NORM), arguments);
+        out
+    }
+
+    /// `residual` plus the gradient of [`Kernels::rms_norm`] with respect to `x`.
+    pub fn rms_norm_backward(
+        &self,
+        gradient: &Tensor,
+        x: &Tensor,
+        weight: &Tensor,
+        eps: f64,
+        residual: &Tensor,
+    ) -> Tensor {
+        let (out, (rows, columns)) = (x.empty_like(), rows(x));
+        let mut arguments: Vec<u64> = [gradient, x, weight, residual, &out].map(pointer).into();
+        arguments.extend([integer(columns), real(eps)]);
+        self.launch(Kernel::RmsNormBackward, rows, threads_of_row(columns, MOST_FOR_NORM), arguments);
+        out
+    }
+
+    /// `x * cos + sign * swap_halves(x) * sin` of x `[t, n, d]`, cos and sin `[t, 1, d]`.
+    pub fn rotate(&self, x: &Tensor, cos: &Tensor, sin: &Tensor, sign: f64) -> Tensor {
+        let (out, size) = (x.empty_like(), x.size());
+        let vectors = x.numel() as i64 / 2 / ROW_WIDTH;
+        assert!(u32::try_from(vectors).is_ok(), "{size:?} is more than one rotation counts");
+        let mut arguments: Vec<u64> = [x, cos, sin, &out].map(pointer).into();
+        arguments.extend([integer(vectors), integer(size[1]), integer(size[2]), real(sign)]);
+        self.launch_by_vector(Kernel::Rotate, vectors, arguments);
+        out
+    }
+
+    /// Negative log-likelihoods of `labels` (int64 `[n]`), fp32 `[n]`. The logits `[n, v]` become `scale * (softmax - onehot)`.
+    pub fn cross_entropy(&self, logits: &Tensor, labels: &Tensor, scale: f64) -> Tensor {
+        let (rows, columns) = rows(logits);
+        let losses = Tensor::empty([rows], (Kind::Float, logits.device()));
+        let mut arguments: Vec<u64> = [logits, labels, &losses].map(pointer).into();
+        arguments.extend([integer(columns), real(scale)]);
+        self.launch(Kernel::CrossEntropy, rows, threads_of_row(columns, MOST_FOR_LOGITS), arguments);
+        losses
+    }
+}
