@@ -58,6 +58,8 @@ pub struct Answer {
     pub tokens: Vec<u32>,
     /// Whether the model ended the answer itself.
     pub ended: bool,
+    /// New tokens that it took, the end token included.
+    pub generated: usize,
 }
 
 /// The greedy continuation of each prompt; `None` if a stop was asked for meanwhile. `progress` is told how many are
@@ -156,6 +158,7 @@ fn generate_batch(
         let next: Vec<i64> = Vec::try_from(logits_bv.argmax(-1, false).to_device(Device::Cpu)).expect("int64 tokens");
         for (&row, &token) in in_cache.iter().zip(&next).filter(|&(&row, _)| !done[row]) {
             let (answer, token) = (&mut answers[row], token as u32);
+            answer.generated += 1;
             if limits.end_tokens.contains(&token) {
                 answer.ended = true;
             } else {
