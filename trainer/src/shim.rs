@@ -1,6 +1,7 @@
 //! The few libtorch calls that tch does not bind, through `cpp/shim.cpp`. All `unsafe` around libtorch lives here.
 
 pub mod cpu;
+pub mod decode;
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 
