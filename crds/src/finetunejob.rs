@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 pub use checkpoint::{Checkpoint, KeepCheckpoints, Resume, ResumeFrom, Storage, WhenDeleted};
 pub use data::{Dataset, Model, OnProblemSpec, RowSource, SecretReference};
 pub use hyperparameters::HyperparametersSpec;
-pub use method::{LoraSpec, MethodSpec, MethodType, QuantizationSpec};
+pub use method::{FullSpec, LoraSpec, MethodSpec, MethodType, QuantizationSpec};
 pub use output::{FailurePolicy, Output, PublishWhen};
 pub use scalar::{
     CLUSTER_URI_PATTERN, DECIMAL_PATTERN, Decimal, Epochs, LOCAL_URI_PATTERN, PositiveDecimal, Probability,
@@ -117,6 +117,18 @@ pub use validation::{
         "!has(self.output) || !has(self.output.format) || self.output.format != 'Adapter' || self.method.type != 'Full'"
     ).message("full fine-tuning has no adapter: set output.format: Merged or leave it out")
         .field_path(".output.format").reason(Reason::FieldValueForbidden),
+    validation = Rule::new(
+        "!has(self.method.full) || !self.method.full.optimizerInBackward || has(self.hyperparameters) && \
+         has(self.hyperparameters.maxGradNorm) && double(self.hyperparameters.maxGradNorm) == 0.0"
+    ).message(
+        "method.full.optimizerInBackward never has all gradients at once to clip them: set hyperparameters.maxGradNorm: \"0\""
+    ),
+    validation = Rule::new(
+        "!has(self.method.full) || !self.method.full.optimizerInBackward || !has(self.hyperparameters) || \
+         !has(self.hyperparameters.microBatchTokens)"
+    ).message(
+        "method.full.optimizerInBackward computes the whole step at once: remove hyperparameters.microBatchTokens"
+    ),
 )]
 pub struct FineTuneJobSpec {
     /// Name of an administrator's profile (image, defaults, limits); absent: `default`.

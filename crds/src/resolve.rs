@@ -16,7 +16,7 @@ pub use resources::{accelerators, training_resources};
 
 use crate::condition::reason;
 use crate::finetunejob::{
-    FineTuneJob, GateOperator, GateSpec, HyperparametersSpec, LoraSpec, MethodType, OnFailure, PublishWhen, Resume,
+    FineTuneJob, GateOperator, GateSpec, HyperparametersSpec, MethodSpec, MethodType, OnFailure, PublishWhen, Resume,
     RowSource, Uri,
 };
 use crate::profile::{self, Profile, Profiles};
@@ -256,7 +256,7 @@ impl Resolver<'_> {
                     truncated_answers: action(on_problem.and_then(|p| p.truncated_answers), ProblemAction::Fail),
                 },
             },
-            method: method(spec.method.method_type, spec.method.lora.as_ref()),
+            method: method(&spec.method),
             hyperparameters: hyperparameters(spec.method.method_type, spec.hyperparameters.as_ref()),
             checkpoint: checkpoint(job),
             validation: self.validation(job, has_validation),
@@ -315,11 +315,13 @@ fn local_uid(name: &str) -> String {
     format!("local-{name}")
 }
 
-fn method(method_type: MethodType, lora: Option<&LoraSpec>) -> Method {
-    if method_type == MethodType::Full {
-        return Method::Full {};
+fn method(spec: &MethodSpec) -> Method {
+    if spec.method_type == MethodType::Full {
+        return Method::Full {
+            optimizer_in_backward: spec.full.as_ref().is_some_and(|full| full.optimizer_in_backward),
+        };
     }
-    let lora = lora.cloned().unwrap_or_default();
+    let lora = spec.lora.clone().unwrap_or_default();
     let rank = lora.rank.unwrap_or(16);
     Method::LoRA {
         lora: Lora {
@@ -348,7 +350,8 @@ fn hyperparameters(method_type: MethodType, spec: Option<&HyperparametersSpec>) 
         scheduler: spec.scheduler.unwrap_or(Scheduler::CosineWithMinLr),
         warmup_ratio: spec.warmup_ratio.as_ref().map_or(0.03, crate::finetunejob::Share::value),
         weight_decay: spec.weight_decay.as_ref().map_or(0.0, crate::finetunejob::Decimal::value),
-        max_grad_norm: spec.max_grad_norm.as_ref().map_or(1.0, crate::finetunejob::PositiveDecimal::value),
+        max_grad_norm: spec.max_grad_norm.as_ref().map_or(1.0, crate::finetunejob::Decimal::value),
+        optimizer: spec.optimizer.unwrap_or_default(),
         seed: spec.seed.unwrap_or(42),
         neftune_alpha: spec.neftune_alpha.as_ref().map(crate::finetunejob::PositiveDecimal::value),
         precision: spec.precision.unwrap_or(Precision::Auto),

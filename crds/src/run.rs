@@ -289,7 +289,11 @@ pub enum Method {
         quantization: Quantization,
     },
     /// All weights.
-    Full {},
+    Full {
+        /// Each layer is updated as soon as its backward pass is done, so that only one layer's gradients exist at a time.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        optimizer_in_backward: bool,
+    },
 }
 
 /// Low-rank adapters: `y = W x + scale * B A drop(x)`.
@@ -364,6 +368,22 @@ pub enum Precision {
     FP32,
 }
 
+/// The optimizer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Optimizer {
+    /// Moments in fp32: 8 bytes per trained weight.
+    #[default]
+    AdamW,
+    /// Moments in 8 bits with a scale for every 256: 2 bytes per trained weight.
+    AdamW8Bit,
+}
+
+impl Optimizer {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
 /// How the model is trained.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -386,8 +406,11 @@ pub struct Hyperparameters {
     pub warmup_ratio: f64,
     /// Decoupled weight decay.
     pub weight_decay: f64,
-    /// Largest global gradient norm.
+    /// Largest global gradient norm; 0: gradients are not clipped.
     pub max_grad_norm: f64,
+    /// The optimizer. The default is not written: runs that began before there was a choice go on.
+    #[serde(default, skip_serializing_if = "Optimizer::is_default")]
+    pub optimizer: Optimizer,
     /// All randomness derives from it.
     pub seed: i64,
     /// NEFTune noise; `None`: off.

@@ -15,8 +15,15 @@ use trainer::tokenizer::Tokenizer;
 fn tiny_model(max_positions: i64) -> Llama {
     tch::set_num_threads(1);
     let folder = golden("tiny-llama");
-    let source =
-        Source { folder: &folder, method: None, kind: Kind::Float, device: Device::Cpu, seed: 1, max_positions };
+    let source = Source {
+        folder: &folder,
+        method: None,
+        optimizer: Optimizer::AdamW,
+        kind: Kind::Float,
+        device: Device::Cpu,
+        seed: 1,
+        max_positions,
+    };
     let Built { model, .. } = build(&source).unwrap_or_else(|error| panic!("{error}"));
     model
 }

@@ -92,7 +92,7 @@ impl GoldenMethod {
                     rank_stabilized: self.rank_stabilized,
                 },
             },
-            _ => Method::Full {},
+            _ => Method::Full { optimizer_in_backward: false },
         }
     }
 }

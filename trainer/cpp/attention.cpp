@@ -1,22 +1,24 @@
-// Causal attention over packed examples in bf16 on CPUs with AVX512-BF16. libtorch's own kernel reaches a tenth of the rate of
+// Causal attention over packed examples on CPUs with AVX512-BF16, in bf16 and fp32. libtorch's own kernel reaches a tenth of the rate of
 // its matrix products on the lengths of chat data, and its backward pass far less.
 //
 // One task is one example and one key-value head with its group of query heads. Products accumulate in fp32; scores, softmax
-// and its gradient are fp32; probabilities and score gradients are rounded to bf16 where they enter a product, as in flash
+// and its gradient are fp32; probabilities and score gradients are rounded to the dtype where they enter a product, as in flash
 // attention. Every sum has one order, whatever the number of threads.
 //
-// A word is two bf16 that are multiplied together: vdpbf16ps adds both products to an fp32 lane.
+// A word is two bf16 that are multiplied together, both products added to an fp32 lane, or one fp32.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <vector>
 
 #include "avx512.h"
-#include "guard.h"
 
 namespace {
 
@@ -29,31 +31,31 @@ constexpr int64_t TILE_COLUMNS = 4 * LANES;
 
 int64_t padded(int64_t size) { return (size + LANES - 1) / LANES * LANES; }
 
-// Factor `a`: its word of a row and a pair is at a[row * row_stride + pair * pair_stride].
+// Factor `a`: its word of a row and of an inner place is at a[row * row_stride + place * place_stride].
 struct Words {
   const uint32_t *data;
   int64_t row_stride;
-  int64_t pair_stride;
+  int64_t place_stride;
 };
 
-// c[R x 16 V] (+)= a[R x pairs] b[pairs x 16 V]
-template <int R, int V>
-INLINE void block(Words a, const uint32_t *b, int64_t b_stride, int64_t pairs, float *c, int64_t c_stride, bool add) {
+// c[R x 16 V] (+)= a[R x words] b[words x 16 V]
+template <typename D, int R, int V>
+INLINE void block(Words a, const uint32_t *b, int64_t b_stride, int64_t words, float *c, int64_t c_stride, bool add) {
   __m512 sums[R][V];
   for (int r = 0; r < R; ++r) {
     for (int v = 0; v < V; ++v) {
       sums[r][v] = add ? _mm512_loadu_ps(c + r * c_stride + v * LANES) : _mm512_setzero_ps();
     }
   }
-  for (int64_t p = 0; p < pairs; ++p) {
-    __m512bh columns[V];
+  for (int64_t p = 0; p < words; ++p) {
+    __m512i columns[V];
     for (int v = 0; v < V; ++v) {
-      columns[v] = (__m512bh)_mm512_loadu_si512(b + p * b_stride + v * LANES);
+      columns[v] = _mm512_loadu_si512(b + p * b_stride + v * LANES);
     }
     for (int r = 0; r < R; ++r) {
-      __m512bh row = (__m512bh)_mm512_set1_epi32(static_cast<int>(a.data[r * a.row_stride + p * a.pair_stride]));
+      const uint32_t row = a.data[r * a.row_stride + p * a.place_stride];
       for (int v = 0; v < V; ++v) {
-        sums[r][v] = _mm512_dpbf16_ps(sums[r][v], row, columns[v]);
+        sums[r][v] = D::multiply_add(sums[r][v], row, columns[v]);
       }
     }
   }
@@ -64,34 +66,35 @@ INLINE void block(Words a, const uint32_t *b, int64_t b_stride, int64_t pairs, f
   }
 }
 
-template <int V>
-AVX512 void rows(Words a, const uint32_t *b, int64_t b_stride, int64_t pairs, float *c, int64_t c_stride, int64_t count,
+template <typename D, int V>
+AVX512 void rows(Words a, const uint32_t *b, int64_t b_stride, int64_t words, float *c, int64_t c_stride, int64_t count,
                  bool add) {
   for (; count >= ROWS; count -= ROWS, a.data += ROWS * a.row_stride, c += ROWS * c_stride) {
-    block<ROWS, V>(a, b, b_stride, pairs, c, c_stride, add);
+    block<D, ROWS, V>(a, b, b_stride, words, c, c_stride, add);
   }
   switch (count) {
-  case 5: block<5, V>(a, b, b_stride, pairs, c, c_stride, add); break;
-  case 4: block<4, V>(a, b, b_stride, pairs, c, c_stride, add); break;
-  case 3: block<3, V>(a, b, b_stride, pairs, c, c_stride, add); break;
-  case 2: block<2, V>(a, b, b_stride, pairs, c, c_stride, add); break;
-  case 1: block<1, V>(a, b, b_stride, pairs, c, c_stride, add); break;
+  case 5: block<D, 5, V>(a, b, b_stride, words, c, c_stride, add); break;
+  case 4: block<D, 4, V>(a, b, b_stride, words, c, c_stride, add); break;
+  case 3: block<D, 3, V>(a, b, b_stride, words, c, c_stride, add); break;
+  case 2: block<D, 2, V>(a, b, b_stride, words, c, c_stride, add); break;
+  case 1: block<D, 1, V>(a, b, b_stride, words, c, c_stride, add); break;
   default: break;
   }
 }
 
-// c[count x columns] (+)= a[count x pairs] b[pairs x columns]; columns are whole vectors.
-AVX512 void product(Words a, const uint32_t *b, int64_t b_stride, int64_t pairs, float *c, int64_t c_stride, int64_t count,
+// c[count x columns] (+)= a[count x words] b[words x columns]; columns are whole vectors.
+template <typename D>
+AVX512 void product(Words a, const uint32_t *b, int64_t b_stride, int64_t words, float *c, int64_t c_stride, int64_t count,
                     int64_t columns, bool add) {
   int64_t at = 0;
   for (; at + 4 * LANES <= columns; at += 4 * LANES) {
-    rows<4>(a, b + at, b_stride, pairs, c + at, c_stride, count, add);
+    rows<D, 4>(a, b + at, b_stride, words, c + at, c_stride, count, add);
   }
   for (; at + 2 * LANES <= columns; at += 2 * LANES) {
-    rows<2>(a, b + at, b_stride, pairs, c + at, c_stride, count, add);
+    rows<D, 2>(a, b + at, b_stride, words, c + at, c_stride, count, add);
   }
   for (; at < columns; at += LANES) {
-    rows<1>(a, b + at, b_stride, pairs, c + at, c_stride, count, add);
+    rows<D, 1>(a, b + at, b_stride, words, c + at, c_stride, count, add);
   }
 }
 
@@ -103,30 +106,31 @@ INLINE __mmask16 between(int64_t first, int64_t from, int64_t to) {
 }
 
 // The rows of one head of one example in a packed tensor [t, heads, d].
-struct Rows {
-  uint16_t *data;
+template <typename D> struct Rows {
+  using Element = typename D::Element;
+  Element *data;
   int64_t stride;
 
-  uint16_t *row(int64_t index) const { return data + index * stride; }
-  Words words(int64_t first) const {
-    return {reinterpret_cast<const uint32_t *>(row(first)), stride / 2, 1};
-  }
+  Element *row(int64_t index) const { return data + index * stride; }
+  Words words(int64_t first) const { return {reinterpret_cast<const uint32_t *>(row(first)), stride / D::PER_WORD, 1}; }
+  // Those of a head that lies `index` heads of `size` behind.
+  Rows after(int64_t index, int64_t size) const { return {data + index * size, stride}; }
 };
 
-// to[pair of columns][row], columns of `to` padded with zeros to whole vectors: rows become lanes.
-void pack_columns(Rows from, int64_t length, int64_t size, std::vector<uint32_t> &to) {
-  const int64_t stride = padded(length);
-  to.assign(size / 2 * stride, 0);
+// to[word of columns][row], columns of `to` padded with zeros to whole vectors: rows become lanes.
+template <typename D> void pack_columns(Rows<D> from, int64_t length, int64_t size, std::vector<uint32_t> &to) {
+  const int64_t stride = padded(length), words = size / D::PER_WORD;
+  to.assign(words * stride, 0);
   for (int64_t row = 0; row < length; ++row) {
-    const uint32_t *words = from.words(row).data;
-    for (int64_t pair = 0; pair < size / 2; ++pair) {
-      to[pair * stride + row] = words[pair];
+    const uint32_t *word = from.words(row).data;
+    for (int64_t at = 0; at < words; ++at) {
+      to[at * stride + row] = word[at];
     }
   }
 }
 
-// to[pair of rows][column]; rows are padded with zeros to whole vectors.
-AVX512 void pack_rows(Rows from, int64_t length, int64_t size, std::vector<uint32_t> &to) {
+// to[word of rows][column]; rows are padded with zeros to whole vectors.
+AVX512 void pack_rows(Rows<Bf16> from, int64_t length, int64_t size, std::vector<uint32_t> &to) {
   to.resize(padded(length) / 2 * size);
   for (int64_t pair = 0; pair < padded(length) / 2; ++pair) {
     for (int64_t column = 0; column < size; column += LANES) {
@@ -144,19 +148,26 @@ AVX512 void pack_rows(Rows from, int64_t length, int64_t size, std::vector<uint3
   }
 }
 
+void pack_rows(Rows<Fp32> from, int64_t length, int64_t size, std::vector<uint32_t> &to) {
+  to.assign(padded(length) * size, 0);
+  for (int64_t row = 0; row < length; ++row) {
+    std::memcpy(to.data() + row * size, from.row(row), size * sizeof(float));
+  }
+}
+
 // A packed tensor [t, heads, d].
-struct Packed {
-  uint16_t *data;
+template <typename D> struct Packed {
+  typename D::Element *data;
   int64_t heads;
   int64_t size;
 
   Packed(const at::Tensor &tensor, const char *name)
-      : data(static_cast<uint16_t *>(tensor.data_ptr())), heads(tensor.size(1)), size(tensor.size(2)) {
-    TORCH_CHECK(tensor.scalar_type() == at::kBFloat16 && tensor.is_contiguous() && tensor.dim() == 3 &&
+      : data(static_cast<typename D::Element *>(tensor.data_ptr())), heads(tensor.size(1)), size(tensor.size(2)) {
+    TORCH_CHECK(tensor.scalar_type() == D::KIND && tensor.is_contiguous() && tensor.dim() == 3 &&
                     tensor.size(2) % (2 * LANES) == 0,
-                name, " must be contiguous bf16 [t, heads, d], d a multiple of 32");
+                name, " must be contiguous ", D::KIND, " [t, heads, d], d a multiple of 32");
   }
-  Rows head(int64_t token, int64_t index) const { return {data + (token * heads + index) * size, heads * size}; }
+  Rows<D> head(int64_t token, int64_t index) const { return {data + (token * heads + index) * size, heads * size}; }
 };
 
 struct Shape {
@@ -164,14 +175,16 @@ struct Shape {
   float scale;
 };
 
-struct ForwardSpace {
+template <typename D> struct ForwardSpace {
   std::vector<uint32_t> keys, values;
   std::vector<float> scores, sums;
-  std::vector<uint16_t> probabilities;
+  std::vector<typename D::Element> probabilities;
 };
 
 // One example and one key-value head; `query`, `out` and `logsumexp` are of the first query head of the group.
-AVX512 void forward(const Shape &s, Rows query, Rows key, Rows value, Rows out, float *logsumexp, ForwardSpace &space) {
+template <typename D>
+AVX512 void forward(const Shape &s, Rows<D> query, Rows<D> key, Rows<D> value, Rows<D> out, float *logsumexp,
+                    ForwardSpace<D> &space) {
   const int64_t stride = padded(s.length);
   pack_columns(key, s.length, s.size, space.keys);
   pack_rows(value, s.length, s.size, space.values);
@@ -180,16 +193,16 @@ AVX512 void forward(const Shape &s, Rows query, Rows key, Rows value, Rows out, 
   space.sums.resize(TILE_ROWS * s.size);
   const __m512 scale = _mm512_set1_ps(s.scale);
   for (int64_t head = 0; head < s.group; ++head) {
-    const Rows q{query.data + head * s.size, query.stride}, o{out.data + head * s.size, out.stride};
+    const Rows<D> q = query.after(head, s.size), o = out.after(head, s.size);
     for (int64_t first = 0; first < s.length; first += TILE_ROWS) {
       const int64_t count = std::min(TILE_ROWS, s.length - first);
       const int64_t columns = padded(first + count);
-      product(q.words(first), space.keys.data(), stride, s.size / 2, space.scores.data(), stride, count, columns, false);
+      product<D>(q.words(first), space.keys.data(), stride, s.size / D::PER_WORD, space.scores.data(), stride, count, columns, false);
       float inverse[TILE_ROWS];
       for (int64_t row = 0; row < count; ++row) {
         const int64_t valid = first + row + 1;
         const float *scores = space.scores.data() + row * stride;
-        uint16_t *probabilities = space.probabilities.data() + row * stride;
+        typename D::Element *probabilities = space.probabilities.data() + row * stride;
         __m512 largest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
         for (int64_t at = 0; at < valid; at += LANES) {
           largest = _mm512_mask_max_ps(largest, between(at, 0, valid), largest, _mm512_loadu_ps(scores + at));
@@ -200,18 +213,18 @@ AVX512 void forward(const Shape &s, Rows query, Rows key, Rows value, Rows out, 
           const __m512 below = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(scores + at), _mm512_set1_ps(peak)), scale);
           const __m512 p = _mm512_maskz_mov_ps(between(at, 0, valid), exponential(below));
           sum = _mm512_add_ps(sum, p);
-          store_bf16(probabilities + at, p);
+          D::store(probabilities + at, p);
         }
         const float total = _mm512_reduce_add_ps(sum);
         inverse[row] = 1.0f / total;
         logsumexp[head * s.tokens + first + row] = peak * s.scale + std::log(total);
       }
-      const Words p{reinterpret_cast<const uint32_t *>(space.probabilities.data()), stride / 2, 1};
-      product(p, space.values.data(), s.size, columns / 2, space.sums.data(), s.size, count, s.size, false);
+      const Words p{reinterpret_cast<const uint32_t *>(space.probabilities.data()), stride / D::PER_WORD, 1};
+      product<D>(p, space.values.data(), s.size, columns / D::PER_WORD, space.sums.data(), s.size, count, s.size, false);
       for (int64_t row = 0; row < count; ++row) {
         for (int64_t at = 0; at < s.size; at += LANES) {
           const __m512 sums = _mm512_loadu_ps(space.sums.data() + row * s.size + at);
-          store_bf16(o.row(first + row) + at, _mm512_mul_ps(sums, _mm512_set1_ps(inverse[row])));
+          D::store(o.row(first + row) + at, _mm512_mul_ps(sums, _mm512_set1_ps(inverse[row])));
         }
       }
     }
@@ -223,30 +236,32 @@ struct BackwardSpace {
   std::vector<float> logsumexp, shares, d_query, d_key, d_value;
 };
 
-// Writes fp32 sums [length, size] as bf16.
-AVX512 void round_rows(const std::vector<float> &from, Rows to, int64_t length, int64_t size) {
+// Writes fp32 sums [length, size] in the dtype.
+template <typename D>
+AVX512 void round_rows(const std::vector<float> &from, Rows<D> to, int64_t length, int64_t size) {
   for (int64_t row = 0; row < length; ++row) {
     for (int64_t at = 0; at < size; at += LANES) {
-      store_bf16(to.row(row) + at, _mm512_loadu_ps(from.data() + row * size + at));
+      D::store(to.row(row) + at, _mm512_loadu_ps(from.data() + row * size + at));
     }
   }
 }
 
 // Tiles of transposed scores: a row is a key, a lane a query.
-AVX512 void backward(const Shape &s, Rows gradient, Rows query, Rows key, Rows value, Rows out, const float *logsumexp,
-                     Rows d_query, Rows d_key, Rows d_value, BackwardSpace &space) {
+template <typename D>
+AVX512 void backward(const Shape &s, Rows<D> gradient, Rows<D> query, Rows<D> key, Rows<D> value, Rows<D> out,
+                     const float *logsumexp, Rows<D> d_query, Rows<D> d_key, Rows<D> d_value, BackwardSpace &space) {
   const int64_t stride = padded(s.length);
   const __m512 scale = _mm512_set1_ps(s.scale);
   alignas(64) float scores[TILE_ROWS * TILE_COLUMNS], d_probabilities[TILE_ROWS * TILE_COLUMNS];
-  alignas(64) uint16_t probabilities[TILE_ROWS * TILE_COLUMNS], d_scores[TILE_ROWS * TILE_COLUMNS];
+  alignas(64) typename D::Element probabilities[TILE_ROWS * TILE_COLUMNS], d_scores[TILE_ROWS * TILE_COLUMNS];
   // Score gradients of two keys in one word: the factor of d_query, which is summed over keys.
   alignas(64) uint32_t d_score_pairs[TILE_ROWS / 2 * TILE_COLUMNS];
   pack_rows(key, s.length, s.size, space.key_rows);
   space.d_key.assign(stride * s.size, 0.0f);
   space.d_value.assign(stride * s.size, 0.0f);
   for (int64_t head = 0; head < s.group; ++head) {
-    const Rows q{query.data + head * s.size, query.stride}, o{out.data + head * s.size, out.stride};
-    const Rows g{gradient.data + head * s.size, gradient.stride};
+    const Rows<D> q = query.after(head, s.size), o = out.after(head, s.size);
+    const Rows<D> g = gradient.after(head, s.size);
     pack_columns(q, s.length, s.size, space.query_columns);
     pack_columns(g, s.length, s.size, space.gradient_columns);
     pack_rows(q, s.length, s.size, space.query_rows);
@@ -256,7 +271,7 @@ AVX512 void backward(const Shape &s, Rows gradient, Rows query, Rows key, Rows v
     for (int64_t row = 0; row < s.length; ++row) {
       __m512 sum = _mm512_setzero_ps();
       for (int64_t at = 0; at < s.size; at += LANES) {
-        sum = _mm512_fmadd_ps(load_bf16(g.row(row) + at), load_bf16(o.row(row) + at), sum);
+        sum = _mm512_fmadd_ps(D::load(g.row(row) + at), D::load(o.row(row) + at), sum);
       }
       space.shares[row] = _mm512_reduce_add_ps(sum);
       space.logsumexp[row] = logsumexp[head * s.tokens + row];
@@ -266,10 +281,10 @@ AVX512 void backward(const Shape &s, Rows gradient, Rows query, Rows key, Rows v
       const int64_t keys = std::min(TILE_ROWS, s.length - first);
       for (int64_t from = first / LANES * LANES; from < s.length; from += TILE_COLUMNS) {
         const int64_t columns = std::min(TILE_COLUMNS, stride - from);
-        product(key.words(first), space.query_columns.data() + from, stride, s.size / 2, scores, TILE_COLUMNS, keys, columns,
+        product<D>(key.words(first), space.query_columns.data() + from, stride, s.size / D::PER_WORD, scores, TILE_COLUMNS, keys, columns,
                 false);
-        product(value.words(first), space.gradient_columns.data() + from, stride, s.size / 2, d_probabilities, TILE_COLUMNS,
-                keys, columns, false);
+        product<D>(value.words(first), space.gradient_columns.data() + from, stride, s.size / D::PER_WORD, d_probabilities,
+                   TILE_COLUMNS, keys, columns, false);
         for (int64_t at = 0; at < columns; at += LANES) {
           const __m512 level = _mm512_loadu_ps(space.logsumexp.data() + from + at);
           const __m512 share = _mm512_loadu_ps(space.shares.data() + from + at);
@@ -281,40 +296,41 @@ AVX512 void backward(const Shape &s, Rows gradient, Rows query, Rows key, Rows v
             const __m512 p = _mm512_maskz_mov_ps(seen, exponential(exponent));
             const __m512 change = _mm512_sub_ps(_mm512_loadu_ps(d_probabilities + place), share);
             const __m512 d = _mm512_maskz_mov_ps(seen, _mm512_mul_ps(_mm512_mul_ps(p, change), scale));
-            store_bf16(probabilities + place, p);
-            const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(d);
-            _mm256_storeu_si256(reinterpret_cast<__m256i *>(d_scores + place), rounded);
-            const __m512i wide = _mm512_cvtepu16_epi32(rounded);
-            uint32_t *pairs = d_score_pairs + row / 2 * TILE_COLUMNS + at;
-            if (row % 2 == 0) {
-              even = wide;
-              _mm512_storeu_si512(pairs, even);
-            } else {
-              _mm512_storeu_si512(pairs, _mm512_or_si512(even, _mm512_slli_epi32(wide, 16)));
+            D::store(probabilities + place, p);
+            D::store(d_scores + place, d);
+            if constexpr (D::PER_WORD == 2) {
+              const auto *stored = reinterpret_cast<const __m256i *>(d_scores + place);
+              const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(stored));
+              even = row % 2 == 0 ? wide : _mm512_or_si512(even, _mm512_slli_epi32(wide, 16));
+              _mm512_storeu_si512(d_score_pairs + row / 2 * TILE_COLUMNS + at, even);
             }
           }
         }
-        const Words p{reinterpret_cast<const uint32_t *>(probabilities), TILE_COLUMNS / 2, 1};
-        const Words d{reinterpret_cast<const uint32_t *>(d_scores), TILE_COLUMNS / 2, 1};
-        product(p, space.gradient_rows.data() + from / 2 * s.size, s.size, columns / 2,
-                space.d_value.data() + first * s.size, s.size, keys, s.size, true);
-        product(d, space.query_rows.data() + from / 2 * s.size, s.size, columns / 2, space.d_key.data() + first * s.size,
-                s.size, keys, s.size, true);
-        product({d_score_pairs, 1, TILE_COLUMNS}, space.key_rows.data() + first / 2 * s.size, s.size, (keys + 1) / 2,
-                space.d_query.data() + from * s.size, s.size, std::min(columns, s.length - from), s.size, true);
+        const Words p{reinterpret_cast<const uint32_t *>(probabilities), TILE_COLUMNS / D::PER_WORD, 1};
+        const Words d{reinterpret_cast<const uint32_t *>(d_scores), TILE_COLUMNS / D::PER_WORD, 1};
+        const uint32_t *of_keys = D::PER_WORD == 2 ? d_score_pairs : d.data;
+        const int64_t queries = columns / D::PER_WORD, from_word = from / D::PER_WORD * s.size;
+        product<D>(p, space.gradient_rows.data() + from_word, s.size, queries, space.d_value.data() + first * s.size, s.size,
+                   keys, s.size, true);
+        product<D>(d, space.query_rows.data() + from_word, s.size, queries, space.d_key.data() + first * s.size, s.size, keys,
+                   s.size, true);
+        product<D>({of_keys, 1, TILE_COLUMNS}, space.key_rows.data() + first / D::PER_WORD * s.size, s.size,
+                   (keys + D::PER_WORD - 1) / D::PER_WORD, space.d_query.data() + from * s.size, s.size,
+                   std::min(columns, s.length - from), s.size, true);
       }
     }
-    round_rows(space.d_query, {d_query.data + head * s.size, d_query.stride}, s.length, s.size);
+    round_rows(space.d_query, d_query.after(head, s.size), s.length, s.size);
   }
   round_rows(space.d_key, d_key, s.length, s.size);
   round_rows(space.d_value, d_value, s.length, s.size);
 }
 
-// Calls work(example, key-value head, workspace), each pair once.
+// Calls work(example, key-value head, workspace), each pair once, on whichever thread is free: examples differ in length.
 template <typename Space, typename F> void for_each_task(int64_t examples, int64_t kv_heads, F work) {
-  at::parallel_for(0, examples * kv_heads, 1, [&](int64_t begin, int64_t end) {
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
     Space space;
-    for (int64_t task = begin; task < end; ++task) {
+    for (int64_t task; (task = next++) < examples * kv_heads;) {
       work(task / kv_heads, task % kv_heads, space);
     }
   });
@@ -324,19 +340,20 @@ template <typename Space, typename F> void for_each_task(int64_t examples, int64
 
 extern "C" {
 
-// query, out bf16 [t, n, d]; key, value bf16 [t, k, d]; logsumexp fp32 [n, t]; bounds int32
+// query, out [t, n, d] and key, value [t, k, d], bf16 or fp32; logsumexp fp32 [n, t]; bounds int32
 // [examples + 1], from 0 to t, on the CPU.
 int ft_cpu_attention(void *query, void *key, void *value, void *bounds, double scale, void *out, void *logsumexp) {
-  return recorded("finetune::attention", {query, key, value}, [&] {
+  return recorded_by_dtype("finetune::attention", {query, key, value}, [&](auto dtype) {
+    using D = decltype(dtype);
     const int32_t *starts = tensor(bounds).data_ptr<int32_t>();
     const int64_t examples = tensor(bounds).size(0) - 1;
-    const Packed q(tensor(query), "query"), k(tensor(key), "key"), v(tensor(value), "value"), o(tensor(out), "out");
+    const Packed<D> q(tensor(query), "query"), k(tensor(key), "key"), v(tensor(value), "value"), o(tensor(out), "out");
     float *levels = tensor(logsumexp).data_ptr<float>();
     const int64_t tokens = tensor(query).size(0), group = q.heads / k.heads;
-    for_each_task<ForwardSpace>(examples, k.heads, [&](int64_t example, int64_t head, ForwardSpace &space) {
+    for_each_task<ForwardSpace<D>>(examples, k.heads, [&](int64_t example, int64_t head, ForwardSpace<D> &space) {
       const int64_t start = starts[example], length = starts[example + 1] - start;
       const Shape shape{length, group, q.size, tokens, static_cast<float>(scale)};
-      forward(shape, q.head(start, head * group), k.head(start, head), v.head(start, head), o.head(start, head * group),
+      forward<D>(shape, q.head(start, head * group), k.head(start, head), v.head(start, head), o.head(start, head * group),
               levels + head * group * tokens + start, space);
     });
   });
@@ -345,18 +362,19 @@ int ft_cpu_attention(void *query, void *key, void *value, void *bounds, double s
 // The gradients of query, key and value, in tensors of their shapes.
 int ft_cpu_attention_backward(void *gradient, void *query, void *key, void *value, void *out, void *logsumexp,
                               void *bounds, double scale, void *d_query, void *d_key, void *d_value) {
-  return recorded("finetune::attention_backward", {gradient, query, key, value}, [&] {
+  return recorded_by_dtype("finetune::attention_backward", {gradient, query, key, value}, [&](auto dtype) {
+    using D = decltype(dtype);
     const int32_t *starts = tensor(bounds).data_ptr<int32_t>();
     const int64_t examples = tensor(bounds).size(0) - 1;
-    const Packed g(tensor(gradient), "gradient"), q(tensor(query), "query"), k(tensor(key), "key");
-    const Packed v(tensor(value), "value"), o(tensor(out), "out");
-    const Packed dq(tensor(d_query), "d_query"), dk(tensor(d_key), "d_key"), dv(tensor(d_value), "d_value");
+    const Packed<D> g(tensor(gradient), "gradient"), q(tensor(query), "query"), k(tensor(key), "key");
+    const Packed<D> v(tensor(value), "value"), o(tensor(out), "out");
+    const Packed<D> dq(tensor(d_query), "d_query"), dk(tensor(d_key), "d_key"), dv(tensor(d_value), "d_value");
     const float *levels = tensor(logsumexp).data_ptr<float>();
     const int64_t tokens = tensor(query).size(0), group = q.heads / k.heads;
     for_each_task<BackwardSpace>(examples, k.heads, [&](int64_t example, int64_t head, BackwardSpace &space) {
       const int64_t start = starts[example], length = starts[example + 1] - start;
       const Shape shape{length, group, q.size, tokens, static_cast<float>(scale)};
-      backward(shape, g.head(start, head * group), q.head(start, head * group), k.head(start, head), v.head(start, head),
+      backward<D>(shape, g.head(start, head * group), q.head(start, head * group), k.head(start, head), v.head(start, head),
                o.head(start, head * group), levels + head * group * tokens + start, dq.head(start, head * group),
                dk.head(start, head), dv.head(start, head), space);
     });

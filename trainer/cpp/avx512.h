@@ -1,11 +1,16 @@
-// What the kernels for CPUs with AVX512-BF16 share. Only functions marked AVX512 use these instructions: they are called where
+// What the kernels for CPUs with AVX512-BF16 share, in bf16 and fp32. Only functions marked AVX512 use these instructions: they are called where
 // ft_cpu_kernels_are_supported says so.
 
 #pragma once
 
+#include <ATen/ATen.h>
+
 #include <immintrin.h>
 
 #include <cstdint>
+#include <initializer_list>
+
+#include "guard.h"
 
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
 #define INLINE AVX512 inline __attribute__((always_inline))
@@ -25,11 +30,49 @@ INLINE __m512 exponential(__m512 x) {
   return _mm512_scalef_ps(sum, n);
 }
 
-INLINE void store_bf16(uint16_t *to, __m512 values) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i *>(to), (__m256i)_mm512_cvtneps_pbh(values));
-}
+// A dtype as the kernels take it: elements in memory, and words of 32 bits whose elements are multiplied together.
+struct Bf16 {
+  using Element = uint16_t;
+  static constexpr int64_t PER_WORD = 2;
+  static constexpr auto KIND = at::kBFloat16;
 
-INLINE __m512 load_bf16(const uint16_t *from) {
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  static INLINE __m512 load(const Element *from) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+  static INLINE void store(Element *to, __m512 values) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(to), (__m256i)_mm512_cvtneps_pbh(values));
+  }
+  static INLINE __m512 rounded(__m512 values) {
+    const __m256i bits = (__m256i)_mm512_cvtneps_pbh(values);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+  static INLINE __m512 multiply_add(__m512 sum, uint32_t word, __m512i words) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(word)), (__m512bh)words);
+  }
+};
+
+struct Fp32 {
+  using Element = float;
+  static constexpr int64_t PER_WORD = 1;
+  static constexpr auto KIND = at::kFloat;
+
+  static INLINE __m512 load(const Element *from) { return _mm512_loadu_ps(from); }
+  static INLINE void store(Element *to, __m512 values) { _mm512_storeu_ps(to, values); }
+  static INLINE __m512 rounded(__m512 values) { return values; }
+  static INLINE __m512 multiply_add(__m512 sum, uint32_t word, __m512i words) {
+    const __m512 one = _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(word)));
+    return _mm512_fmadd_ps(one, _mm512_castsi512_ps(words), sum);
+  }
+};
+
+// Work that the profiler shows by this name: body(Bf16{}) or body(Fp32{}), as the first of its inputs is.
+template <typename F> int recorded_by_dtype(const char *name, std::initializer_list<void *> inputs, F body) {
+  return recorded(name, inputs, [&] {
+    if (tensor(*inputs.begin()).scalar_type() == at::kBFloat16) {
+      body(Bf16{});
+    } else {
+      body(Fp32{});
+    }
+  });
 }

@@ -12,7 +12,7 @@ use crds::exit::ExitCode;
 use crds::profile;
 use crds::report::Verdict;
 use crds::resolve::{Target, resolve};
-use crds::run::{Method, PodStage, Precision, RunConfig};
+use crds::run::{Method, Optimizer, PodStage, Precision, RunConfig};
 
 use crate::display::{Display, summary};
 use crate::export::AdapterInfo;
@@ -458,6 +458,7 @@ fn answer(
     let source = Source {
         folder: &folder,
         method: method.as_ref(),
+        optimizer: Optimizer::default(),
         kind: chosen.kind,
         device: chosen.device,
         seed: 0,

@@ -176,10 +176,11 @@ impl Observer for Display {
                 ));
             }
             Event::Checkpoint(record) => self.print(&format!(
-                "checkpoint at step {}: {} in {:.2} s",
+                "checkpoint at step {}: {} in {:.2} s, for which training waited {:.2} s",
                 record.step,
                 display_bytes(record.bytes),
-                record.seconds
+                record.seconds,
+                record.waited_seconds
             )),
             Event::Warning(text) => self.print(&format!("warning: {text}")),
             Event::CheckpointFailed { step, message } => {

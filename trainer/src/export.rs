@@ -256,6 +256,7 @@ pub fn dtype(kind: tch::Kind) -> Dtype {
         tch::Kind::BFloat16 => Dtype::BF16,
         tch::Kind::Half => Dtype::F16,
         tch::Kind::Double => Dtype::F64,
+        tch::Kind::Uint8 => Dtype::U8,
         _ => Dtype::F32,
     }
 }

@@ -6,6 +6,7 @@
 use tch::Tensor;
 
 use crate::loss::add_product;
+use crate::optim::Gradient;
 
 /// A tensor that the model computes with, and where its gradient is summed if it is trained.
 #[derive(Debug)]
@@ -13,13 +14,18 @@ pub struct Weight {
     /// In the activation's dtype.
     pub value: Tensor,
     /// fp32, same shape; `None` where it is frozen.
-    pub gradient: Option<Tensor>,
+    pub gradient: Option<Gradient>,
 }
 
 impl Weight {
     /// A weight that does not move.
     pub fn frozen(value: Tensor) -> Self {
         Self { value, gradient: None }
+    }
+
+    /// What the backward pass adds the gradient to, if it is trained.
+    pub fn gradient(&self) -> Option<Tensor> {
+        self.gradient.as_ref().map(Gradient::view)
     }
 }
 
@@ -89,19 +95,19 @@ impl Linear {
         dropout: &dyn InputMask,
         input_gradient: Option<&mut Tensor>,
     ) {
-        if let Some(weight_gradient) = &self.weight.gradient {
-            add_product(weight_gradient, &gradient_to.tr(), x_ti);
+        if let Some(weight_gradient) = self.weight.gradient() {
+            add_product(&weight_gradient, &gradient_to.tr(), x_ti);
         }
         let adapter = self.adapter.as_ref().zip(saved.as_ref()).map(|(adapter, projected_tr)| {
             let mask_ti = dropout.mask(adapter.site, x_ti);
             let gradient_tr = gradient_to.matmul(&adapter.b.value) * adapter.scale;
-            if let Some(gradient) = &adapter.b.gradient {
-                add_product(gradient, &gradient_to.tr(), projected_tr);
+            if let Some(gradient) = adapter.b.gradient() {
+                add_product(&gradient, &gradient_to.tr(), projected_tr);
             }
-            if let Some(gradient) = &adapter.a.gradient {
+            if let Some(gradient) = adapter.a.gradient() {
                 match &mask_ti {
-                    Some(mask_ti) => add_product(gradient, &gradient_tr.tr(), &(x_ti * mask_ti)),
-                    None => add_product(gradient, &gradient_tr.tr(), x_ti),
+                    Some(mask_ti) => add_product(&gradient, &gradient_tr.tr(), &(x_ti * mask_ti)),
+                    None => add_product(&gradient, &gradient_tr.tr(), x_ti),
                 }
             }
             (adapter, gradient_tr, mask_ti)

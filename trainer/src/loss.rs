@@ -126,9 +126,11 @@ mod tests {
             let (loss, gradient) = cross_entropy(&hidden.to_kind(kind), &labels, &head, 1.0 / 19.0);
             [loss, gradient, head.gradient.expect("it is trained")].map(|tensor| tensor.to_kind(Kind::Double))
         };
-        for (place, (ours, exact)) in all(Kind::BFloat16).iter().zip(&all(Kind::Double)).enumerate() {
-            let distance = cpu::distance(ours, exact);
-            assert!(distance < 1e-2, "{place}: {distance:e}");
+        for (kind, most) in [(Kind::BFloat16, 1e-2), (Kind::Float, 1e-6)] {
+            for (place, (ours, exact)) in all(kind).iter().zip(&all(Kind::Double)).enumerate() {
+                let distance = cpu::distance(ours, exact);
+                assert!(distance < most, "{kind:?} {place}: {distance:e}");
+            }
         }
     }
 

@@ -11,8 +11,10 @@ mod load;
 
 pub use config::Config;
 pub use layer::{KeyValues, Recompute};
-pub use llama::{DeviceBatch, Llama, Noise};
-pub use load::{Built, Source, base_elements, build, lora_parameters, merged, restore_base, target_linears};
+pub use llama::{BackwardPass, DeviceBatch, Llama, Noise};
+pub use load::{
+    Built, Source, base_elements, build, layer_elements, lora_parameters, merged, restore_base, target_linears,
+};
 
 /// A model could not be built.
 #[derive(Debug, thiserror::Error)]

@@ -153,34 +153,35 @@ mod tests {
 
     use super::*;
 
-    /// A fused kernel and the operations it stands for differ by rounding to bf16 at most.
+    /// A fused kernel and the operations it stands for differ by rounding to the dtype at most.
     #[test]
     fn fused_kernels_compute_what_is_written_out() {
         tch::set_num_threads(1);
-        tch::manual_seed(1);
-        let random = |size: &[i64]| Tensor::randn(size, (Kind::Float, Device::Cpu)).to_kind(Kind::BFloat16);
-        // A row that is one lane short of a whole number of vectors takes the other way.
-        let (gate, up, gradient) = (random(&[37, 48]), random(&[37, 48]), random(&[37, 48]));
-        let (weight, residual) = (random(&[48]), random(&[37, 48]));
-        let eps = 1e-5;
-        let wide = |tensor: &Tensor| tensor.to_kind(Kind::Double);
-        let check = |what: &str, ours: &Tensor, exact: &Tensor| {
-            let distance = cpu::distance(ours, exact);
-            assert!(distance < 5e-3, "{what}: {distance:e}");
-        };
-        let [g, u, d, w, r] = [&gate, &up, &gradient, &weight, &residual].map(wide);
-        check("swiglu", &swiglu(&gate, &up), &swiglu(&g, &u));
-        let (ours, exact) = (swiglu_backward(&gradient, &gate, &up), swiglu_backward(&d, &g, &u));
-        check("d_gate", &ours.0, &exact.0);
-        check("d_up", &ours.1, &exact.1);
-        check("rms_norm", &rms_norm(&gate, &weight, eps), &rms_norm(&g, &w, eps));
-        let ours = residual_norm_backward(residual.shallow_clone(), &gradient, &gate, &weight, eps, None);
-        check("d_norm", &ours, &residual_norm_backward(r.shallow_clone(), &d, &g, &w, eps, None));
-        let (x, positions) = (random(&[37, 3, 64]), Tensor::arange(37, (Kind::Int64, Device::Cpu)));
-        let inverse: Vec<f32> = (0..32u8).map(|pair| 100f32.powf(-f32::from(pair) / 32.0)).collect();
-        for rotation in [Rotation::Forward, Rotation::Backward] {
-            let rows = |kind| Rope::new(&inverse, 64, kind, Device::Cpu).at(&positions);
-            check("rope", &rows(Kind::BFloat16).rotate(&x, rotation), &rows(Kind::Double).rotate(&wide(&x), rotation));
+        for (kind, most) in [(Kind::BFloat16, 5e-3), (Kind::Float, 1e-6)] {
+            tch::manual_seed(1);
+            let random = |size: &[i64]| Tensor::randn(size, (Kind::Float, Device::Cpu)).to_kind(kind);
+            let (gate, up, gradient) = (random(&[37, 48]), random(&[37, 48]), random(&[37, 48]));
+            let (weight, residual) = (random(&[48]), random(&[37, 48]));
+            let eps = 1e-5;
+            let wide = |tensor: &Tensor| tensor.to_kind(Kind::Double);
+            let check = |what: &str, ours: &Tensor, exact: &Tensor| {
+                let distance = cpu::distance(ours, exact);
+                assert!(distance < most, "{kind:?} {what}: {distance:e}");
+            };
+            let [g, u, d, w, r] = [&gate, &up, &gradient, &weight, &residual].map(wide);
+            check("swiglu", &swiglu(&gate, &up), &swiglu(&g, &u));
+            let (ours, exact) = (swiglu_backward(&gradient, &gate, &up), swiglu_backward(&d, &g, &u));
+            check("d_gate", &ours.0, &exact.0);
+            check("d_up", &ours.1, &exact.1);
+            check("rms_norm", &rms_norm(&gate, &weight, eps), &rms_norm(&g, &w, eps));
+            let ours = residual_norm_backward(residual.shallow_clone(), &gradient, &gate, &weight, eps, None);
+            check("d_norm", &ours, &residual_norm_backward(r.shallow_clone(), &d, &g, &w, eps, None));
+            let (x, positions) = (random(&[37, 3, 64]), Tensor::arange(37, (Kind::Int64, Device::Cpu)));
+            let inverse: Vec<f32> = (0..32u8).map(|pair| 100f32.powf(-f32::from(pair) / 32.0)).collect();
+            for rotation in [Rotation::Forward, Rotation::Backward] {
+                let rows = |kind| Rope::new(&inverse, 64, kind, Device::Cpu).at(&positions);
+                check("rope", &rows(kind).rotate(&x, rotation), &rows(Kind::Double).rotate(&wide(&x), rotation));
+            }
         }
     }
 }

@@ -1,19 +1,26 @@
-//! The trained tensors and AdamW, all in flat fp32 buffers: one norm, one clip, one fused update, one thing to save.
+//! The trained tensors and AdamW, in flat buffers: one norm, one clip, few fused updates, one thing to save.
 //!
 //! `p *= 1 - lr*wd; m += (1-b1)(g-m); v = b2*v + (1-b2)g^2; p -= lr/(1-b1^t) * m / (sqrt(v)/sqrt(1-b2^t) + eps)`,
-//! as in torch. With bf16 training the fp32 buffer is the master and the model computes with a bf16 copy, refreshed once
-//! a step.
+//! as in torch. With bf16 training the fp32 buffer is the master and the model computes with a bf16 copy, refreshed with
+//! each update.
 
+mod blockwise;
+mod gradients;
+mod step;
+
+use crds::run::Optimizer;
 use tch::{Device, Kind, Tensor};
 
+use self::blockwise::{BLOCK, Blockwise, Rates, num_blocks};
+pub use self::gradients::Gradient;
+use self::gradients::Gradients;
+pub use self::step::{Step, StepConstants, Update};
 use crate::shim::{self, AdamwStep};
 
 /// Decay of the first and second moment, and the term added to its root: torch's defaults.
 const BETA1: f64 = 0.9;
 const BETA2: f64 = 0.999;
 const EPS: f64 = 1e-8;
-/// Elements whose squares are summed in one run of fp32 additions.
-const NORM_BLOCK: i64 = 1024;
 
 /// A trained tensor before it has a place.
 #[derive(Debug)]
@@ -22,6 +29,8 @@ pub struct ParameterInit {
     pub name: String,
     /// Initial value, any float dtype, any device.
     pub value: Tensor,
+    /// Whose gradients are there at the same time: layer N's alone are group N + 1, those that are there all the time 0.
+    pub group: usize,
 }
 
 /// A trained tensor's place in the flat buffers.
@@ -33,6 +42,9 @@ pub struct Slot {
     pub shape: Vec<i64>,
     /// First element in the flat buffers.
     pub offset: i64,
+    group: usize,
+    /// First element among the gradients of its group.
+    gradient_offset: i64,
 }
 
 impl Slot {
@@ -52,28 +64,45 @@ impl Slot {
     }
 }
 
+/// How the trained tensors are updated.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct OptimizerConfig {
+    /// Which optimizer.
+    pub optimizer: Optimizer,
+    /// Each layer is updated as soon as its backward pass is done.
+    pub in_backward: bool,
+}
+
+/// Tensors of a group that are neighbours and are updated in one go.
+#[derive(Debug)]
+struct Run {
+    group: usize,
+    offset: i64,
+    gradient_offset: i64,
+    length: i64,
+    is_decayed: bool,
+    /// Of the moments' blocks.
+    first_block: i64,
+}
+
+#[derive(Debug)]
+enum Moments {
+    Float { exp_avg: Tensor, exp_avg_sq: Tensor },
+    Blockwise(Blockwise),
+}
+
 /// The trained tensors: masters, gradients, moments, and the copy that the model computes with.
 #[derive(Debug)]
 pub struct Parameters {
     slots: Vec<Slot>,
-    /// Elements of the leading tensors that weight decay applies to.
-    decayed: i64,
+    runs: Vec<Run>,
+    in_backward: bool,
     master: Tensor,
     working: Tensor,
-    gradient: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    gradients: Gradients,
+    moments: Moments,
     /// Number of updates that moved the weights; an fp32 scalar on the device, as the fused kernel wants it.
     updates: Tensor,
-}
-
-/// What one update did, still on the device.
-#[derive(Debug)]
-pub struct Update {
-    /// Global L2 norm of the gradient before clipping, fp32 scalar.
-    pub gradient_norm: Tensor,
-    /// 1 where loss and norm were finite, else 0 and nothing moved; fp32 scalar.
-    pub finite: Tensor,
 }
 
 /// Whether weight decay applies, by transformers' rule: not to norms and biases.
@@ -81,29 +110,62 @@ pub fn is_decayed(name: &str) -> bool {
     !name.split('.').any(|part| part == "bias" || part == "norm" || part.ends_with("norm"))
 }
 
+/// Joins neighbours of one group that are decayed alike. Where moments have blocks, no block reaches into the next tensor.
+fn runs(slots: &[Slot], optimizer: Optimizer) -> Vec<Run> {
+    let mut runs: Vec<Run> = Vec::new();
+    let mut blocks = 0;
+    for slot in slots {
+        let is_decayed = is_decayed(&slot.name);
+        match runs.last_mut() {
+            Some(run)
+                if (run.group, run.is_decayed) == (slot.group, is_decayed)
+                    && run.gradient_offset + run.length == slot.gradient_offset
+                    && (optimizer == Optimizer::AdamW || run.length % BLOCK == 0) =>
+            {
+                blocks -= num_blocks(run.length);
+                run.length += slot.len();
+                blocks += num_blocks(run.length);
+            }
+            _ => {
+                let (group, offset, gradient_offset, length) =
+                    (slot.group, slot.offset, slot.gradient_offset, slot.len());
+                runs.push(Run { group, offset, gradient_offset, length, is_decayed, first_block: blocks });
+                blocks += num_blocks(length);
+            }
+        }
+    }
+    runs
+}
+
 impl Parameters {
     /// Places `tensors` on `device`. `working_kind` is the dtype that the model computes in.
-    pub fn new(tensors: Vec<ParameterInit>, working_kind: Kind, device: Device) -> Self {
+    pub fn new(tensors: Vec<ParameterInit>, working_kind: Kind, device: Device, config: OptimizerConfig) -> Self {
         let (decayed_tensors, others): (Vec<_>, Vec<_>) = tensors.into_iter().partition(|init| is_decayed(&init.name));
         let total = decayed_tensors.iter().chain(&others).map(|init| init.value.numel() as i64).sum::<i64>();
+        let groups = decayed_tensors.iter().chain(&others).map(|init| init.group + 1).max().unwrap_or(1);
         let master = Tensor::zeros([total], (Kind::Float, device));
-        let mut slots = Vec::new();
-        let mut offset = 0;
-        let mut decayed = 0;
-        let num_decayed = decayed_tensors.len();
-        for (index, init) in decayed_tensors.into_iter().chain(others).enumerate() {
-            let slot = Slot { name: init.name, shape: init.value.size(), offset };
-            slot.view(&master).copy_(&init.value);
+        let (mut slots, mut offset, mut lengths) = (Vec::new(), 0, vec![0; groups]);
+        for init in decayed_tensors.into_iter().chain(others) {
+            let ParameterInit { name, value, group } = init;
+            let slot = Slot { name, shape: value.size(), offset, group, gradient_offset: lengths[group] };
+            slot.view(&master).copy_(&value);
             offset += slot.len();
-            if index < num_decayed {
-                decayed = offset;
-            }
+            lengths[group] += slot.len();
             slots.push(slot);
         }
+        let runs = runs(&slots, config.optimizer);
         let zeros = || Tensor::zeros([total], (Kind::Float, device));
+        let moments = match config.optimizer {
+            Optimizer::AdamW => Moments::Float { exp_avg: zeros(), exp_avg_sq: zeros() },
+            Optimizer::AdamW8Bit => {
+                let blocks = runs.iter().map(|run| num_blocks(run.length)).sum();
+                Moments::Blockwise(Blockwise::new(total, blocks, device))
+            }
+        };
         let working = if working_kind == Kind::Float { master.shallow_clone() } else { master.to_kind(working_kind) };
+        let gradients = Gradients::new(lengths, config.in_backward, device);
         let updates = Tensor::zeros([], (Kind::Float, device));
-        Self { slots, decayed, master, working, gradient: zeros(), exp_avg: zeros(), exp_avg_sq: zeros(), updates }
+        Self { slots, runs, in_backward: config.in_backward, master, working, gradients, moments, updates }
     }
 
     /// The trained tensors' places.
@@ -121,9 +183,10 @@ impl Parameters {
         slot.view(&self.working)
     }
 
-    /// A view of the fp32 gradient that the backward pass adds to.
-    pub fn gradient(&self, slot: &Slot) -> Tensor {
-        slot.view(&self.gradient)
+    /// Where the backward pass sums the fp32 gradient. Those of layers are there from their backward pass to the next step; with
+    /// updates in the backward pass all layers share one place.
+    pub fn gradient(&self, slot: &Slot) -> Gradient {
+        self.gradients.place(slot.group, slot.gradient_offset, &slot.shape)
     }
 
     /// A view of the fp32 master.
@@ -131,23 +194,25 @@ impl Parameters {
         slot.view(&self.master)
     }
 
-    /// The flat first and second moments and the number of updates, for a checkpoint.
-    pub fn moments(&self) -> (&Tensor, &Tensor, &Tensor) {
-        (&self.exp_avg, &self.exp_avg_sq, &self.updates)
+    /// The optimizer's state by name, flat, for a checkpoint: what is restored is copied into these.
+    pub fn state(&self) -> Vec<(&'static str, &Tensor)> {
+        let mut state = match &self.moments {
+            Moments::Float { exp_avg, exp_avg_sq } => vec![("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)],
+            Moments::Blockwise(moments) => moments.state().into(),
+        };
+        state.push(("updates", &self.updates));
+        state
+    }
+
+    /// Bytes of what a checkpoint holds: masters and the optimizer's state.
+    pub fn state_bytes(&self) -> u64 {
+        let held = self.state().into_iter().map(|(_, tensor)| tensor).chain([&self.master]);
+        held.map(|tensor| (tensor.numel() * tensor.kind().elt_size_in_bytes()) as u64).sum()
     }
 
     /// The whole fp32 master buffer.
     pub fn flat_master(&self) -> &Tensor {
         &self.master
-    }
-
-    /// Puts back what [`Self::flat_master`] and [`Self::moments`] gave.
-    pub fn restore(&mut self, master: &Tensor, exp_avg: &Tensor, exp_avg_sq: &Tensor, updates: &Tensor) {
-        self.master.copy_(master);
-        self.exp_avg.copy_(exp_avg);
-        self.exp_avg_sq.copy_(exp_avg_sq);
-        self.updates.copy_(updates);
-        self.refresh_working();
     }
 
     /// Replaces the masters and leaves the moments: for judging another checkpoint's weights.
@@ -165,45 +230,9 @@ impl Parameters {
         Ok(())
     }
 
-    /// Forgets the accumulated gradient.
-    pub fn zero_gradient(&mut self) {
-        let _ = self.gradient.zero_();
-    }
-
-    /// Clips the accumulated gradient to `max_norm` and takes one AdamW step. A non-finite `loss` or norm moves nothing.
-    ///
-    /// `loss` is an fp32 scalar on the device; nothing here waits for the device.
-    pub fn update(
-        &mut self,
-        loss: &Tensor,
-        max_norm: f64,
-        learning_rate: f64,
-        weight_decay: f64,
-    ) -> Result<Update, shim::Error> {
-        let gradient_norm = accurate_norm(&self.gradient);
-        let finite = (loss + &gradient_norm).isfinite().to_kind(Kind::Float);
-        let clip = (max_norm / (&gradient_norm + 1e-6)).clamp_max(1.0);
-        let _ = self.gradient.g_mul_(&clip);
-        self.updates += &finite;
-        let found_inf: Tensor = 1.0 - &finite;
-        let total = self.num_elements();
-        for (start, end, weight_decay) in [(0, self.decayed, weight_decay), (self.decayed, total, 0.0)] {
-            if start == end {
-                continue;
-            }
-            let part = |flat: &Tensor| flat.narrow(0, start, end - start);
-            shim::fused_adamw(
-                &part(&self.master),
-                &part(&self.gradient),
-                &part(&self.exp_avg),
-                &part(&self.exp_avg_sq),
-                &self.updates,
-                &found_inf,
-                AdamwStep { learning_rate, beta1: BETA1, beta2: BETA2, weight_decay, eps: EPS },
-            )?;
-        }
-        self.refresh_working();
-        Ok(Update { gradient_norm, finite })
+    /// Forgets the gradients of the last step; those of layers give their memory back.
+    pub fn forget_gradients(&mut self) {
+        self.gradients.begin_step();
     }
 
     fn refresh_working(&mut self) {
@@ -211,98 +240,47 @@ impl Parameters {
             self.working.copy_(&self.master);
         }
     }
-}
 
-/// L2 norm of a flat fp32 buffer as an fp32 scalar: norms of short blocks, then the norm of those in fp64.
-///
-/// libtorch sums a long fp32 buffer in a few running fp32 sums, which stop growing once they are large: over the 134
-/// million gradients of SmolLM2 its norm is 1.4 % too small.
-fn accurate_norm(flat: &Tensor) -> Tensor {
-    let length = flat.numel() as i64;
-    let whole = length - length % NORM_BLOCK;
-    let blocks = flat.narrow(0, 0, whole).view([-1, NORM_BLOCK]).norm_scalaropt_dim(2, [1i64].as_slice(), false);
-    let rest = flat.narrow(0, whole, length - whole).norm().unsqueeze(0);
-    Tensor::cat(&[blocks, rest], 0).to_kind(Kind::Double).norm().to_kind(Kind::Float)
+    /// One AdamW step of a group's tensors from its gradients; where `found_inf` is 1 nothing moves. `updates` already counts
+    /// this step.
+    fn update_group(&mut self, group: usize, found_inf: &Tensor, constants: &StepConstants) -> Result<(), shim::Error> {
+        let gradient = self.gradients.of(group);
+        for run in self.runs.iter().filter(|run| run.group == group) {
+            let part = |flat: &Tensor| flat.narrow(0, run.offset, run.length);
+            let gradient = gradient.narrow(0, run.gradient_offset, run.length);
+            let weight_decay = if run.is_decayed { constants.weight_decay } else { 0.0 };
+            let learning_rate = constants.learning_rate;
+            let master = part(&self.master);
+            match &self.moments {
+                Moments::Float { exp_avg, exp_avg_sq } => shim::fused_adamw(
+                    &master,
+                    &gradient,
+                    &part(exp_avg),
+                    &part(exp_avg_sq),
+                    &self.updates,
+                    found_inf,
+                    AdamwStep { learning_rate, beta1: BETA1, beta2: BETA2, weight_decay, eps: EPS },
+                )?,
+                Moments::Blockwise(moments) => {
+                    let decay = 1.0 - learning_rate * weight_decay;
+                    let rates = Rates { rates: &self.rates(learning_rate), found_inf, decay };
+                    moments.update(&master, &gradient, run.offset, run.first_block, &rates)?;
+                }
+            }
+            if self.working.kind() != Kind::Float {
+                part(&self.working).copy_(&master);
+            }
+        }
+        Ok(())
+    }
+
+    /// `lr / (1 - b1^t)` and `sqrt(1 - b2^t)`, computed in fp64.
+    fn rates(&self, learning_rate: f64) -> Tensor {
+        let correction = |beta: f64| -> Tensor { 1.0 - Tensor::pow_scalar(beta, &self.updates.to_kind(Kind::Double)) };
+        Tensor::stack(&[correction(BETA1).reciprocal() * learning_rate, correction(BETA2).sqrt()], 0)
+            .to_kind(Kind::Float)
+    }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_norm_of_a_long_buffer_is_accurate() {
-        tch::set_num_threads(1);
-        for length in [3, NORM_BLOCK, 5 * NORM_BLOCK + 7, 30_000_000] {
-            let flat = Tensor::full([length], 1e-3, (Kind::Float, Device::Cpu));
-            let expected = f64::from(1e-3f32) * (length as f64).sqrt();
-            let norm = accurate_norm(&flat).double_value(&[]);
-            assert!((norm / expected - 1.0).abs() < 1e-6, "{length}: {norm} instead of {expected}");
-        }
-    }
-
-    fn parameters(values: &[f32]) -> Parameters {
-        tch::set_num_threads(1);
-        let value = Tensor::from_slice(values);
-        Parameters::new(vec![ParameterInit { name: "weight".into(), value }], Kind::Float, Device::Cpu)
-    }
-
-    fn set_gradient(parameters: &Parameters, values: &[f32]) {
-        let slot = parameters.slots()[0].clone();
-        parameters.gradient(&slot).copy_(&Tensor::from_slice(values));
-    }
-
-    fn read(tensor: &Tensor) -> Vec<f64> {
-        Vec::<f64>::try_from(tensor.to_kind(Kind::Double).reshape([-1])).expect("a float tensor")
-    }
-
-    #[test]
-    fn two_steps_follow_the_formula() {
-        let mut parameters = parameters(&[1.0, -2.0]);
-        let (mut p, mut m, mut v) = ([1.0f64, -2.0], [0.0f64; 2], [0.0f64; 2]);
-        let (learning_rate, weight_decay) = (0.1, 0.01);
-        for (t, gradient) in [(1, [0.3f32, -0.4]), (2, [0.1, 0.2])] {
-            set_gradient(&parameters, &gradient);
-            let update = parameters.update(&Tensor::from(1f32), 0.25, learning_rate, weight_decay).expect("finite");
-            let norm = gradient.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
-            assert!((update.gradient_norm.double_value(&[]) - norm).abs() < 1e-6);
-            let clip = (0.25 / (norm + 1e-6)).min(1.0);
-            for i in 0..2 {
-                let g = f64::from(gradient[i]) * clip;
-                p[i] *= 1.0 - learning_rate * weight_decay;
-                m[i] += (1.0 - BETA1) * (g - m[i]);
-                v[i] = BETA2 * v[i] + (1.0 - BETA2) * g * g;
-                let corrected = (v[i] / (1.0 - BETA2.powi(t))).sqrt() + EPS;
-                p[i] -= learning_rate / (1.0 - BETA1.powi(t)) * m[i] / corrected;
-            }
-        }
-        for (ours, expected) in read(parameters.flat_master()).into_iter().zip(p) {
-            assert!((ours - expected).abs() < 1e-6, "{ours} {expected}");
-        }
-    }
-
-    #[test]
-    fn a_non_finite_step_moves_nothing() {
-        for (loss, gradient) in [(f32::NAN, [0.1f32, 0.1]), (1.0, [f32::INFINITY, 0.1]), (1.0, [f32::NAN, 0.1])] {
-            let mut parameters = parameters(&[1.0, -2.0]);
-            set_gradient(&parameters, &gradient);
-            let update = parameters.update(&Tensor::from(loss), 1.0, 0.1, 0.1).expect("no libtorch error");
-            assert_eq!(update.finite.double_value(&[]), 0.0);
-            assert_eq!(read(parameters.flat_master()), [1.0, -2.0]);
-            let (exp_avg, exp_avg_sq, updates) = parameters.moments();
-            assert_eq!((read(exp_avg), read(exp_avg_sq), read(updates)), (vec![0.0; 2], vec![0.0; 2], vec![0.0]));
-        }
-    }
-
-    #[test]
-    fn norms_and_biases_are_not_decayed() {
-        for (name, decayed) in [
-            ("model.layers.0.self_attn.q_proj.weight", true),
-            ("model.layers.0.input_layernorm.weight", false),
-            ("model.norm.weight", false),
-            ("model.layers.0.self_attn.q_proj.bias", false),
-            ("model.layers.0.self_attn.q_proj.lora_A.weight", true),
-        ] {
-            assert_eq!(is_decayed(name), decayed, "{name}");
-        }
-    }
-}
+mod tests;

@@ -4,11 +4,11 @@
 //! Exact parts are counted; activations follow from what `model::layer` saves; time from one measured matrix product.
 
 use crds::report::MemoryEstimate;
-use crds::run::{Lora, Method, OutputFormat, RunConfig};
+use crds::run::{Lora, Method, Optimizer, OutputFormat, RunConfig};
 use tch::{Kind, Tensor};
 
 use crate::loss::chunk_rows;
-use crate::model::{Config, Recompute, base_elements, lora_parameters};
+use crate::model::{Config, Recompute, base_elements, layer_elements, lora_parameters};
 
 /// Resident bytes of the process before a model is there: libtorch, its threads, the binary and the prepared rows, as
 /// measured on x86-64.
@@ -66,6 +66,8 @@ pub struct Estimate {
     pub base_parameters: i64,
     /// Seconds of all optimizer steps.
     pub seconds: f64,
+    /// Whether the host has room for a copy of the trained state, from which a checkpoint is written while training goes on.
+    pub has_room_for_copy: bool,
     /// Whether it fits.
     pub fits: bool,
 }
@@ -125,16 +127,40 @@ pub fn measure_matmul_rate(model: &Config, kind: Kind, device: tch::Device) -> f
 pub fn estimate(inputs: &Inputs, method: &Method) -> Estimate {
     let cap = if inputs.accelerator { MICRO_BATCH_TOKENS_GPU } else { MICRO_BATCH_TOKENS_CPU };
     let wanted = inputs.config.hyperparameters.micro_batch_tokens.unwrap_or(cap);
-    let largest = wanted.min(inputs.step_tokens).max(inputs.longest);
-    let mut tokens = largest;
+    let in_backward = is_in_backward(method);
+    let largest = if in_backward { inputs.step_tokens } else { wanted.min(inputs.step_tokens) };
+    let smallest = if in_backward { largest } else { inputs.longest };
+    let mut tokens = largest.max(inputs.longest);
     loop {
         for recompute in [Recompute::Pointwise, Recompute::Layer] {
             let estimate = estimate_at(inputs, method, tokens, recompute);
-            if estimate.fits || (tokens <= inputs.longest && recompute == Recompute::Layer) {
+            if estimate.fits || (tokens <= smallest && recompute == Recompute::Layer) {
                 return estimate;
             }
         }
-        tokens = (tokens / 2).max(inputs.longest);
+        tokens = (tokens / 2).max(smallest);
+    }
+}
+
+fn is_in_backward(method: &Method) -> bool {
+    matches!(method, Method::Full { optimizer_in_backward: true })
+}
+
+/// Bytes of the gradients that are there all the time, and of those that come layer by layer.
+fn gradient_bytes(model: &Config, method: &Method, trainable: i64) -> (i64, i64) {
+    let layers = model.num_hidden_layers * layer_elements(model) * 4;
+    match method {
+        Method::LoRA { .. } | Method::QLoRA { .. } => (trainable * 4, 0),
+        Method::Full { optimizer_in_backward: false } => (trainable * 4 - layers, layers),
+        Method::Full { optimizer_in_backward: true } => (trainable * 4 - layers + layer_elements(model) * 4, 0),
+    }
+}
+
+/// Bytes of both moments; in 8 bits each has a scale for every 256.
+fn moment_bytes(optimizer: Optimizer, trainable: i64) -> i64 {
+    match optimizer {
+        Optimizer::AdamW => trainable * 8,
+        Optimizer::AdamW8Bit => trainable * 2 + trainable * 8 / 256,
     }
 }
 
@@ -144,7 +170,7 @@ fn estimate_at(inputs: &Inputs, method: &Method, tokens: i64, recompute: Recompu
     let base = base_elements(model);
     let (trainable, full) = match method {
         Method::LoRA { lora } | Method::QLoRA { lora, .. } => (lora_parameters(model, lora), false),
-        Method::Full {} => (base, true),
+        Method::Full { .. } => (base, true),
     };
     let copies = if inputs.kind == Kind::Float { 4 } else { 4 + element };
     let heads = model.num_attention_heads * model.head_size();
@@ -154,11 +180,15 @@ fn estimate_at(inputs: &Inputs, method: &Method, tokens: i64, recompute: Recompu
     let kept = 2 * heads + 2 * keys + 2 * hidden + 2 * mlp;
     // One layer's backward pass has these alive besides: SwiGLU product and its three gradients, norms in fp32.
     let live = 4 * mlp * element + 6 * hidden * 4 + 3 * heads * element;
-    let activations = tokens
-        * match recompute {
-            Recompute::Pointwise => layers * kept * element + live,
-            Recompute::Layer => layers * hidden * element + kept * element + live,
-        };
+    let (saved, live) = match recompute {
+        Recompute::Pointwise => (layers * kept * element, live),
+        Recompute::Layer => (layers * hidden * element, kept * element + live),
+    };
+    let (gradients, layer_gradients) = gradient_bytes(model, method, trainable);
+    let moments = moment_bytes(inputs.config.hyperparameters.optimizer, trainable);
+    // Gradients of layers take the place of activations that are gone, unless another micro-batch of the step follows.
+    let replaced = if tokens >= inputs.step_tokens { layer_gradients.min(tokens * saved) } else { 0 };
+    let activations = tokens * (saved + live) - replaced;
     let logits = chunk_rows(model.vocab_size).min(tokens) * model.vocab_size * (4 + 4 + element);
     // After training its activations are gone, and one of these takes their place at a time: the caches of answers, and
     // the base's weights beside full fine-tuning's own or the merged model that is written.
@@ -170,12 +200,20 @@ fn estimate_at(inputs: &Inputs, method: &Method, tokens: i64, recompute: Recompu
         // In full fine-tuning the mapped files are read once into the masters and need not stay resident.
         weights: if full { 0 } else { base * element },
         parameters: trainable * copies,
-        optimizer: trainable * 12,
+        optimizer: gradients + layer_gradients + moments,
         activations: transient,
         workspace: (transient as f64 * slack) as i64 + RUNTIME_BYTES,
         total: 0,
     };
     memory.total = memory.weights + memory.parameters + memory.optimizer + memory.activations + memory.workspace;
+    let fits = memory.total <= inputs.memory;
+    // An accelerator's memory is not the host's, where the copy lies.
+    let copy = if inputs.accelerator { 0 } else { trainable * 4 + moments };
+    let has_room_for_copy = memory.total + copy <= inputs.memory;
+    if has_room_for_copy {
+        memory.workspace += copy;
+        memory.total += copy;
+    }
     let linear = (base - model.vocab_size * hidden * if model.tie_word_embeddings { 1 } else { 2 }) as f64;
     let adapters = if full { 0.0 } else { trainable as f64 };
     // Forward and input gradient always; weight gradients where trained; a third pass where layers are recomputed.
@@ -189,7 +227,8 @@ fn estimate_at(inputs: &Inputs, method: &Method, tokens: i64, recompute: Recompu
         trainable_parameters: trainable,
         base_parameters: base,
         seconds: run_tokens * per_token / (inputs.matmul_rate * STEP_EFFICIENCY),
-        fits: memory.total <= inputs.memory,
+        has_room_for_copy,
+        fits,
     }
 }
 
@@ -213,25 +252,47 @@ pub fn plan(inputs: &Inputs) -> Result<Estimate, DoesNotFit> {
 /// The method to compare with: LoRA with the usual settings, or full fine-tuning.
 pub fn other_method(method: &Method) -> Method {
     match method {
-        Method::LoRA { .. } | Method::QLoRA { .. } => Method::Full {},
-        Method::Full {} => {
+        Method::LoRA { .. } | Method::QLoRA { .. } => Method::Full { optimizer_in_backward: false },
+        Method::Full { .. } => {
             let lora = Lora { rank: 16, alpha: 32.0, dropout: 0.0, target_modules: Vec::new(), rank_stabilized: false };
             Method::LoRA { lora }
         }
     }
 }
 
-/// The least change that makes the run fit: LoRA instead of full fine-tuning, then shorter sequences.
+/// The least change that makes the run fit: moments in 8 bits or a smaller step where it is whole, LoRA instead of full
+/// fine-tuning, then shorter sequences.
 fn cheapest_that_fits(inputs: &Inputs) -> Option<String> {
+    let words = |change: String, needs: i64| {
+        Some(format!("the cheapest change that fits is {change}: {}", display_bytes(needs)))
+    };
+    let mut config = inputs.config.clone();
+    if matches!(config.method, Method::Full { .. }) {
+        config.hyperparameters.optimizer = Optimizer::AdamW8Bit;
+        let smaller = estimate(&Inputs { config: &config, ..*inputs }, &config.method);
+        if smaller.fits {
+            return words("hyperparameters.optimizer: AdamW8Bit".into(), smaller.memory.total);
+        }
+    }
+    let mut batch_size = config.hyperparameters.batch_size / 2;
+    while is_in_backward(&config.method) && batch_size > 0 {
+        let step_tokens = inputs.step_tokens.min(inputs.longest * batch_size);
+        let smaller = estimate(&Inputs { step_tokens, ..*inputs }, &config.method);
+        if smaller.fits {
+            return words(format!("hyperparameters.batchSize: {batch_size}"), smaller.memory.total);
+        }
+        batch_size /= 2;
+    }
     let candidates = [
-        matches!(inputs.config.method, Method::Full {})
+        matches!(inputs.config.method, Method::Full { .. })
             .then(|| (other_method(&inputs.config.method), "method.type: LoRA")),
         Some((inputs.config.method.clone(), "")),
     ];
     for (method, words) in candidates.into_iter().flatten() {
         let mut longest = inputs.longest;
         while longest >= 64 {
-            let shorter = Inputs { longest, step_tokens: inputs.step_tokens.min(longest), ..*inputs };
+            let examples = if is_in_backward(&method) { inputs.config.hyperparameters.batch_size } else { 1 };
+            let shorter = Inputs { longest, step_tokens: inputs.step_tokens.min(longest * examples), ..*inputs };
             let estimate = estimate(&shorter, &method);
             if estimate.fits {
                 let needs = display_bytes(estimate.memory.total);

@@ -138,6 +138,8 @@ pub struct CheckpointRecord {
     pub bytes: i64,
     /// Wall seconds of the commit.
     pub seconds: f64,
+    /// Of these, seconds for which training waited.
+    pub waited_seconds: f64,
     /// Validation loss at this step, if it was measured.
     pub eval_loss: Option<f64>,
     /// Whether it is the best so far.

@@ -4,6 +4,7 @@
 mod evaluation;
 mod planning;
 mod publishing;
+mod saving;
 mod surroundings;
 
 use std::io;
@@ -32,6 +33,7 @@ use crate::train::{self, Outcome, TrainState, train};
 use crate::watchdog::Watchdog;
 pub use planning::{Place, Planned, plan_run};
 use publishing::publish;
+use saving::{Retention, Writer};
 pub use surroundings::loop_plan;
 use surroundings::{Earlier, Failures, RunSurroundings};
 
@@ -366,7 +368,7 @@ fn train_stage(
             observer.observe(&Event::Warning(warning)).map_err(&write)?;
         }
         if let Some(stored) = stored {
-            state = surroundings::restore(&stored, &mut parameters)?;
+            state = saving::restore(&stored, &mut parameters, context.stop)?;
             let inexact_because = store.inexact_because(&stored);
             observer.observe(&Event::Resumed { step: state.step, inexact_because }).map_err(&write)?;
         }
@@ -378,6 +380,8 @@ fn train_stage(
 
     observer.observe(&Event::Stage(Stage::Training)).map_err(&write)?;
     let history = History::open(context.run, state.step, state.evaluated_step).map_err(&write)?;
+    let retention = Retention { latest: config.checkpoint.keep_latest, best: config.checkpoint.keep_best };
+    let writer = Writer::start(store, retention).map_err(&write)?;
     let earlier = Earlier { seconds: state.wall_seconds, joules: state.energy_joules };
     let mut surroundings = RunSurroundings {
         config,
@@ -385,7 +389,8 @@ fn train_stage(
         planned,
         observer,
         history,
-        store,
+        writer,
+        begun_seconds: 0.0,
         started,
         energy,
         earlier,
@@ -393,6 +398,7 @@ fn train_stage(
     };
     let loop_plan = loop_plan(config, planned);
     let outcome = train(&model, &mut parameters, &mut state, &loop_plan, context.stop, &mut surroundings);
+    let settled = surroundings.settle();
     let title = format!("{}: loss", config.job.name);
     let best = state.best.map(|best| (best.step, best.value));
     let summaries = surroundings.history.write_summaries(planned.schedule.total_steps, best, &title);
@@ -401,6 +407,7 @@ fn train_stage(
     if outcome? == Outcome::Yielded {
         return Err(Error::Stopped { step: state.step });
     }
+    settled?;
     summaries.map_err(&write)?;
     if state.stopped_by_request {
         let note = format!("stopped early by request at step {} of {}", state.step, planned.schedule.total_steps);
@@ -408,11 +415,12 @@ fn train_stage(
     }
 
     surroundings.emit_event(&Event::Stage(Stage::Evaluating))?;
-    let (judged, warning) = judged_checkpoint(config, &surroundings.store, &state)?;
+    let (judged, warning) = judged_checkpoint(config, &surroundings.writer.store(), &state)?;
     if let Some(text) = warning {
         surroundings.emit_event(&Event::Warning(text))?;
     }
-    surroundings::restore_weights(&judged, &mut parameters, context.stop)?;
+    parameters.forget_gradients();
+    saving::restore_weights(&judged, &mut parameters, context.stop)?;
     last_word.update(|report| report.checkpoint_digest = Some(judged.digest.clone()));
     let mut evaluation = evaluation::Evaluation {
         config,
@@ -483,6 +491,7 @@ pub fn model_source<'a>(config: &'a RunConfig, planned: &'a Planned) -> model::S
     model::Source {
         folder: &prepared.base.folder,
         method: Some(&config.method),
+        optimizer: config.hyperparameters.optimizer,
         kind: planned.chosen.kind,
         device: planned.chosen.device,
         seed: config.hyperparameters.seed,
@@ -517,7 +526,7 @@ fn usage(
     let cost = |seconds: f64| price.map(|price| seconds / 3600.0 * price);
     // The estimates' ratio, applied to what was measured: the other method on the same machine.
     let full = match config.method {
-        Method::Full {} => None,
+        Method::Full { .. } => None,
         Method::LoRA { .. } | Method::QLoRA { .. } => {
             cost(wall_seconds + state.train_seconds * (planned.alternative.seconds / planned.estimate.seconds - 1.0))
         }

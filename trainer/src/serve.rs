@@ -271,7 +271,7 @@ impl Series {
         let method = match config.method {
             Method::LoRA { .. } => "LoRA",
             Method::QLoRA { .. } => "QLoRA",
-            Method::Full {} => "Full",
+            Method::Full { .. } => "Full",
         };
         let gpu_energy = CounterVec::new(
             Opts::new("gpu_energy_joules_total", "Energy that the GPU took since its driver was loaded"),

@@ -13,7 +13,7 @@ use crate::data::example::Examples;
 use crate::data::order::Order;
 use crate::data::pack::{PackedBatch, pack};
 use crate::model::{DeviceBatch, Llama, Noise, Recompute};
-use crate::optim::Parameters;
+use crate::optim::{Parameters, StepConstants};
 use crate::record::{EvaluationRecord, Event, StepRecord};
 use crate::schedule::Schedule;
 use crate::shim;
@@ -27,8 +27,8 @@ const MAX_NON_FINITE_STEPS: i64 = 3;
 pub enum Error {
     /// Loss or gradient stayed NaN or infinite.
     #[error(
-        "step {step}: loss {loss} and gradient norm {gradient_norm} are not finite, {count} steps in a row; no weight was \
-         moved by them and none was saved. Lower hyperparameters.learningRate (now {peak_learning_rate:e}) or use precision FP32"
+        "step {step}: loss {loss} and gradient norm {gradient_norm} are not finite, {count} steps in a row; {moved} and none \
+         was saved. Lower hyperparameters.learningRate (now {peak_learning_rate:e}) or use precision FP32"
     )]
     NonFinite {
         /// Completed steps.
@@ -39,6 +39,8 @@ pub enum Error {
         gradient_norm: f64,
         /// Steps in a row.
         count: i64,
+        /// What they did to the weights.
+        moved: &'static str,
         /// From the schedule.
         peak_learning_rate: f64,
     },
@@ -54,11 +56,15 @@ pub enum Error {
     },
     /// Not enough memory for even the smallest micro-batch.
     #[error(
-        "out of memory at {tokens} tokens per micro-batch, the longest example of the step; lower hyperparameters.maxSequenceLength or give the job more memory ({message})"
+        "out of memory at {tokens} tokens per micro-batch, {why}; {remedy} or give the job more memory ({message})"
     )]
     OutOfMemory {
         /// Tokens computed at once.
         tokens: i64,
+        /// Why it is not made smaller.
+        why: &'static str,
+        /// What to change.
+        remedy: &'static str,
         /// libtorch's words.
         message: String,
     },
@@ -90,7 +96,7 @@ pub struct StepConfig {
     pub learning_rate: f64,
     /// Decoupled weight decay.
     pub weight_decay: f64,
-    /// Largest global gradient norm.
+    /// Largest global gradient norm; 0: nothing is clipped.
     pub max_grad_norm: f64,
     /// Randomness of the step.
     pub noise: Noise,
@@ -113,7 +119,8 @@ pub struct StepStats {
 ///
 /// The loss is summed over the trained tokens of the *whole* step and divided by their number, so the split (packing,
 /// memory fallback, number of ranks) changes nothing but rounding. A non-finite step moves nothing, and neither does one
-/// during which a stop is asked for: that one is `None`, and the next attempt makes it whole.
+/// during which a stop is asked for: that one is `None`, and the next attempt makes it whole. With updates in the backward pass
+/// there is one micro-batch, and a backward pass that has begun is finished.
 pub fn train_step(
     model: &Llama,
     parameters: &mut Parameters,
@@ -123,16 +130,19 @@ pub fn train_step(
 ) -> Result<Option<StepStats>, shim::Error> {
     let num_tokens: usize = micro_batches.iter().map(|batch| batch.labels.len()).sum();
     let mut loss = Tensor::zeros([], (tch::Kind::Float, model.device()));
-    parameters.zero_gradient();
+    let mut step = parameters.begin_step(StepConstants {
+        learning_rate: config.learning_rate,
+        weight_decay: config.weight_decay,
+        max_grad_norm: config.max_grad_norm,
+    });
     for batch in micro_batches {
         let batch = DeviceBatch::new(batch, model.device());
         let scale = 1.0 / num_tokens as f64;
-        let Some(share) = model.forward_backward(&batch, config.noise, scale, config.recompute, stop) else {
-            return Ok(None);
-        };
+        let share = model.forward_backward(&batch, config.noise, scale, config.recompute, stop, &mut step)?;
+        let Some(share) = share else { return Ok(None) };
         loss += share;
     }
-    let update = parameters.update(&loss, config.max_grad_norm, config.learning_rate, config.weight_decay)?;
+    let update = step.finish(&loss)?;
     Ok(Some(StepStats { loss, gradient_norm: update.gradient_norm, finite: update.finite }))
 }
 
@@ -200,10 +210,12 @@ pub struct Plan<'a> {
     pub neftune_alpha: Option<f64>,
     /// Decoupled weight decay.
     pub weight_decay: f64,
-    /// Largest global gradient norm.
+    /// Largest global gradient norm; 0: nothing is clipped.
     pub max_grad_norm: f64,
     /// What the backward pass computes again.
     pub recompute: Recompute,
+    /// Whether each layer is updated in the backward pass, which makes a step one micro-batch.
+    pub in_backward: bool,
     /// Evaluate every so many steps; `None`: there is nothing to evaluate on.
     pub evaluate_every: Option<i64>,
     /// Decides which evaluation is best.
@@ -398,8 +410,17 @@ fn step(
             },
             Err(message) => {
                 let longest = micro_batches.iter().map(|batch| batch.tokens.len() as i64).max().unwrap_or(0);
-                if micro_batches.len() >= ids.len() {
-                    return Err(Error::OutOfMemory { tokens: longest, message });
+                let (why, remedy) = if plan.in_backward {
+                    // Some layers may have moved: this state is never saved, the next attempt begins at the last checkpoint.
+                    (
+                        "the whole step, as method.full.optimizerInBackward asks for",
+                        "lower hyperparameters.batchSize or maxSequenceLength",
+                    )
+                } else {
+                    ("the longest example of the step", "lower hyperparameters.maxSequenceLength")
+                };
+                if plan.in_backward || micro_batches.len() >= ids.len() {
+                    return Err(Error::OutOfMemory { tokens: longest, why, remedy, message });
                 }
                 // Which examples make up the step does not change, so the update is the same beyond rounding.
                 state.micro_batch_tokens = (longest / 2).max(1);
@@ -447,6 +468,11 @@ fn step(
             loss,
             gradient_norm,
             count: state.consecutive_non_finite,
+            moved: if plan.in_backward {
+                "layers above the first gradient that was not finite were moved by them,"
+            } else {
+                "no weight was moved by them"
+            },
             peak_learning_rate: plan.schedule.peak,
         });
     }

@@ -4,7 +4,7 @@ use kube::KubeSchema;
 use serde::{Deserialize, Serialize};
 
 use super::scalar::{Decimal, Epochs, PositiveDecimal, Share};
-use crate::run::{Precision, Scheduler};
+use crate::run::{Optimizer, Precision, Scheduler};
 
 /// How the model is trained; what is absent is chosen and echoed.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
@@ -42,9 +42,12 @@ pub struct HyperparametersSpec {
     /// Decoupled weight decay; absent: "0".
     #[serde(skip_serializing_if = "Option::is_none")]
     pub weight_decay: Option<Decimal>,
-    /// Largest global gradient norm; absent: "1".
+    /// Largest global gradient norm; "0": gradients are not clipped; absent: "1".
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub max_grad_norm: Option<PositiveDecimal>,
+    pub max_grad_norm: Option<Decimal>,
+    /// AdamW, or AdamW8Bit, which keeps its moments in a quarter of the memory; absent: AdamW.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub optimizer: Option<Optimizer>,
     /// All randomness derives from it; absent: 42.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 2_147_483_647))]

@@ -24,6 +24,8 @@ pub enum MethodType {
 #[x_kube(
     validation = Rule::new("self.type != 'Full' || !has(self.lora)").message("lora is not valid for type Full")
         .field_path(".lora").reason(Reason::FieldValueForbidden),
+    validation = Rule::new("self.type == 'Full' || !has(self.full)").message("full is only valid for type Full")
+        .field_path(".full").reason(Reason::FieldValueForbidden),
     validation = Rule::new("self.type == 'QLoRA' || !has(self.quantization)")
         .message("quantization is only valid for type QLoRA")
         .field_path(".quantization").reason(Reason::FieldValueForbidden),
@@ -38,6 +40,9 @@ pub struct MethodSpec {
     /// How QLoRA stores the base.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub quantization: Option<QuantizationSpec>,
+    /// How all weights are trained.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub full: Option<FullSpec>,
 }
 
 /// Low-rank adapters.
@@ -62,6 +67,17 @@ pub struct LoraSpec {
     /// Scale by alpha / sqrt(rank).
     #[serde(default)]
     pub rank_stabilized: bool,
+}
+
+/// Full fine-tuning.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct FullSpec {
+    /// Update each layer as soon as its gradients are there and let go of them: about 4 bytes less per weight. Gradients
+    /// cannot be clipped by their common norm then (hyperparameters.maxGradNorm: "0"), and the whole step is computed at
+    /// once. A gradient that is not finite leaves its layer and those below as they were; those above have moved.
+    #[serde(default)]
+    pub optimizer_in_backward: bool,
 }
 
 /// How QLoRA stores the base.

@@ -227,6 +227,13 @@ fn every_field_is_honoured_or_refused_or_warned_about() {
             lora("rankStabilized", json!(true)),
             Honoured("/method/loRA/lora/rankStabilized", json!(true)),
         ),
+        (
+            "method.full.optimizerInBackward",
+            json!({
+                "method": {"type": "Full", "full": {"optimizerInBackward": true}}, "hyperparameters": {"maxGradNorm": "0"}
+            }),
+            Honoured("/method/full/optimizerInBackward", json!(true)),
+        ),
         ("method.quantization.type", quantized.clone(), Refused("spec.method.type")),
         ("method.quantization.doubleQuantization", quantized, Refused("spec.method.type")),
         (
@@ -278,6 +285,11 @@ fn every_field_is_honoured_or_refused_or_warned_about() {
             "hyperparameters.maxGradNorm",
             parameter("maxGradNorm", json!("0.5")),
             Honoured("/hyperparameters/maxGradNorm", json!(0.5)),
+        ),
+        (
+            "hyperparameters.optimizer",
+            parameter("optimizer", json!("AdamW8Bit")),
+            Honoured("/hyperparameters/optimizer", json!("AdamW8Bit")),
         ),
         ("hyperparameters.seed", parameter("seed", json!(1)), Honoured("/hyperparameters/seed", json!(1))),
         (

@@ -152,7 +152,7 @@ impl Layer {
         drop((d_gate_tm, d_up_tm, normed_th));
         let norm = &self.post_attention_norm;
         let d_middle_th =
-            residual_norm_backward(gradient_th, &d_normed_th, &middle_th, &norm.value, eps, norm.gradient.as_ref());
+            residual_norm_backward(gradient_th, &d_normed_th, &middle_th, &norm.value, eps, norm.gradient().as_ref());
 
         // Attention: middle = x + o(attention(q(n), k(n), v(n))), n = norm(x)
         let attended_th = attention.out.flatten(1, 2);
@@ -171,7 +171,7 @@ impl Layer {
         self.v.backward(&dv_th, &normed_th, saved_v, dropout, d_normed_th.as_mut());
         let norm = &self.input_norm;
         d_normed_th.map(|d_normed_th| {
-            residual_norm_backward(d_middle_th, &d_normed_th, x_th, &norm.value, eps, norm.gradient.as_ref())
+            residual_norm_backward(d_middle_th, &d_normed_th, x_th, &norm.value, eps, norm.gradient().as_ref())
         })
     }
 }

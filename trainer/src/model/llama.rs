@@ -12,7 +12,7 @@ use crate::linear::{Adapters, InputMask, Weight};
 use crate::loss::{self, Head, Scored};
 use crate::ops::{Rope, rms_norm, rms_norm_backward};
 use crate::random::seed64;
-use crate::shim::{cpu, decode};
+use crate::shim::{self, cpu, decode};
 use crate::signal::Stop;
 
 /// A Llama model on one device.
@@ -28,8 +28,8 @@ pub struct Llama {
     pub(super) kind: Kind,
     pub(super) device: Device,
     pub(super) lora_dropout: f64,
-    /// The mapped files that frozen weights point into; they live as long as the model.
-    pub(super) _maps: std::sync::Arc<crate::weights::WeightFiles>,
+    /// The mapped files that frozen weights point into; they live as long as the model. `None` where no weight is frozen.
+    pub(super) _maps: Option<crate::weights::WeightFiles>,
 }
 
 /// A packed batch on the model's device.
@@ -106,6 +106,18 @@ impl InputMask for NoDropout {
     }
 }
 
+/// What goes along with a backward pass, which goes from the last layer to the first.
+pub trait BackwardPass {
+    /// All losses and the head's gradient are there, those of layers are next.
+    fn begin(&mut self, loss: &Tensor);
+    /// Whether a backward pass that has begun must not be left.
+    fn must_be_finished(&self) -> bool;
+    /// A layer's gradients are about to be summed.
+    fn begin_layer(&mut self, layer: usize);
+    /// A layer's gradients are complete, and nothing in this pass computes with its weights any more.
+    fn end_layer(&mut self, layer: usize) -> Result<(), shim::Error>;
+}
+
 impl Llama {
     /// The dtype of activations.
     pub fn kind(&self) -> Kind {
@@ -139,7 +151,7 @@ impl Llama {
 
     /// `scale * sum(NLL)` over the batch's trained tokens (a scalar on the device); adds the gradients of everything that
     /// is trained. With `scale = 1 / N`, N the trained tokens of the whole step, the sum over its batches is the mean.
-    /// `None` if a stop was asked for meanwhile: the gradients are then worth nothing.
+    /// `None` if a stop was asked for meanwhile: the gradients are then worth nothing. `backward` hears of each layer.
     pub fn forward_backward(
         &self,
         batch: &DeviceBatch,
@@ -147,7 +159,8 @@ impl Llama {
         scale: f64,
         recompute: Recompute,
         stop: &Stop,
-    ) -> Option<Tensor> {
+        backward: &mut dyn BackwardPass,
+    ) -> Result<Option<Tensor>, shim::Error> {
         let dropout = StepDropout { probability: self.lora_dropout, noise, examples: &batch.examples };
         let rope = self.rope.at(&batch.positions_t);
         let pass = Pass { rope: &rope, adapters: Adapters::On, dropout: &dropout };
@@ -158,7 +171,7 @@ impl Llama {
         let mut saved: Vec<(Tensor, Option<LayerSaved>)> = Vec::with_capacity(self.layers.len());
         for layer in &self.layers {
             if stop.requested() {
-                return None;
+                return Ok(None);
             }
             let (output_th, kept) = match recompute {
                 Recompute::Pointwise => {
@@ -175,30 +188,34 @@ impl Llama {
         let normed_nh = rms_norm(&selected_nh, &self.norm.value, eps);
         let (loss, d_normed_nh) = loss::cross_entropy(&normed_nh, &batch.labels_n, &self.head, scale);
         let d_selected_nh =
-            rms_norm_backward(&d_normed_nh, &selected_nh, &self.norm.value, eps, self.norm.gradient.as_ref());
+            rms_norm_backward(&d_normed_nh, &selected_nh, &self.norm.value, eps, self.norm.gradient().as_ref());
         let mut gradient_th = x_th.zeros_like();
         let _ = gradient_th.index_copy_(0, &batch.label_positions_n, &d_selected_nh);
         drop((x_th, selected_nh, normed_nh, d_normed_nh, d_selected_nh));
 
+        backward.begin(&loss);
         for (index, layer) in self.layers.iter().enumerate().rev() {
-            if stop.requested() {
-                return None;
+            if stop.requested() && !backward.must_be_finished() {
+                return Ok(None);
             }
+            backward.begin_layer(index);
             let (input_th, kept) = saved.pop().expect("one entry per layer");
             let kept = kept.unwrap_or_else(|| layer.forward(&input_th, segments, &pass).1);
-            match layer.backward(gradient_th, &input_th, kept, segments, &pass, self.below(index)) {
+            let input_gradient = layer.backward(gradient_th, &input_th, kept, segments, &pass, self.below(index));
+            backward.end_layer(index)?;
+            match input_gradient {
                 Some(input_gradient_th) => gradient_th = input_gradient_th,
-                None => return Some(loss),
+                None => return Ok(Some(loss)),
             }
         }
-        if let Some(gradient) = &self.embedding.gradient {
+        if let Some(mut gradient) = self.embedding.gradient() {
             let mut source = gradient_th.to_kind(gradient.kind());
             if let Some(pad) = self.config.pad_token_id {
                 let _ = source.masked_fill_(&batch.tokens_t.eq(pad).unsqueeze(1), 0.0);
             }
-            let _ = gradient.shallow_clone().index_add_(0, &batch.tokens_t, &source);
+            let _ = gradient.index_add_(0, &batch.tokens_t, &source);
         }
-        Some(loss)
+        Ok(Some(loss))
     }
 
     /// Final hidden states `[t, h]` before the last norm, of `tokens_t` at `positions_t`, without gradients.

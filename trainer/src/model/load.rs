@@ -2,9 +2,8 @@
 //! there is no mapping table. Frozen CPU weights in the right dtype stay in the mapped files; nothing is copied.
 
 use std::path::Path;
-use std::sync::Arc;
 
-use crds::run::{Lora, Method};
+use crds::run::{Lora, Method, Optimizer};
 use rand::RngExt;
 use tch::{Device, Kind, Tensor};
 
@@ -13,7 +12,7 @@ use super::{Config, Error, Llama};
 use crate::linear::{Adapter, Linear, Weight};
 use crate::loss::Head;
 use crate::ops::Rope;
-use crate::optim::{ParameterInit, Parameters, Slot};
+use crate::optim::{OptimizerConfig, ParameterInit, Parameters, Slot};
 use crate::random::generator;
 use crate::shim;
 use crate::signal::Stop;
@@ -37,6 +36,8 @@ pub struct Source<'a> {
     pub folder: &'a Path,
     /// What is trained; `None`: nothing, the model only answers.
     pub method: Option<&'a Method>,
+    /// What trained tensors are updated with.
+    pub optimizer: Optimizer,
     /// Dtype of weights and activations.
     pub kind: Kind,
     /// Where it goes.
@@ -59,22 +60,34 @@ pub struct Built {
 /// Builds the model that `source` describes.
 pub fn build(source: &Source) -> Result<Built, Error> {
     let config = Config::read(source.folder)?;
-    let files = Arc::new(WeightFiles::open(source.folder)?);
+    let files = WeightFiles::open(source.folder)?;
     let loader = Loader { source, config: &config, files: &files };
-    let base = loader.read_base()?;
+    let mut base = loader.read_base()?;
     let (lora, trained) = match source.method {
         Some(Method::LoRA { lora } | Method::QLoRA { lora, .. }) => (Some(lora), loader.adapter_inits(lora)?),
         None => (None, Vec::new()),
-        Some(Method::Full {}) => {
-            let copies =
-                base.iter().map(|(name, value)| ParameterInit { name: name.clone(), value: value.shallow_clone() });
+        Some(Method::Full { .. }) => {
+            let copies = base.drain(..).map(|(name, value)| {
+                let group = gradient_group(&name);
+                ParameterInit { name, value, group }
+            });
             (None, copies.collect())
         }
     };
-    let parameters = Parameters::new(trained, source.kind, source.device);
+    let in_backward = matches!(source.method, Some(Method::Full { optimizer_in_backward: true }));
+    let optimizer = OptimizerConfig { optimizer: source.optimizer, in_backward };
+    let parameters = Parameters::new(trained, source.kind, source.device, optimizer);
+    // What full fine-tuning has copied need not stay mapped.
+    let maps = (!base.is_empty()).then_some(files);
     let base = base.into_iter().collect();
-    let model = Assembler { config: &config, base, parameters: &parameters, lora }.assemble(source, &files)?;
+    let model = Assembler { config: &config, base, parameters: &parameters, lora }.assemble(source, maps)?;
     Ok(Built { model, parameters })
+}
+
+/// Whose gradients are there at the same time: layer by layer, and the rest all the time.
+fn gradient_group(name: &str) -> usize {
+    let layer = name.strip_prefix("model.layers.").and_then(|rest| rest.split('.').next());
+    layer.map_or(0, |layer| layer.parse::<usize>().map_or(0, |layer| layer + 1))
 }
 
 struct Loader<'a> {
@@ -105,6 +118,12 @@ pub fn base_shapes(config: &Config) -> Vec<(String, Vec<i64>)> {
 /// Elements of the base model's tensors.
 pub fn base_elements(config: &Config) -> i64 {
     base_shapes(config).iter().map(|(_, shape)| shape.iter().product::<i64>()).sum()
+}
+
+/// Elements of one decoder layer.
+pub fn layer_elements(config: &Config) -> i64 {
+    let linears = LAYER_LINEARS.iter().map(|linear| linear_shape(config, linear).iter().product::<i64>());
+    2 * config.hidden_size + linears.sum::<i64>()
 }
 
 /// Elements of the adapters; 0 if the targets are not linears of the model, which `build` reports.
@@ -226,7 +245,8 @@ impl Loader<'_> {
             });
         }
         let kind = kind_of(mapped.dtype);
-        // SAFETY: the model keeps the map alive (`_maps`), and nothing writes to a frozen weight.
+        // SAFETY: the model keeps the map alive (`_maps`) if a weight stays frozen, and nothing writes to one; trained ones are
+        // copied while it is alive.
         let stored = unsafe { shim::borrow_bytes(mapped.data, &shape, kind) };
         // A sum is finite only if every element is: no real weight comes near the range of fp32 and bf16. Asking for fp32
         // would copy the tensor first, which fp16 with its smaller range needs.
@@ -249,8 +269,8 @@ impl Loader<'_> {
                 let values: Vec<f32> = (0..lora.rank * shape[1]).map(|_| random.random_range(-bound..bound)).collect();
                 let a = Tensor::from_slice(&values).view([lora.rank, shape[1]]);
                 let b = Tensor::zeros([shape[0], lora.rank], (Kind::Float, Device::Cpu));
-                inits.push(ParameterInit { name: format!("{module}.lora_A.weight"), value: a });
-                inits.push(ParameterInit { name: format!("{module}.lora_B.weight"), value: b });
+                inits.push(ParameterInit { name: format!("{module}.lora_A.weight"), value: a, group: 0 });
+                inits.push(ParameterInit { name: format!("{module}.lora_B.weight"), value: b, group: 0 });
             }
         }
         Ok(inits)
@@ -290,7 +310,7 @@ impl Assembler<'_> {
         Linear { weight: self.weight(&format!("{module}.weight")), adapter }
     }
 
-    fn assemble(&self, source: &Source, files: &Arc<WeightFiles>) -> Result<Llama, Error> {
+    fn assemble(&self, source: &Source, maps: Option<WeightFiles>) -> Result<Llama, Error> {
         let config = self.config.clone();
         let shape = LayerShape {
             heads: config.num_attention_heads,
@@ -317,11 +337,11 @@ impl Assembler<'_> {
             embedding,
             layers,
             norm: self.weight("model.norm.weight"),
-            head: Head { weight: head.value, gradient: head.gradient },
+            head: Head { gradient: head.gradient(), weight: head.value },
             kind: source.kind,
             device: source.device,
             lora_dropout: self.lora.map_or(0.0, |lora| lora.dropout),
-            _maps: Arc::clone(files),
+            _maps: maps,
             config,
         })
     }

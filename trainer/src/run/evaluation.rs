@@ -89,7 +89,7 @@ impl Evaluation<'_> {
         let Some(tuned) = self.measure(model, TUNED)? else { return Ok(None) };
         let mut measured = Measured { step, tuned, ..Measured::default() };
         let tuned_general = self.general_loss(model, Adapters::On);
-        let full = matches!(self.config.method, Method::Full {});
+        let full = matches!(self.config.method, Method::Full { .. });
         if full {
             restore_base(source, parameters, self.stop)?;
         }

@@ -218,7 +218,7 @@ impl Planned {
             Method::LoRA { lora } | Method::QLoRA { lora, .. } => {
                 format!("LoRA, rank {}, alpha {}", lora.rank, lora.alpha)
             }
-            Method::Full {} => "full fine-tuning".to_owned(),
+            Method::Full { .. } => "full fine-tuning".to_owned(),
         };
         let share = 100.0 * estimate.trainable_parameters as f64 / estimate.base_parameters as f64;
         let mut events = vec![
@@ -283,7 +283,7 @@ impl Planned {
             )
         };
         let (own, other) = match config.method {
-            Method::Full {} => ("Full", "LoRA"),
+            Method::Full { .. } => ("Full", "LoRA"),
             Method::LoRA { .. } | Method::QLoRA { .. } => ("LoRA", "Full"),
         };
         format!("{}\n{}", line(own, &self.estimate), line(other, &self.alternative))

@@ -4,7 +4,7 @@ use crds::report::{Artifact, Report, Stage, Verdict};
 use crds::run::{Method, OutputFormat, RunConfig};
 use tch::{Kind, Tensor};
 
-use super::surroundings::WEIGHTS;
+use super::saving::{WEIGHTS, views};
 use super::{Context, Error, claims};
 use crate::checkpoint::{Stored, find_by_digest};
 use crate::export::{Weights, model_card, write_output};
@@ -12,7 +12,6 @@ use crate::model::{self, target_linears};
 use crate::prepare::Base;
 use crate::publish::Destination;
 use crate::record::{Event, Observer};
-use crate::run::surroundings;
 use crate::weights::{MappedFile, TensorView};
 
 /// Writes the output of the weights that `report` judged, and copies it to where it is wanted; `None` if it is not to be
@@ -53,7 +52,7 @@ fn write(
     let output = context.run.join("output");
     let (lora, kind) = match (&config.method, config.output.format) {
         (Method::LoRA { lora } | Method::QLoRA { lora, .. }, format) => (Some(lora), format),
-        (Method::Full {}, _) => (None, OutputFormat::Merged),
+        (Method::Full { .. }, _) => (None, OutputFormat::Merged),
     };
     let uri = match (&config.output.uri, &config.storage) {
         (Some(uri), _) => uri.clone(),
@@ -97,7 +96,7 @@ fn write(
         };
         let tensors = model::merged(&base.folder, &trained, lora, context.stop)?;
         let tensors = tensors.ok_or(Error::Stopped { step: stored.manifest.step })?;
-        let views = surroundings::views(&tensors);
+        let views = views(&tensors);
         write_output(&output, &base.folder, &Weights::Model { tensors: &views }, &card, &plot)?
     };
     Ok(artifact)

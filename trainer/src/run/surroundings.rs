@@ -1,29 +1,22 @@
 //! What the training loop asks of the world: events to observers, evaluations, checkpoints on disk.
 
-use std::io::Write;
 use std::time::Instant;
 
 use crds::report::Scores;
-use crds::run::{CheckpointInterval, Metric, RunConfig};
-use tch::{Device, Kind, Tensor};
+use crds::run::{CheckpointInterval, Method, Metric, RunConfig};
 
 use super::evaluation::{Answers, TUNED, measure};
+use super::saving::{Hold, Snapshot, Writer, Written};
 use super::{Context, Error, Planned};
-use crate::checkpoint::{self, Content, Store, Stored};
+use crate::checkpoint;
 use crate::device::{self, EnergyMeter};
-use crate::export::dtype;
 use crate::history::History;
 use crate::model::Llama;
 use crate::optim::Parameters;
 use crate::record::{CheckpointRecord, Event, Observer};
-use crate::shim::{release_free_memory, tensor_bytes};
-use crate::signal::Stop;
+use crate::shim::release_free_memory;
 use crate::train::{self, Need, Surroundings, TrainState};
-use crate::weights::{MappedFile, TensorView, write_safetensors};
 
-pub const WEIGHTS: &str = "weights.safetensors";
-const OPTIMIZER: &str = "optimizer.safetensors";
-const STATE: &str = "state.json";
 /// Checkpoints in a row that may fail before the run ends: a full disk may be somebody's for a while.
 const TOLERATED_FAILURES: u32 = 3;
 /// Evaluations over a run where the configuration is silent.
@@ -36,7 +29,9 @@ pub struct RunSurroundings<'a> {
     pub planned: &'a Planned,
     pub observer: &'a mut dyn Observer,
     pub history: History,
-    pub store: Store,
+    pub writer: Writer,
+    /// Seconds for which the commit that is being written held training up at its beginning.
+    pub begun_seconds: f64,
     pub started: Instant,
     pub energy: Option<EnergyMeter>,
     pub earlier: Earlier,
@@ -72,6 +67,7 @@ pub fn loop_plan<'a>(config: &RunConfig, planned: &'a Planned) -> train::Plan<'a
         weight_decay: config.hyperparameters.weight_decay,
         max_grad_norm: config.hyperparameters.max_grad_norm,
         recompute: planned.estimate.recompute,
+        in_backward: matches!(config.method, Method::Full { optimizer_in_backward: true }),
         evaluate_every: (!planned.prepared.validation.is_empty()).then_some(every),
         metric: config.validation.metric,
         early_stopping: config.early_stopping,
@@ -110,35 +106,31 @@ impl RunSurroundings<'_> {
         self.observer.observe(event).map_err(self.context.write_error())
     }
 
-    fn try_commit(&mut self, state: &TrainState, parameters: &Parameters) -> Result<CheckpointRecord, Error> {
+    /// Takes note of what became of a commit, for which training waited so long.
+    fn note(&mut self, written: Written, need: Need, waited_seconds: f64) -> Result<(), Error> {
+        let error = match written.result {
+            Ok(record) => {
+                self.failures.checkpoints = 0;
+                if let Some(error) = written.leftover {
+                    self.emit_event(&Event::Warning(error.to_string()))?;
+                }
+                return self.emit_event(&Event::Checkpoint(CheckpointRecord { waited_seconds, ..record }));
+            }
+            Err(error @ checkpoint::Error::Write { .. }) => error,
+            Err(error) => return Err(error.into()),
+        };
+        self.failures.checkpoints += 1;
+        self.emit_event(&Event::CheckpointFailed { step: written.step, message: error.to_string() })?;
+        // Whoever is asked to leave leaves with the last one.
+        let tolerated = self.failures.checkpoints <= TOLERATED_FAILURES && need == Need::Due;
+        if tolerated || self.context.stop.requested() { Ok(()) } else { Err(error.into()) }
+    }
+
+    /// Waits for the commit that was begun, if one was.
+    pub fn settle(&mut self) -> Result<(), Error> {
         let started = Instant::now();
-        let mut state = state.clone();
-        (state.wall_seconds, state.energy_joules) = self.spent();
-        let best = state.best.is_some_and(|best| best.step == state.step);
-        // Masters and both moments, fp32.
-        let bytes = 12 * parameters.num_elements().unsigned_abs();
-        self.emit_event(&Event::Committing { bytes })?;
-        let weights = host_masters(parameters);
-        let optimizer = host_moments(parameters);
-        let write_state = |sink: &mut dyn Write| serde_json::to_writer_pretty(sink, &state).map_err(Into::into);
-        let write_weights = |sink: &mut dyn Write| write_safetensors(sink, &[], &views(&weights));
-        let write_optimizer = |sink: &mut dyn Write| write_safetensors(sink, &[], &views(&optimizer));
-        let stored = self.store.commit(
-            state.step,
-            best,
-            &[
-                Content { name: WEIGHTS, write: &write_weights },
-                Content { name: OPTIMIZER, write: &write_optimizer },
-                Content { name: STATE, write: &write_state },
-            ],
-        )?;
-        Ok(CheckpointRecord {
-            step: state.step,
-            bytes: stored.bytes(),
-            seconds: started.elapsed().as_secs_f64(),
-            eval_loss: state.eval_loss.filter(|_| state.evaluated_step == state.step),
-            best,
-        })
+        let Some(written) = self.writer.wait() else { return Ok(()) };
+        self.note(written, Need::Due, self.begun_seconds + started.elapsed().as_secs_f64())
     }
 }
 
@@ -150,7 +142,11 @@ impl Surroundings for RunSurroundings<'_> {
         {
             release_free_memory();
         }
-        self.emit_event(&event)
+        self.emit_event(&event)?;
+        match self.writer.poll() {
+            Some(written) => self.note(written, Need::Due, self.begun_seconds),
+            None => Ok(()),
+        }
     }
 
     fn evaluate(&mut self, model: &Llama, micro_batch_tokens: i64) -> Result<Option<Scores>, crate::Error> {
@@ -171,98 +167,19 @@ impl Surroundings for RunSurroundings<'_> {
     }
 
     fn commit(&mut self, state: &TrainState, parameters: &Parameters, need: Need) -> Result<(), crate::Error> {
-        let record = match self.try_commit(state, parameters) {
-            Ok(record) => record,
-            Err(Error::Checkpoint(error @ checkpoint::Error::Write { .. })) => {
-                self.failures.checkpoints += 1;
-                let failed = Event::CheckpointFailed { step: state.step, message: error.to_string() };
-                self.emit_event(&failed)?;
-                // Whoever is asked to leave leaves with the last one.
-                let tolerated = self.failures.checkpoints <= TOLERATED_FAILURES && need == Need::Due;
-                return if tolerated || self.context.stop.requested() { Ok(()) } else { Err(error.into()) };
-            }
-            Err(error) => return Err(error),
-        };
-        self.failures.checkpoints = 0;
-        if let Err(error) = self.store.retain(self.config.checkpoint.keep_latest, self.config.checkpoint.keep_best) {
-            self.emit_event(&Event::Warning(error.to_string()))?;
+        self.settle()?;
+        let started = Instant::now();
+        let mut state = state.clone();
+        (state.wall_seconds, state.energy_joules) = self.spent();
+        self.emit_event(&Event::Committing { bytes: parameters.state_bytes() })?;
+        let behind = need == Need::Due && self.planned.estimate.has_room_for_copy && !self.context.stop.requested();
+        let hold = if behind { Hold::Copied } else { Hold::Shared };
+        self.writer.begin(Snapshot::of(state, parameters, hold));
+        if behind {
+            self.begun_seconds = started.elapsed().as_secs_f64();
+            return Ok(());
         }
-        self.emit_event(&Event::Checkpoint(record))
+        let written = self.writer.wait().expect("it was begun");
+        self.note(written, need, started.elapsed().as_secs_f64())
     }
-}
-
-/// The masters by name, in host memory.
-pub fn host_masters(parameters: &Parameters) -> Vec<(String, Tensor)> {
-    let host = |slot| parameters.master(slot).to_device(Device::Cpu).contiguous();
-    parameters.slots().iter().map(|slot| (slot.name.clone(), host(slot))).collect()
-}
-
-fn host_moments(parameters: &Parameters) -> Vec<(String, Tensor)> {
-    let (exp_avg, exp_avg_sq, updates) = parameters.moments();
-    [("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq), ("updates", updates)]
-        .map(|(name, tensor)| (name.to_owned(), tensor.to_device(Device::Cpu).contiguous()))
-        .into()
-}
-
-/// Named tensors as bytes.
-pub fn views(tensors: &[(String, Tensor)]) -> Vec<TensorView<'_>> {
-    tensors
-        .iter()
-        .map(|(name, tensor)| TensorView {
-            name: name.clone(),
-            dtype: dtype(tensor.kind()),
-            shape: tensor.size().iter().map(|&size| size as usize).collect(),
-            data: tensor_bytes(tensor),
-        })
-        .collect()
-}
-
-/// The tensor `name` of a checkpoint's file, fp32.
-fn stored_tensor(file: &MappedFile, stored: &Stored, name: &str, shape: &[i64]) -> Result<Tensor, Error> {
-    let malformed = || {
-        Error::Weights(crate::weights::Error::Malformed {
-            path: stored.folder.clone(),
-            message: format!("the checkpoint verifies and has no tensor {name} of shape {shape:?}"),
-        })
-    };
-    let mapped = file.tensor(name).ok_or_else(malformed)?;
-    if mapped.dtype != safetensors::Dtype::F32 || mapped.shape.iter().map(|&size| size as i64).ne(shape.iter().copied())
-    {
-        return Err(malformed());
-    }
-    Ok(Tensor::from_data_size(mapped.data, shape, Kind::Float))
-}
-
-/// Puts a checkpoint's weights in place, and leaves the moments.
-pub fn restore_weights(stored: &Stored, parameters: &mut Parameters, stop: &Stop) -> Result<(), Error> {
-    let file = MappedFile::open(&stored.folder.join(WEIGHTS))?;
-    parameters.set_masters(|slot| {
-        stop.alive();
-        stored_tensor(&file, stored, &slot.name, &slot.shape)
-    })
-}
-
-fn read_masters(stored: &Stored, parameters: &Parameters) -> Result<Tensor, Error> {
-    let file = MappedFile::open(&stored.folder.join(WEIGHTS))?;
-    let flat = Tensor::zeros([parameters.num_elements()], (Kind::Float, Device::Cpu));
-    for slot in parameters.slots() {
-        slot.view(&flat).copy_(&stored_tensor(&file, stored, &slot.name, &slot.shape)?);
-    }
-    Ok(flat)
-}
-
-/// Puts a checkpoint's weights and moments in place and returns the loop's state.
-pub fn restore(stored: &Stored, parameters: &mut Parameters) -> Result<TrainState, Error> {
-    let path = stored.folder.join(STATE);
-    let read = |source| crate::checkpoint::Error::Read { path: path.clone(), source };
-    let state = std::fs::read(&path).map_err(read)?;
-    let state: TrainState = serde_json::from_slice(&state).map_err(|error| read(error.into()))?;
-    let flat = read_masters(stored, parameters)?;
-    let file = MappedFile::open(&stored.folder.join(OPTIMIZER))?;
-    let length = [parameters.num_elements()];
-    let exp_avg = stored_tensor(&file, stored, "exp_avg", &length)?;
-    let exp_avg_sq = stored_tensor(&file, stored, "exp_avg_sq", &length)?;
-    let updates = stored_tensor(&file, stored, "updates", &[])?;
-    parameters.restore(&flat, &exp_avg, &exp_avg_sq, &updates);
-    Ok(state)
 }

@@ -1,4 +1,4 @@
-//! Our kernels for bf16 on CPUs with AVX512-BF16 (`cpp/attention.cpp`, `cpp/pointwise.cpp`). Like tch's own functions they panic
+//! Our kernels for bf16 and fp32 on CPUs with AVX512-BF16 (`cpp/attention.cpp`, `cpp/pointwise.cpp`). Like tch's own functions they panic
 //! with libtorch's message where arguments do not belong together; [`fits`] says beforehand whether they can be used.
 
 use std::ffi::{c_int, c_void};
@@ -50,6 +50,18 @@ unsafe extern "C" {
         out: *mut c_void,
     ) -> c_int;
     fn ft_cpu_rotate(x: *mut c_void, cos: *mut c_void, sin: *mut c_void, sign: f64, out: *mut c_void) -> c_int;
+    fn ft_cpu_adamw_8bit(
+        parameter: *mut c_void,
+        gradient: *mut c_void,
+        exp_avg: *const *mut c_void,
+        exp_avg_sq: *const *mut c_void,
+        rates: *mut c_void,
+        found_inf: *mut c_void,
+        decay: f64,
+        one_minus_beta1: f64,
+        one_minus_beta2: f64,
+        eps: f64,
+    ) -> c_int;
     fn ft_cpu_cross_entropy(logits: *mut c_void, labels: *mut c_void, scale: f64, losses: *mut c_void) -> c_int;
 }
 
@@ -60,16 +72,17 @@ fn is_supported() -> bool {
     *SUPPORTED.get_or_init(|| unsafe { ft_cpu_kernels_are_supported() != 0 })
 }
 
-/// Whether the kernels take these tensors: bf16 on a CPU that has the instructions, contiguous, the last dimension a multiple
+/// Whether the kernels take these tensors: all bf16 or all fp32, on a CPU that has the instructions, contiguous, the last dimension a multiple
 /// of `width`.
 pub fn fits(tensors: &[&Tensor], width: i64) -> bool {
+    let Some(kind) = tensors.first().map(|tensor| tensor.kind()) else { return false };
     let one_fits = |tensor: &&Tensor| {
         tensor.device() == Device::Cpu
-            && tensor.kind() == Kind::BFloat16
+            && tensor.kind() == kind
             && tensor.is_contiguous()
             && tensor.size().last().is_some_and(|size| size % width == 0)
     };
-    is_supported() && tensors.iter().all(one_fits)
+    matches!(kind, Kind::BFloat16 | Kind::Float) && is_supported() && tensors.iter().all(one_fits)
 }
 
 /// What [`attention`] and [`rotate`] need of a head's size.
@@ -146,6 +159,49 @@ pub fn rms_norm_backward(gradient: &Tensor, x: &Tensor, weight: &Tensor, eps: f6
         ft_cpu_rms_norm_backward(handle(gradient), handle(x), weight, eps, residual, handle(&out))
     });
     out
+}
+
+/// Constants of one AdamW step with moments in 8 bits.
+#[derive(Clone, Copy, Debug)]
+pub struct Adamw8BitConstants {
+    /// What weight decay leaves of a weight.
+    pub decay: f64,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+}
+
+/// One AdamW step over a flat fp32 range that begins with a block, on any CPU. Each moment is codes, scales, and its codec's
+/// values, thresholds and buckets; `rates` (fp32 `[2]`) has step size and root of the second bias correction; where `found_inf`
+/// (fp32 scalar) is 1 nothing moves.
+pub fn adamw_8bit(
+    parameter: &Tensor,
+    gradient: &Tensor,
+    moments: [[&Tensor; 5]; 2],
+    rates: &Tensor,
+    found_inf: &Tensor,
+    constants: Adamw8BitConstants,
+) -> Result<(), super::Error> {
+    let [exp_avg, exp_avg_sq] = moments.map(|parts| parts.map(handle));
+    let Adamw8BitConstants { decay, beta1, beta2, eps } = constants;
+    // SAFETY: the handles are live tensors during the call; the kernel checks dtypes, lengths and layouts.
+    check(unsafe {
+        ft_cpu_adamw_8bit(
+            handle(parameter),
+            handle(gradient),
+            exp_avg.as_ptr(),
+            exp_avg_sq.as_ptr(),
+            handle(rates),
+            handle(found_inf),
+            decay,
+            1.0 - beta1,
+            1.0 - beta2,
+            eps,
+        )
+    })
 }
 
 /// `x * cos + sign * swap_halves(x) * sin` of x `[t, n, d]`, cos and sin `[t, 1, d]`.

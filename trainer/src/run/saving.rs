@@ -1,0 +1,211 @@
+//! Checkpoints of the loop's state: what is in them, and the thread that writes them while training goes on.
+
+use std::io::{self, Write};
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use tch::{Device, Kind, Tensor};
+
+use super::Error;
+use crate::checkpoint::{self, Content, Store, Stored};
+use crate::export::dtype;
+use crate::optim::Parameters;
+use crate::record::CheckpointRecord;
+use crate::shim::tensor_bytes;
+use crate::signal::Stop;
+use crate::train::TrainState;
+use crate::weights::{MappedFile, TensorView, write_safetensors};
+
+pub const WEIGHTS: &str = "weights.safetensors";
+const OPTIMIZER: &str = "optimizer.safetensors";
+const STATE: &str = "state.json";
+
+/// Whose memory a snapshot's tensors are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hold {
+    /// Where they are in host memory, the parameters': it holds until the next update.
+    Shared,
+    /// Its own.
+    Copied,
+}
+
+/// The state of a run between two steps.
+pub struct Snapshot {
+    state: TrainState,
+    weights: Vec<(String, Tensor)>,
+    optimizer: Vec<(String, Tensor)>,
+}
+
+impl Snapshot {
+    pub fn of(state: TrainState, parameters: &Parameters, hold: Hold) -> Self {
+        Self { state, weights: host_masters(parameters, hold), optimizer: host_optimizer(parameters, hold) }
+    }
+
+    fn commit(&self, store: &mut Store) -> Result<CheckpointRecord, checkpoint::Error> {
+        let started = Instant::now();
+        let state = &self.state;
+        let best = state.best.is_some_and(|best| best.step == state.step);
+        let write_state = |sink: &mut dyn Write| serde_json::to_writer_pretty(sink, state).map_err(Into::into);
+        let write_weights = |sink: &mut dyn Write| write_safetensors(sink, &[], &views(&self.weights));
+        let write_optimizer = |sink: &mut dyn Write| write_safetensors(sink, &[], &views(&self.optimizer));
+        let stored = store.commit(
+            state.step,
+            best,
+            &[
+                Content { name: WEIGHTS, write: &write_weights },
+                Content { name: OPTIMIZER, write: &write_optimizer },
+                Content { name: STATE, write: &write_state },
+            ],
+        )?;
+        Ok(CheckpointRecord {
+            step: state.step,
+            bytes: stored.bytes(),
+            seconds: started.elapsed().as_secs_f64(),
+            waited_seconds: 0.0,
+            eval_loss: state.eval_loss.filter(|_| state.evaluated_step == state.step),
+            best,
+        })
+    }
+}
+
+/// How many checkpoints stay.
+#[derive(Clone, Copy, Debug)]
+pub struct Retention {
+    pub latest: i64,
+    pub best: i64,
+}
+
+/// What became of a commit.
+pub struct Written {
+    /// Completed steps.
+    pub step: i64,
+    pub result: Result<CheckpointRecord, checkpoint::Error>,
+    /// Why older checkpoints could not be removed.
+    pub leftover: Option<checkpoint::Error>,
+}
+
+/// A thread that writes one checkpoint at a time.
+pub struct Writer {
+    store: Arc<Mutex<Store>>,
+    snapshots: Sender<Snapshot>,
+    written: Receiver<Written>,
+    is_writing: bool,
+}
+
+impl Writer {
+    pub fn start(store: Store, retention: Retention) -> io::Result<Self> {
+        let store = Arc::new(Mutex::new(store));
+        let (snapshots, taken) = mpsc::channel::<Snapshot>();
+        let (tell, written) = mpsc::channel();
+        let shared = store.clone();
+        std::thread::Builder::new().name("checkpoint".into()).spawn(move || {
+            for snapshot in taken {
+                let written = write(&mut shared.lock().unwrap_or_else(PoisonError::into_inner), &snapshot, retention);
+                if tell.send(written).is_err() {
+                    return;
+                }
+            }
+        })?;
+        Ok(Self { store, snapshots, written, is_writing: false })
+    }
+
+    /// The store; waits while a checkpoint is being written.
+    pub fn store(&self) -> MutexGuard<'_, Store> {
+        self.store.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Begins a commit; the one before has been waited for.
+    pub fn begin(&mut self, snapshot: Snapshot) {
+        debug_assert!(!self.is_writing, "one checkpoint at a time");
+        self.is_writing = true;
+        self.snapshots.send(snapshot).expect("the thread that writes checkpoints lives");
+    }
+
+    /// What became of the commit that was begun, if one was and is done.
+    pub fn poll(&mut self) -> Option<Written> {
+        let written = self.written.try_recv().ok()?;
+        self.is_writing = false;
+        Some(written)
+    }
+
+    /// What became of the commit that was begun, if one was; waits until it is done.
+    pub fn wait(&mut self) -> Option<Written> {
+        if !std::mem::take(&mut self.is_writing) {
+            return None;
+        }
+        Some(self.written.recv().expect("the thread that writes checkpoints lives"))
+    }
+}
+
+fn write(store: &mut Store, snapshot: &Snapshot, retention: Retention) -> Written {
+    let result = snapshot.commit(store);
+    let leftover = result.is_ok().then(|| store.retain(retention.latest, retention.best)).and_then(Result::err);
+    Written { step: snapshot.state.step, result, leftover }
+}
+
+fn on_host(tensor: &Tensor, hold: Hold) -> Tensor {
+    tensor.to_device_(Device::Cpu, tensor.kind(), false, hold == Hold::Copied).contiguous()
+}
+
+/// The masters by name, in host memory.
+fn host_masters(parameters: &Parameters, hold: Hold) -> Vec<(String, Tensor)> {
+    let master = |slot| on_host(&parameters.master(slot), hold);
+    parameters.slots().iter().map(|slot| (slot.name.clone(), master(slot))).collect()
+}
+
+fn host_optimizer(parameters: &Parameters, hold: Hold) -> Vec<(String, Tensor)> {
+    parameters.state().into_iter().map(|(name, tensor)| (name.to_owned(), on_host(tensor, hold))).collect()
+}
+
+/// Named tensors as bytes.
+pub fn views(tensors: &[(String, Tensor)]) -> Vec<TensorView<'_>> {
+    tensors
+        .iter()
+        .map(|(name, tensor)| TensorView {
+            name: name.clone(),
+            dtype: dtype(tensor.kind()),
+            shape: tensor.size().iter().map(|&size| size as usize).collect(),
+            data: tensor_bytes(tensor),
+        })
+        .collect()
+}
+
+/// The tensor `name` of a checkpoint's file.
+fn stored_tensor(file: &MappedFile, stored: &Stored, name: &str, shape: &[i64], kind: Kind) -> Result<Tensor, Error> {
+    let malformed = || {
+        Error::Weights(crate::weights::Error::Malformed {
+            path: stored.folder.clone(),
+            message: format!("the checkpoint verifies and has no {kind:?} tensor {name} of shape {shape:?}"),
+        })
+    };
+    let mapped = file.tensor(name).ok_or_else(malformed)?;
+    if mapped.dtype != dtype(kind) || mapped.shape.iter().map(|&size| size as i64).ne(shape.iter().copied()) {
+        return Err(malformed());
+    }
+    Ok(Tensor::from_data_size(mapped.data, shape, kind))
+}
+
+/// Puts a checkpoint's weights in place, and leaves the moments.
+pub fn restore_weights(stored: &Stored, parameters: &mut Parameters, stop: &Stop) -> Result<(), Error> {
+    let file = MappedFile::open(&stored.folder.join(WEIGHTS))?;
+    parameters.set_masters(|slot| {
+        stop.alive();
+        stored_tensor(&file, stored, &slot.name, &slot.shape, Kind::Float)
+    })
+}
+
+/// Puts a checkpoint's weights and moments in place, one tensor at a time, and returns the loop's state.
+pub fn restore(stored: &Stored, parameters: &mut Parameters, stop: &Stop) -> Result<TrainState, Error> {
+    let path = stored.folder.join(STATE);
+    let read = |source| crate::checkpoint::Error::Read { path: path.clone(), source };
+    let state = std::fs::read(&path).map_err(read)?;
+    let state: TrainState = serde_json::from_slice(&state).map_err(|error| read(error.into()))?;
+    restore_weights(stored, parameters, stop)?;
+    let file = MappedFile::open(&stored.folder.join(OPTIMIZER))?;
+    for (name, held) in parameters.state() {
+        stop.alive();
+        held.shallow_clone().copy_(&stored_tensor(&file, stored, name, &held.size(), held.kind())?);
+    }
+    Ok(state)
+}
