@@ -167,6 +167,31 @@ pub enum Verdict {
     NotValidated,
 }
 
+/// Answers that were generated.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Generated {
+    /// New tokens of all answers, tokens that end one included, padding not.
+    pub tokens: i64,
+    /// Seconds that they took, prompts included.
+    pub seconds: f64,
+}
+
+/// The answers of everyone who was asked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Generation {
+    /// The tuned model's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tuned: Option<Generated>,
+    /// The base model's without examples in the prompt.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub zero_shot: Option<Generated>,
+    /// The base model's with examples in the prompt.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub few_shot: Option<Generated>,
+}
+
 /// What validation found.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -176,6 +201,9 @@ pub struct ValidationReport {
     /// Rows that were answered for `exactMatch`; fewer than `rows` where there are many.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub generated_rows: Option<i64>,
+    /// How many tokens these answers have and how long they took; absent where no row was answered.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub generation: Option<Generation>,
     /// Step of the judged checkpoint.
     pub step: i64,
     /// The tuned model.
@@ -603,6 +631,10 @@ mod tests {
             validation: some(random, |random| ValidationReport {
                 rows: 5,
                 generated_rows: Some(5),
+                generation: some(random, |random| Generation {
+                    tuned: Some(Generated { tokens: i64::MAX, seconds: number(random) }),
+                    ..Generation::default()
+                }),
                 step: 9,
                 tuned: scores,
                 zero_shot: Some(scores),

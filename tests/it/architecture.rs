@@ -72,6 +72,7 @@ fn the_environment_is_read_in_main_and_unsafe_code_has_few_places() {
         "trainer/src/shim.rs",
         "trainer/src/shim/cpu.rs",
         "trainer/src/shim/cuda.rs",
+        "trainer/src/shim/decode.rs",
         "trainer/src/device.rs",
         "trainer/src/weights.rs",
         "trainer/src/data/example.rs",

@@ -205,7 +205,7 @@ fn evaluation_equals_the_training_loss() {
     let Built { model, .. } = built(&case.folder(), &case.method.method(), Kind::Float);
     for max_tokens in [1, 4096] {
         let losses = evaluate::score(&model, &examples, Adapters::On, max_tokens, &Stop::default()).expect("no stop");
-        let scores = Measurement { losses, hits: Vec::new() }.scores();
+        let scores = Measurement { losses, ..Measurement::default() }.scores();
         assert!(relative(scores.eval_loss.expect("measured"), step.loss) < 1e-5, "{scores:?}");
         let accuracy = scores.token_accuracy.expect("measured");
         assert!((0.0..=1.0).contains(&accuracy), "{accuracy}");

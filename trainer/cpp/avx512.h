@@ -1,5 +1,5 @@
-// What the kernels for CPUs with AVX512-BF16 share, in bf16 and fp32. Only functions marked AVX512 use these instructions: they are called where
-// ft_cpu_kernels_are_supported says so.
+// What the kernels for CPUs with AVX512-BF16 share, in bf16 and fp32. Only functions marked AVX512 use these instructions: they
+// are called where ft_cpu_kernels_are_supported says so.
 
 #pragma once
 

@@ -1,7 +1,10 @@
 //! Measures a model on rows: loss, perplexity, token accuracy, exact match. Each row is measured on its own, so that two
 //! models can be compared row by row; a mean is a sum over all rows, divided once.
 
-use crds::report::Scores;
+use std::time::Instant;
+
+use crds::report::{Generated, Scores};
+use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
 use crate::data::example::Examples;
@@ -60,6 +63,22 @@ pub struct Measurement {
     pub losses: Vec<RowScore>,
     /// By row to be answered: whether the answer is right; `None` where it was not asked for.
     pub hits: Vec<Option<bool>>,
+    /// What `hits` were judged by.
+    pub answers: Vec<Option<Answered>>,
+    /// How many tokens the answers have and how long they took; `None` where no row was answered.
+    pub generated: Option<Generated>,
+}
+
+/// What was answered to a row.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Answered {
+    /// What is compared with the right answer.
+    pub text: String,
+    /// Whether the model ended it itself; what was cut off does not count as right.
+    pub ended: bool,
+    /// Whether it is right.
+    pub right: bool,
 }
 
 impl Measurement {
@@ -101,7 +120,8 @@ impl Measurement {
         let hits = self.hits.iter().zip(&other.hits).map(|(&a, &b)| (a.and(b).and(a), a.and(b)));
         let (own_losses, other_losses) = losses.unzip();
         let (own_hits, other_hits) = hits.unzip();
-        (Self { losses: own_losses, hits: own_hits }, Self { losses: other_losses, hits: other_hits })
+        let of = |losses, hits| Self { losses, hits, ..Self::default() };
+        (of(own_losses, own_hits), of(other_losses, other_hits))
     }
 }
 
@@ -137,9 +157,9 @@ pub fn score(
     Some(rows)
 }
 
-/// Whether the greedy answer to each row's prompt equals the reference after trimming white space; `None` for a row that
-/// has no such prompt or that does not fit into the model's context, and as a whole if a stop was asked for meanwhile.
-/// `progress` is told how many are answered, of how many.
+/// Whether the greedy answer to each row's prompt equals the reference after trimming white space, beside the answer; `None`
+/// for a row that has no such prompt or that does not fit into the model's context, and as a whole if a stop was asked for
+/// meanwhile. `progress` is told how many are answered, of how many.
 pub fn answer(
     model: &Llama,
     rows: &[GenerationRow],
@@ -148,7 +168,7 @@ pub fn answer(
     tokenizer: &Tokenizer,
     stop: &Stop,
     progress: &mut dyn FnMut(usize, usize),
-) -> Option<Vec<Option<bool>>> {
+) -> Option<Measurement> {
     let asked: Vec<(usize, &[u32])> = rows
         .iter()
         .enumerate()
@@ -159,7 +179,7 @@ pub fn answer(
         .filter(|&(index, tokens)| (tokens.len() + rows[index].reference_tokens) as i64 <= model.max_positions())
         .collect();
     if asked.is_empty() {
-        return Some(vec![None; rows.len()]);
+        return Some(Measurement { hits: vec![None; rows.len()], ..Measurement::default() });
     }
     let prompts: Vec<&[u32]> = asked.iter().map(|&(_, tokens)| tokens).collect();
     let stop_text = match prompt {
@@ -174,13 +194,26 @@ pub fn answer(
     };
     let total = prompts.len();
     progress(0, total);
+    let started = Instant::now();
     let answers = generate(model, &prompts, adapters, &limits, stop, &mut |answered| progress(answered, total))?;
-    let mut hits = vec![None; rows.len()];
+    let tokens = answers.iter().map(|answer| answer.generated as i64).sum();
+    let generated = Generated { tokens, seconds: started.elapsed().as_secs_f64() };
+    let mut answered = vec![None; rows.len()];
     for (&(index, _), answer) in asked.iter().zip(&answers) {
-        let right = |text: String| before(&text, stop_text).trim() == rows[index].reference.trim();
-        hits[index] = Some(answer.ended && tokenizer.decode(&answer.tokens).is_ok_and(right));
+        let text = tokenizer.decode(&answer.tokens);
+        let right = |text: &String| before(text, stop_text).trim() == rows[index].reference.trim();
+        answered[index] = Some(Answered {
+            right: answer.ended && text.as_ref().is_ok_and(right),
+            ended: answer.ended,
+            text: before(&text.unwrap_or_default(), stop_text).trim().to_owned(),
+        });
     }
-    Some(hits)
+    Some(Measurement {
+        losses: Vec::new(),
+        hits: answered.iter().map(|answered| answered.as_ref().map(|answered| answered.right)).collect(),
+        answers: answered,
+        generated: Some(generated),
+    })
 }
 
 /// The part of an answer before its stop text.
@@ -202,10 +235,12 @@ mod tests {
         let tuned = Measurement {
             losses: vec![row(1.0, 4), row(2.0, 4), row(3.0, 4), row(9.0, 4)],
             hits: vec![Some(true), Some(false), Some(true)],
+            ..Measurement::default()
         };
         let few_shot = Measurement {
             losses: vec![row(2.0, 4), RowScore::default(), row(6.0, 3)],
             hits: vec![Some(false), None, Some(true)],
+            ..Measurement::default()
         };
         assert_eq!((tuned.num_scored(), few_shot.num_scored(), few_shot.num_answered()), (4, 2, 2));
         let (ours, theirs) = tuned.shared(&few_shot);

@@ -5,7 +5,7 @@
 //! 95 % t interval of the difference of the two mean losses per token, a ratio of sums over rows, so that a row counts by
 //! its tokens and the tokens of a row are not taken for independent.
 
-use crds::report::{ForgettingResult, GateResult, Scores, ValidationReport, Verdict};
+use crds::report::{ForgettingResult, GateResult, Generation, Scores, ValidationReport, Verdict};
 use crds::run::{Baseline, Gate, Metric, ValidationConfig};
 
 use crate::evaluate::Measurement;
@@ -59,10 +59,16 @@ pub fn judge(config: &ValidationConfig, measured: &Measured) -> ValidationReport
     } else {
         (Verdict::GateFailed, format!("Do not use it: {} did not hold.", failed.join("; ")))
     };
+    let generation = Generation {
+        tuned: measured.tuned.generated,
+        zero_shot: measured.zero_shot.as_ref().and_then(|base| base.generated),
+        few_shot: measured.few_shot.as_ref().and_then(|few_shot| few_shot.generated),
+    };
     let some = |count: usize| (count > 0).then_some(count as i64);
     ValidationReport {
         rows: measured.tuned.num_scored() as i64,
         generated_rows: some(measured.tuned.num_answered()),
+        generation: (generation != Generation::default()).then_some(generation),
         step: measured.step,
         tuned: measured.tuned.scores(),
         zero_shot: measured.zero_shot.as_ref().map(Measurement::scores),
@@ -288,7 +294,7 @@ mod tests {
     /// A measurement of rows of ten tokens with these mean losses.
     fn losses(means: &[f64]) -> Measurement {
         let row = |mean: &f64| RowScore { loss_sum: 10.0 * mean, tokens: 10, ..RowScore::default() };
-        Measurement { losses: means.iter().map(row).collect(), hits: Vec::new() }
+        Measurement { losses: means.iter().map(row).collect(), ..Measurement::default() }
     }
 
     /// A measurement of answers, of which the rows in `right` are right.

@@ -2,6 +2,7 @@
 
 pub mod cpu;
 pub mod cuda;
+pub mod decode;
 pub mod fused;
 
 use std::ffi::{CStr, c_char, c_int, c_void};

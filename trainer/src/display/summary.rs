@@ -142,6 +142,7 @@ mod tests {
         ValidationReport {
             rows,
             generated_rows: Some(generated_rows),
+            generation: None,
             step: 9,
             tuned: scores,
             zero_shot: None,

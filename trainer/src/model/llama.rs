@@ -12,7 +12,7 @@ use crate::linear::{Adapters, InputMask, Weight};
 use crate::loss::{self, Head, Scored};
 use crate::ops::{Rope, rms_norm, rms_norm_backward};
 use crate::random::seed64;
-use crate::shim;
+use crate::shim::{self, cpu, decode};
 use crate::signal::Stop;
 
 /// A Llama model on one device.
@@ -261,15 +261,24 @@ impl Llama {
         Some(loss::score(&normed_nh, &batch.labels_n, &self.head))
     }
 
-    /// Logits `[rows, v]` of some rows of final hidden states, in the accumulation dtype.
-    pub(crate) fn logits(&self, hidden_rh: &Tensor) -> Tensor {
-        let normed_rh = rms_norm(hidden_rh, &self.norm.value, self.config.rms_norm_eps);
-        normed_rh.matmul(&self.head.weight.tr()).to_kind(crate::ops::accumulate_kind(self.kind))
+    /// Logits `[rows, v]` of some rows of final hidden states.
+    fn logits(&self, hidden_rh: &Tensor) -> Tensor {
+        rms_norm(hidden_rh, &self.norm.value, self.config.rms_norm_eps).matmul(&self.head.weight.tr())
+    }
+
+    /// The likeliest next token of some rows of final hidden states, int64 `[rows]`.
+    pub(crate) fn likeliest(&self, hidden_rh: &Tensor) -> Tensor {
+        let logits_rv = self.logits(hidden_rh);
+        if self.kind == Kind::BFloat16 && cpu::fits(&[&logits_rv], cpu::ROW_WIDTH) {
+            return decode::argmax(&logits_rv);
+        }
+        logits_rv.argmax(-1, false)
     }
 
     /// Logits `[t, v]` of every position of a batch; `None` if a stop was asked for meanwhile.
     pub fn all_logits(&self, batch: &DeviceBatch, adapters: Adapters, stop: &Stop) -> Option<Tensor> {
-        Some(self.logits(&self.hidden(batch, adapters, stop)?))
+        let logits_tv = self.logits(&self.hidden(batch, adapters, stop)?);
+        Some(logits_tv.to_kind(crate::ops::accumulate_kind(self.kind)))
     }
 
     /// Positions that the rotary tables hold.

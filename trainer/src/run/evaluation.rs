@@ -5,8 +5,10 @@ use std::path::Path;
 
 use crds::report::ValidationReport;
 use crds::run::{Method, RunConfig};
+use serde_json::json;
 
 use super::Error;
+use crate::checkpoint::write_atomically;
 use crate::evaluate::{self, Measurement, Prompt};
 use crate::judge::{Measured, judge};
 use crate::linear::Adapters;
@@ -66,12 +68,12 @@ pub fn measure(
     let losses = evaluate::score(model, examples, subject.adapters, micro_batch_tokens, stop);
     let Some(losses) = losses else { return Ok(None) };
     if answers == Answers::NotAsked || prepared.generation.is_empty() {
-        return Ok(Some(Measurement { losses, hits: Vec::new() }));
+        return Ok(Some(Measurement { losses, ..Measurement::default() }));
     }
     let tokenizer = Tokenizer::open(&prepared.base.folder)?;
     let (rows, prompt) = (&prepared.generation, subject.prompt);
-    let hits = evaluate::answer(model, rows, prompt, subject.adapters, &tokenizer, stop, progress);
-    Ok(hits.map(|hits| Measurement { losses, hits }))
+    let answered = evaluate::answer(model, rows, prompt, subject.adapters, &tokenizer, stop, progress);
+    Ok(answered.map(|answered| Measurement { losses, ..answered }))
 }
 
 impl Evaluation<'_> {
@@ -106,6 +108,7 @@ impl Evaluation<'_> {
             return Ok(None);
         }
         measured.general_loss = base_general.zip(tuned_general);
+        self.write_answers(&measured)?;
         let mut report = judge(config, &measured);
         report.few_shot_examples =
             report.few_shot_examples.map(|asked| self.prepared.report.few_shot_examples.unwrap_or(asked));
@@ -125,10 +128,34 @@ impl Evaluation<'_> {
         Ok(measurement)
     }
 
+    /// Writes what was answered, a line for each row, for whoever wants to know more than how many answers are right.
+    fn write_answers(&self, measured: &Measured) -> Result<(), Error> {
+        if measured.tuned.answers.is_empty() {
+            return Ok(());
+        }
+        let of = |measurement: Option<&Measurement>, row: usize| measurement?.answers.get(row)?.clone();
+        let lines = self.prepared.generation.iter().enumerate().map(|(index, row)| {
+            let mut line = json!({ "reference": row.reference });
+            let subjects = [
+                ("tuned", Some(&measured.tuned)),
+                ("zeroShot", measured.zero_shot.as_ref()),
+                ("fewShot", measured.few_shot.as_ref()),
+            ];
+            for (name, measurement) in subjects {
+                if let Some(answer) = of(measurement, index) {
+                    line[name] = json!(answer);
+                }
+            }
+            line.to_string() + "\n"
+        });
+        let path = self.run.join("answers.jsonl");
+        write_atomically(&path, lines.collect::<String>().as_bytes()).map_err(|source| Error::Write { path, source })
+    }
+
     /// Mean loss on general text, if there is some.
     fn general_loss(&self, model: &Llama, adapters: Adapters) -> Option<f64> {
         let general = &self.prepared.forgetting;
         let losses = evaluate::score(model, general, adapters, self.micro_batch_tokens, self.stop)?;
-        Measurement { losses, hits: Vec::new() }.scores().eval_loss
+        Measurement { losses, ..Measurement::default() }.scores().eval_loss
     }
 }
