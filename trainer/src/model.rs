@@ -10,7 +10,7 @@ mod llama;
 mod load;
 
 pub use config::Config;
-pub use layer::{KeyValues, Recompute};
+pub use layer::{KeyValues, Outputs, Recompute};
 pub use llama::{BackwardPass, DeviceBatch, Llama, Noise};
 pub use load::{
     Built, Source, base_elements, build, layer_elements, lora_parameters, merged, restore_base, target_linears,

@@ -6,7 +6,7 @@
 use tch::{Kind, Tensor};
 
 use crate::linear::Adapters;
-use crate::model::{KeyValues, Llama};
+use crate::model::{KeyValues, Llama, Outputs};
 use crate::shim::{cpu, decode};
 use crate::signal::Stop;
 
@@ -86,8 +86,9 @@ impl<'a> Cache<'a> {
             positions.extend((start..).take(appended.len()));
             last.push(tokens.len() as i64 - 1);
         }
-        let (tokens_t, positions_t) = (upload(&tokens), upload(&positions));
-        let hidden_th = match self.layout {
+        let (tokens_t, positions_t, last_r) = (upload(&tokens), upload(&positions), upload(&last));
+        let outputs = Outputs::Rows(&last_r);
+        let hidden_rh = match self.layout {
             Layout::Kernel => {
                 let rows = self.kernel_rows(new);
                 let mut attend = |layer: usize, q: &Tensor, KeyValues { keys, values }: KeyValues| {
@@ -95,20 +96,20 @@ impl<'a> Cache<'a> {
                     let scale = model.attention_scale();
                     decode::cached_attention([q, &keys, &values], &rows, &self.layers[layer], prefix, scale)
                 };
-                model.infer(&tokens_t, &positions_t, adapters, stop, &mut attend)?
+                model.infer(&tokens_t, &positions_t, outputs, adapters, stop, &mut attend)?
             }
             Layout::Plain => {
                 let plain = PlainRows::new(self, model, new);
                 let mut attend = |layer: usize, q: &Tensor, new: KeyValues| {
                     plain.attend(&self.layers[layer], q, &new, model.attention_scale())
                 };
-                model.infer(&tokens_t, &positions_t, adapters, stop, &mut attend)?
+                model.infer(&tokens_t, &positions_t, outputs, adapters, stop, &mut attend)?
             }
         };
         for &(slot, appended) in new {
             self.lengths[slot] += appended.len() as i64;
         }
-        Some(hidden_th.index_select(0, &upload(&last)))
+        Some(hidden_rh)
     }
 
     /// First and end of each row's new tokens, its slot, its tokens so far: `[r, 4]`.

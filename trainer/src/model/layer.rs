@@ -1,6 +1,7 @@
 //! One decoder layer: attention and MLP with pre-norms and residuals, forward and backward written out.
 //!
-//! Shapes: t packed tokens, h hidden size, n query heads, k key-value heads, d head size, m MLP width.
+//! Shapes: t packed tokens, h hidden size, n query heads, k key-value heads, d head size, m MLP width,
+//! r tokens whose output is wanted.
 
 use tch::Tensor;
 
@@ -58,6 +59,50 @@ pub struct KeyValues {
     pub values: Tensor,
 }
 
+/// The tokens that a layer's output is wanted for. After the last layer's attention, work for any but the labels' is dead.
+#[derive(Clone, Copy)]
+pub enum Outputs<'a> {
+    /// All t.
+    All,
+    /// These of t, int64 `[r]`, each once.
+    Rows(&'a Tensor),
+}
+
+impl Outputs<'_> {
+    fn select(self, x_th: &Tensor) -> Tensor {
+        match self {
+            Outputs::All => x_th.shallow_clone(),
+            Outputs::Rows(rows_r) => x_th.index_select(0, rows_r),
+        }
+    }
+
+    /// The gradient of all `tokens` from those that were selected.
+    fn scatter(self, gradient_rh: Tensor, tokens: i64) -> Tensor {
+        match self {
+            Outputs::All => gradient_rh,
+            Outputs::Rows(rows_r) => {
+                let full =
+                    gradient_rh.new_zeros([tokens, gradient_rh.size()[1]], (gradient_rh.kind(), gradient_rh.device()));
+                full.index_copy(0, rows_r, &gradient_rh)
+            }
+        }
+    }
+}
+
+/// The rows of the masks that all tokens have: which outputs are wanted does not change the randomness.
+struct SelectedMask<'a> {
+    all: &'a dyn InputMask,
+    outputs: Outputs<'a>,
+    tokens: i64,
+}
+
+impl InputMask for SelectedMask<'_> {
+    fn mask(&self, site: u64, x_ri: &Tensor) -> Option<Tensor> {
+        let all_ti = x_ri.new_empty([self.tokens, x_ri.size()[1]], (x_ri.kind(), x_ri.device()));
+        self.all.mask(site, &all_ti).map(|mask_ti| self.outputs.select(&mask_ti))
+    }
+}
+
 /// What the backward pass needs beside the layer's input.
 #[derive(Debug)]
 pub struct LayerSaved {
@@ -65,10 +110,17 @@ pub struct LayerSaved {
     k_tkd: Tensor,
     v_tkd: Tensor,
     attention: attention::Saved,
-    middle_th: Tensor,
-    gate_tm: Tensor,
-    up_tm: Tensor,
-    adapters: [Saved; 7],
+    adapters: [Saved; 3],
+    finished: Finished,
+}
+
+/// What is kept of a layer's part after attention, for its r outputs.
+#[derive(Debug)]
+pub struct Finished {
+    middle_rh: Tensor,
+    gate_rm: Tensor,
+    up_rm: Tensor,
+    adapters: [Saved; 4],
 }
 
 impl Layer {
@@ -98,67 +150,84 @@ impl Layer {
         (q_tnd, KeyValues { keys, values }, [saved_q, saved_k, saved_v])
     }
 
-    /// The layer's output from its input and the attention's output `[t, n, d]`, without saving anything.
-    pub fn finish(&self, x_th: &Tensor, attended_tnd: &Tensor, pass: &Pass) -> Tensor {
-        let (attended_th, _) = self.o.forward(&attended_tnd.flatten(1, 2), pass.adapters, pass.dropout);
-        let middle_th = x_th + attended_th;
-        let normed_th = self.norm_post(&middle_th);
-        let (gate_tm, _) = self.gate.forward(&normed_th, pass.adapters, pass.dropout);
-        let (up_tm, _) = self.up.forward(&normed_th, pass.adapters, pass.dropout);
-        middle_th + self.down.forward(&swiglu(&gate_tm, &up_tm), pass.adapters, pass.dropout).0
+    /// The layer's output `[r, h]` from its input and the attention's output `[t, n, d]`.
+    pub fn finish(&self, x_th: &Tensor, attended_tnd: &Tensor, pass: &Pass, outputs: Outputs) -> (Tensor, Finished) {
+        let dropout = SelectedMask { all: pass.dropout, outputs, tokens: x_th.size()[0] };
+        let attended_rh = outputs.select(&attended_tnd.flatten(1, 2));
+        let (attended_rh, saved_o) = self.o.forward(&attended_rh, pass.adapters, &dropout);
+        let middle_rh = outputs.select(x_th) + attended_rh;
+        let normed_rh = self.norm_post(&middle_rh);
+        let (gate_rm, saved_gate) = self.gate.forward(&normed_rh, pass.adapters, &dropout);
+        let (up_rm, saved_up) = self.up.forward(&normed_rh, pass.adapters, &dropout);
+        let (down_rh, saved_down) = self.down.forward(&swiglu(&gate_rm, &up_rm), pass.adapters, &dropout);
+        let output_rh = &middle_rh + down_rh;
+        (output_rh, Finished { middle_rh, gate_rm, up_rm, adapters: [saved_o, saved_gate, saved_up, saved_down] })
     }
 
-    /// The layer's output `[t, h]`, and what its backward pass needs.
-    pub fn forward(&self, x_th: &Tensor, segments: &Segments, pass: &Pass) -> (Tensor, LayerSaved) {
-        let (q_tnd, KeyValues { keys: k_tkd, values: v_tkd }, [saved_q, saved_k, saved_v]) = self.project(x_th, pass);
+    /// The layer's output `[r, h]`, and what its backward pass needs.
+    pub fn forward(&self, x_th: &Tensor, segments: &Segments, pass: &Pass, outputs: Outputs) -> (Tensor, LayerSaved) {
+        let (q_tnd, KeyValues { keys: k_tkd, values: v_tkd }, adapters) = self.project(x_th, pass);
         let attention = attention::attention(&q_tnd, &k_tkd, &v_tkd, segments, self.scale());
-        let (attended_th, saved_o) = self.o.forward(&attention.out.flatten(1, 2), pass.adapters, pass.dropout);
-        let middle_th = x_th + attended_th;
-        let normed_th = self.norm_post(&middle_th);
-        let (gate_tm, saved_gate) = self.gate.forward(&normed_th, pass.adapters, pass.dropout);
-        let (up_tm, saved_up) = self.up.forward(&normed_th, pass.adapters, pass.dropout);
-        let (down_th, saved_down) = self.down.forward(&swiglu(&gate_tm, &up_tm), pass.adapters, pass.dropout);
-        let output_th = &middle_th + down_th;
-        let adapters = [saved_q, saved_k, saved_v, saved_o, saved_gate, saved_up, saved_down];
-        (output_th, LayerSaved { q_tnd, k_tkd, v_tkd, attention, middle_th, gate_tm, up_tm, adapters })
+        let (output_rh, finished) = self.finish(x_th, &attention.out, pass, outputs);
+        (output_rh, LayerSaved { q_tnd, k_tkd, v_tkd, attention, adapters, finished })
     }
 
-    /// Adds this layer's gradients and returns the gradient of its input, unless nothing below it is trained.
+    /// Adds the gradients of what follows attention; returns those of the attention's output and of the residual, `[r, h]`.
+    fn finish_backward(
+        &self,
+        gradient_rh: Tensor,
+        attended_rh: &Tensor,
+        finished: Finished,
+        dropout: &dyn InputMask,
+    ) -> (Tensor, Tensor) {
+        let Finished { middle_rh, gate_rm, up_rm, adapters: [saved_o, saved_gate, saved_up, saved_down] } = finished;
+        // output = middle + down(swiglu(gate(n), up(n))), n = norm(middle)
+        let product_rm = swiglu(&gate_rm, &up_rm);
+        let mut d_product_rm = product_rm.zeros_like();
+        self.down.backward(&gradient_rh, &product_rm, &saved_down, dropout, Some(&mut d_product_rm));
+        drop(product_rm);
+        let (d_gate_rm, d_up_rm) = swiglu_backward(&d_product_rm, &gate_rm, &up_rm);
+        drop((d_product_rm, gate_rm, up_rm));
+        let normed_rh = self.norm_post(&middle_rh);
+        let mut d_normed_rh = normed_rh.zeros_like();
+        self.gate.backward(&d_gate_rm, &normed_rh, &saved_gate, dropout, Some(&mut d_normed_rh));
+        self.up.backward(&d_up_rm, &normed_rh, &saved_up, dropout, Some(&mut d_normed_rh));
+        drop((d_gate_rm, d_up_rm, normed_rh));
+        let norm = &self.post_attention_norm;
+        let d_middle_rh = residual_norm_backward(
+            gradient_rh,
+            &d_normed_rh,
+            &middle_rh,
+            &norm.value,
+            self.shape.eps,
+            norm.gradient().as_ref(),
+        );
+        // middle = x + o(attended)
+        let mut d_attended_rh = attended_rh.zeros_like();
+        self.o.backward(&d_middle_rh, attended_rh, &saved_o, dropout, Some(&mut d_attended_rh));
+        (d_attended_rh, d_middle_rh)
+    }
+
+    /// Adds this layer's gradients, from that of its output, and returns the gradient of its input, unless nothing below it is
+    /// trained.
     pub fn backward(
         &self,
-        gradient_th: Tensor,
+        gradient_rh: Tensor,
         x_th: &Tensor,
         saved: LayerSaved,
         segments: &Segments,
         pass: &Pass,
-        below: Below,
+        Around { outputs, below }: Around,
     ) -> Option<Tensor> {
-        let LayerSaved { q_tnd, k_tkd, v_tkd, attention, middle_th, gate_tm, up_tm, adapters } = saved;
-        let [saved_q, saved_k, saved_v, saved_o, saved_gate, saved_up, saved_down] = &adapters;
-        let dropout = pass.dropout;
-        let eps = self.shape.eps;
+        let LayerSaved { q_tnd, k_tkd, v_tkd, attention, adapters: [saved_q, saved_k, saved_v], finished } = saved;
+        let tokens = x_th.size()[0];
+        let selected = SelectedMask { all: pass.dropout, outputs, tokens };
+        let attended_rh = outputs.select(&attention.out.flatten(1, 2));
+        let (d_attended_rh, d_middle_rh) = self.finish_backward(gradient_rh, &attended_rh, finished, &selected);
+        drop(attended_rh);
 
-        // MLP: output = middle + down(swiglu(gate(n), up(n))), n = norm(middle)
-        let product_tm = swiglu(&gate_tm, &up_tm);
-        let mut d_product_tm = product_tm.zeros_like();
-        self.down.backward(&gradient_th, &product_tm, saved_down, dropout, Some(&mut d_product_tm));
-        drop(product_tm);
-        let (d_gate_tm, d_up_tm) = swiglu_backward(&d_product_tm, &gate_tm, &up_tm);
-        drop((d_product_tm, gate_tm, up_tm));
-        let normed_th = self.norm_post(&middle_th);
-        let mut d_normed_th = normed_th.zeros_like();
-        self.gate.backward(&d_gate_tm, &normed_th, saved_gate, dropout, Some(&mut d_normed_th));
-        self.up.backward(&d_up_tm, &normed_th, saved_up, dropout, Some(&mut d_normed_th));
-        drop((d_gate_tm, d_up_tm, normed_th));
-        let norm = &self.post_attention_norm;
-        let d_middle_th =
-            residual_norm_backward(gradient_th, &d_normed_th, &middle_th, &norm.value, eps, norm.gradient().as_ref());
-
-        // Attention: middle = x + o(attention(q(n), k(n), v(n))), n = norm(x)
-        let attended_th = attention.out.flatten(1, 2);
-        let mut d_attended_th = attended_th.zeros_like();
-        self.o.backward(&d_middle_th, &attended_th, saved_o, dropout, Some(&mut d_attended_th));
-        let d_attended_tnd = d_attended_th.view(q_tnd.size().as_slice());
+        // attention(q(n), k(n), v(n)), n = norm(x)
+        let d_attended_tnd = outputs.scatter(d_attended_rh, tokens).view(q_tnd.size().as_slice());
         let (dq_tnd, dk_tkd, dv_tkd) =
             attention::attention_backward(&d_attended_tnd, &q_tnd, &k_tkd, &v_tkd, &attention, segments, self.scale());
         let dq_th = pass.rope.rotate(&dq_tnd, Rotation::Backward).flatten(1, 2);
@@ -166,14 +235,22 @@ impl Layer {
         let dv_th = dv_tkd.flatten(1, 2);
         let normed_th = self.norm_in(x_th);
         let mut d_normed_th = (below == Below::Trained).then(|| normed_th.zeros_like());
-        self.q.backward(&dq_th, &normed_th, saved_q, dropout, d_normed_th.as_mut());
-        self.k.backward(&dk_th, &normed_th, saved_k, dropout, d_normed_th.as_mut());
-        self.v.backward(&dv_th, &normed_th, saved_v, dropout, d_normed_th.as_mut());
-        let norm = &self.input_norm;
+        self.q.backward(&dq_th, &normed_th, &saved_q, pass.dropout, d_normed_th.as_mut());
+        self.k.backward(&dk_th, &normed_th, &saved_k, pass.dropout, d_normed_th.as_mut());
+        self.v.backward(&dv_th, &normed_th, &saved_v, pass.dropout, d_normed_th.as_mut());
+        let (norm, eps) = (&self.input_norm, self.shape.eps);
         d_normed_th.map(|d_normed_th| {
+            let d_middle_th = outputs.scatter(d_middle_rh, tokens);
             residual_norm_backward(d_middle_th, &d_normed_th, x_th, &norm.value, eps, norm.gradient().as_ref())
         })
     }
+}
+
+/// What is around a layer: which of its outputs is used, and what is trained before it.
+#[derive(Clone, Copy)]
+pub struct Around<'a> {
+    pub outputs: Outputs<'a>,
+    pub below: Below,
 }
 
 /// Whether anything before a layer is trained; if not, the gradient of its input is not computed.

@@ -5,7 +5,7 @@
 use tch::{Device, Kind, Tensor};
 
 use super::Config;
-use super::layer::{Below, KeyValues, Layer, LayerSaved, Pass, Recompute};
+use super::layer::{Around, Below, KeyValues, Layer, LayerSaved, Outputs, Pass, Recompute};
 use crate::attention::{self, Segments};
 use crate::data::pack::PackedBatch;
 use crate::linear::{Adapters, InputMask, Weight};
@@ -144,9 +144,11 @@ impl Llama {
         }
     }
 
-    fn below(&self, layer: usize) -> Below {
+    /// `last`: what is wanted of the last layer.
+    fn around<'a>(&self, layer: usize, last: Outputs<'a>) -> Around<'a> {
         // The embedding, norms and earlier layers are trained together or not at all; adapters exist from layer 0 on.
-        if layer > 0 || self.embedding.gradient.is_some() { Below::Trained } else { Below::Frozen }
+        let below = if layer > 0 || self.embedding.gradient.is_some() { Below::Trained } else { Below::Frozen };
+        Around { outputs: if layer + 1 == self.layers.len() { last } else { Outputs::All }, below }
     }
 
     /// `scale * sum(NLL)` over the batch's trained tokens (a scalar on the device); adds the gradients of everything that
@@ -165,33 +167,26 @@ impl Llama {
         let rope = self.rope.at(&batch.positions_t);
         let pass = Pass { rope: &rope, adapters: Adapters::On, dropout: &dropout };
         let segments = &batch.segments;
+        let last = Outputs::Rows(&batch.label_positions_n);
 
         let mut x_th = self.embed(batch);
         self.add_neftune(&x_th, batch, noise);
         let mut saved: Vec<(Tensor, Option<LayerSaved>)> = Vec::with_capacity(self.layers.len());
-        for layer in &self.layers {
+        for (index, layer) in self.layers.iter().enumerate() {
             if stop.requested() {
                 return Ok(None);
             }
-            let (output_th, kept) = match recompute {
-                Recompute::Pointwise => {
-                    let (output_th, kept) = layer.forward(&x_th, segments, &pass);
-                    (output_th, Some(kept))
-                }
-                Recompute::Layer => (layer.forward(&x_th, segments, &pass).0, None),
-            };
+            let (output_th, kept) = layer.forward(&x_th, segments, &pass, self.around(index, last).outputs);
+            let kept = (recompute == Recompute::Pointwise).then_some(kept);
             saved.push((std::mem::replace(&mut x_th, output_th), kept));
         }
 
-        let eps = self.config.rms_norm_eps;
-        let selected_nh = x_th.index_select(0, &batch.label_positions_n);
-        let normed_nh = rms_norm(&selected_nh, &self.norm.value, eps);
+        let (eps, x_nh) = (self.config.rms_norm_eps, x_th);
+        let normed_nh = rms_norm(&x_nh, &self.norm.value, eps);
         let (loss, d_normed_nh) = loss::cross_entropy(&normed_nh, &batch.labels_n, &self.head, scale);
-        let d_selected_nh =
-            rms_norm_backward(&d_normed_nh, &selected_nh, &self.norm.value, eps, self.norm.gradient().as_ref());
-        let mut gradient_th = x_th.zeros_like();
-        let _ = gradient_th.index_copy_(0, &batch.label_positions_n, &d_selected_nh);
-        drop((x_th, selected_nh, normed_nh, d_normed_nh, d_selected_nh));
+        let mut gradient_th =
+            rms_norm_backward(&d_normed_nh, &x_nh, &self.norm.value, eps, self.norm.gradient().as_ref());
+        drop((x_nh, normed_nh, d_normed_nh));
 
         backward.begin(&loss);
         for (index, layer) in self.layers.iter().enumerate().rev() {
@@ -200,8 +195,9 @@ impl Llama {
             }
             backward.begin_layer(index);
             let (input_th, kept) = saved.pop().expect("one entry per layer");
-            let kept = kept.unwrap_or_else(|| layer.forward(&input_th, segments, &pass).1);
-            let input_gradient = layer.backward(gradient_th, &input_th, kept, segments, &pass, self.below(index));
+            let around = self.around(index, last);
+            let kept = kept.unwrap_or_else(|| layer.forward(&input_th, segments, &pass, around.outputs).1);
+            let input_gradient = layer.backward(gradient_th, &input_th, kept, segments, &pass, around);
             backward.end_layer(index)?;
             match input_gradient {
                 Some(input_gradient_th) => gradient_th = input_gradient_th,
@@ -218,13 +214,14 @@ impl Llama {
         Ok(Some(loss))
     }
 
-    /// Final hidden states `[t, h]` before the last norm, of `tokens_t` at `positions_t`, without gradients.
+    /// Final hidden states `[r, h]` before the last norm, those of `outputs` of `tokens_t` at `positions_t`, without gradients.
     /// `attend(layer, q, key_values)` gives the attention's output `[t, n, d]` from q `[t, n, d]`: over a packed batch, or
     /// over a cache. `None` if a stop was asked for meanwhile.
     pub(crate) fn infer(
         &self,
         tokens_t: &Tensor,
         positions_t: &Tensor,
+        outputs: Outputs,
         adapters: Adapters,
         stop: &Stop,
         attend: &mut dyn FnMut(usize, &Tensor, KeyValues) -> Tensor,
@@ -238,15 +235,16 @@ impl Llama {
             }
             let (q_tnd, key_values, _) = layer.project(&x_th, &pass);
             let attended_tnd = attend(index, &q_tnd, key_values);
-            x_th = layer.finish(&x_th, &attended_tnd, &pass);
+            x_th = layer.finish(&x_th, &attended_tnd, &pass, self.around(index, outputs).outputs).0;
         }
         Some(x_th)
     }
 
-    fn hidden(&self, batch: &DeviceBatch, adapters: Adapters, stop: &Stop) -> Option<Tensor> {
-        self.infer(&batch.tokens_t, &batch.positions_t, adapters, stop, &mut |_, q_tnd, KeyValues { keys, values }| {
+    fn hidden(&self, batch: &DeviceBatch, outputs: Outputs, adapters: Adapters, stop: &Stop) -> Option<Tensor> {
+        let attend = &mut |_, q_tnd: &Tensor, KeyValues { keys, values }: KeyValues| {
             attention::attention(q_tnd, &keys, &values, &batch.segments, self.attention_scale()).out
-        })
+        };
+        self.infer(&batch.tokens_t, &batch.positions_t, outputs, adapters, stop, attend)
     }
 
     /// What attention scores are multiplied by.
@@ -256,8 +254,8 @@ impl Llama {
 
     /// Loss and hits of each of the batch's trained tokens; `None` if a stop was asked for meanwhile.
     pub fn score(&self, batch: &DeviceBatch, adapters: Adapters, stop: &Stop) -> Option<Scored> {
-        let selected_nh = self.hidden(batch, adapters, stop)?.index_select(0, &batch.label_positions_n);
-        let normed_nh = rms_norm(&selected_nh, &self.norm.value, self.config.rms_norm_eps);
+        let x_nh = self.hidden(batch, Outputs::Rows(&batch.label_positions_n), adapters, stop)?;
+        let normed_nh = rms_norm(&x_nh, &self.norm.value, self.config.rms_norm_eps);
         Some(loss::score(&normed_nh, &batch.labels_n, &self.head))
     }
 
@@ -277,7 +275,7 @@ impl Llama {
 
     /// Logits `[t, v]` of every position of a batch; `None` if a stop was asked for meanwhile.
     pub fn all_logits(&self, batch: &DeviceBatch, adapters: Adapters, stop: &Stop) -> Option<Tensor> {
-        let logits_tv = self.logits(&self.hidden(batch, adapters, stop)?);
+        let logits_tv = self.logits(&self.hidden(batch, Outputs::All, adapters, stop)?);
         Some(logits_tv.to_kind(crate::ops::accumulate_kind(self.kind)))
     }
 
