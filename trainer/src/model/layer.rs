@@ -261,3 +261,6 @@ pub enum Below {
     /// Nothing.
     Frozen,
 }
+
+#[cfg(test)]
+mod tests;
