@@ -10,7 +10,7 @@ export CARGO_TARGET_DIR ?= $(CACHE)/target
 PREFIX ?= $(HOME)/.local
 TRAINER = $(CARGO_TARGET_DIR)/release/finetune-trainer
 
-.PHONY: help libtorch nvcc base-model build install demo test test-data lint golden compat bench bench-operator build-all images cluster-tools cluster demo-cluster
+.PHONY: help libtorch nvcc base-model build install demo test test-data lint golden compat bench gate bench-operator build-all images cluster-tools cluster demo-cluster
 help: ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -65,6 +65,9 @@ compat: build base-model ## golden files from the Python peers, and our outputs 
 
 bench: build base-model ## tokens/s, memory and start beside transformers + PEFT and TRL
 	@$$(tools/peers-env.sh) tests/bench/bench.py $(TRAINER)
+
+gate: build base-model ## fail if the trainer is over 10 % slower than that of the commit in tests/bench/base
+	@tests/bench/gate.sh $(TRAINER)
 
 bench-operator: build-all cluster-tools ## jobs to their first child, idle writes, memory, restart on a real API server; about 12 minutes
 	@python3 tests/bench/bench_operator.py $(CARGO_TARGET_DIR)/release/finetune-operator
