@@ -33,7 +33,7 @@ pub fn image() -> &'static [u8] {
     &IMAGE.0
 }
 
-/// Names of the kernels in the image, in the order of [`Kernel`].
+/// Names of the kernels in the image, in the order of `Kernel`.
 pub const NAMES: [&str; 6] = [
     "finetune_swiglu",
     "finetune_swiglu_backward",
