@@ -12,14 +12,15 @@ fi
 base=$CACHE/gate/$commit
 if [ ! -x "$base/finetune-trainer" ]; then
   say "building the trainer of $commit"
-  folder=$(mktemp -d)
-  trap 'rm -rf "$folder"' EXIT
-  git -C "$REPO" archive "$commit" | tar -x -C "$folder"
-  # In the same target folder, so that the dependencies need no second build; the new trainer goes back to its place.
-  cp "$new" "$folder/new"
-  (cd "$folder" && cargo build --release --locked --workspace --bin finetune-trainer)
   mkdir -p "$base"
-  cp "$CARGO_TARGET_DIR/release/finetune-trainer" "$base/"
-  mv "$folder/new" "$new"
+  folder=$(mktemp -d -p "$CACHE")
+  trap 'rm -rf "$folder"' EXIT
+  mkdir "$folder/source"
+  # cargo tells by the time of a file whether it is built: with the archive's own times it would take these for built.
+  git -C "$REPO" archive "$commit" | tar -x -m -C "$folder/source"
+  # A copy of the target folder, so that the dependencies need no second build and this checkout's build stays its own.
+  cp -r "$CARGO_TARGET_DIR" "$folder/target"
+  (cd "$folder/source" && CARGO_TARGET_DIR=$folder/target cargo build --release --locked --workspace --bin finetune-trainer)
+  cp "$folder/target/release/finetune-trainer" "$base/"
 fi
 "$PYTHON" "$REPO/tests/bench/gate.py" "$base/finetune-trainer" "$new"
