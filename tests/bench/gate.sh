@@ -19,7 +19,7 @@ if [ ! -x "$base/finetune-trainer" ]; then
   # cargo tells by the time of a file whether it is built: with the archive's own times it would take these for built.
   git -C "$REPO" archive "$commit" | tar -x -m -C "$folder/source"
   # A copy of the target folder, so that the dependencies need no second build and this checkout's build stays its own.
-  cp -r "$CARGO_TARGET_DIR" "$folder/target"
+  cp -a "$CARGO_TARGET_DIR" "$folder/target"
   (cd "$folder/source" && CARGO_TARGET_DIR=$folder/target cargo build --release --locked --workspace --bin finetune-trainer)
   cp "$folder/target/release/finetune-trainer" "$base/"
 fi
