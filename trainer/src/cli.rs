@@ -1,213 +1,32 @@
 //! The commands. Results go to standard output, everything else to standard error.
 
+mod arguments;
+mod generate;
+
 use std::collections::BTreeMap;
 use std::io::{IsTerminal, Write};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use clap::{Parser, Subcommand};
 use crds::check::{Scope, check};
 use crds::exit::ExitCode;
 use crds::profile;
 use crds::report::Verdict;
 use crds::resolve::{Target, resolve};
-use crds::run::{Method, Optimizer, PodStage, Precision, RunConfig};
+use crds::run::RunConfig;
 
+pub use self::arguments::{Arguments, parse_arguments};
+use self::arguments::{Command, JobArguments, LocalArguments, RunArguments};
+use self::generate::answer;
 use crate::display::{Display, summary};
-use crate::export::AdapterInfo;
-use crate::generate::{Limits, generate};
-use crate::linear::Adapters;
-use crate::model::{Config, Source, build};
-use crate::pod::{self, Order};
+use crate::pod;
 use crate::record::Observers;
 use crate::report::LastWord;
 use crate::run::{Context, Place, finished, first_report, plan_run, run};
 use crate::serve::{Server, Telemetry};
 use crate::signal::Stop;
-use crate::source::{Access, Claims, HubSettings};
-use crate::tokenizer::Tokenizer;
-
-/// Fine-tunes and validates a language model from a FineTuneJob file.
-#[derive(Debug, Parser)]
-#[command(version)]
-pub struct Arguments {
-    #[command(subcommand)]
-    command: Command,
-}
-
-#[derive(Debug, Subcommand)]
-enum Command {
-    /// Fine-tune, validate and write the result; continues where an earlier run of the same file stopped
-    Run {
-        #[command(flatten)]
-        job: RunArguments,
-        #[command(flatten)]
-        pod: PodArguments,
-        /// Serve GET /status, /metrics and /healthz here, for example 127.0.0.1:9464
-        #[arg(long)]
-        listen: Option<SocketAddr>,
-    },
-    /// Tell memory, steps, time and cost without training
-    Plan(JobArguments),
-    /// Train a few steps and tell where their time goes, beside what the machine could do
-    Profile {
-        #[command(flatten)]
-        job: JobArguments,
-        /// Where the Chrome trace goes (chrome://tracing, Perfetto); by default profile.json in the run directory
-        #[arg(long)]
-        trace: Option<PathBuf>,
-    },
-    /// Check the file without running it
-    Check {
-        /// A FineTuneJob
-        file: PathBuf,
-        #[command(flatten)]
-        local: LocalArguments,
-    },
-    /// Answer a prompt with a model, or with the result of a run
-    Generate {
-        /// A model folder, or the output folder of a run
-        folder: PathBuf,
-        /// What to answer
-        prompt: String,
-        /// Base model folder of an adapter, where it is not where the adapter says
-        #[arg(long)]
-        base: Option<PathBuf>,
-        /// New tokens at most
-        #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(i64).range(1..))]
-        max_new_tokens: i64,
-        /// Number format of weights and activations
-        #[arg(long, value_enum, default_value_t = PrecisionArgument::Auto)]
-        precision: PrecisionArgument,
-    },
-}
-
-#[derive(Clone, Copy, Debug, clap::ValueEnum)]
-enum PrecisionArgument {
-    Auto,
-    Bf16,
-    Fp32,
-}
-
-impl Arguments {
-    /// Whether something is computed: an accelerator takes a while to be found, and is none of the other commands' business.
-    pub fn computes(&self) -> bool {
-        match &self.command {
-            Command::Run { pod, .. } => pod.stage.is_none_or(|stage| stage == StageArgument::Train),
-            Command::Plan(_) | Command::Profile { .. } | Command::Generate { .. } => true,
-            Command::Check { .. } => false,
-        }
-    }
-}
-
-impl PrecisionArgument {
-    fn precision(self) -> Precision {
-        match self {
-            Self::Auto => Precision::Auto,
-            Self::Bf16 => Precision::BF16,
-            Self::Fp32 => Precision::FP32,
-        }
-    }
-}
-
-#[derive(Debug, clap::Args)]
-struct RunArguments {
-    /// A FineTuneJob
-    #[arg(required_unless_present = "config", conflicts_with = "config")]
-    file: Option<PathBuf>,
-    /// Run directory; by default runs/<name>
-    #[arg(long, conflicts_with = "config")]
-    dir: Option<PathBuf>,
-    #[command(flatten)]
-    local: LocalArguments,
-}
-
-// No comment for clap here, as below.
-#[derive(Debug, clap::Args)]
-struct LocalArguments {
-    /// File of profiles (prices, allowed sources)
-    #[arg(long)]
-    profiles: Option<PathBuf>,
-    /// Folder that stands for a claim of pvc:// sources; may be repeated
-    #[arg(long = "claim", value_name = "NAME=FOLDER", value_parser = stand_in)]
-    claims: Vec<(String, PathBuf)>,
-}
-
-fn stand_in(text: &str) -> Result<(String, PathBuf), String> {
-    match text.split_once('=') {
-        Some((name, folder)) if !name.is_empty() && !folder.is_empty() => Ok((name.into(), folder.into())),
-        _ => Err("expected NAME=FOLDER".into()),
-    }
-}
-
-// No comment for clap here: it would stand in the place of the command's own.
-#[derive(Debug, clap::Args)]
-struct PodArguments {
-    /// Run configuration, as the operator writes it, instead of a FineTuneJob
-    #[arg(long, requires_all = ["stage", "attempt"])]
-    config: Option<PathBuf>,
-    /// The stage to run
-    #[arg(long, value_enum, requires = "config")]
-    stage: Option<StageArgument>,
-    /// Attempt number, counted from 1 in each stage
-    #[arg(long, requires = "config", value_parser = clap::value_parser!(i32).range(1..))]
-    attempt: Option<i32>,
-    /// The stage whose last word `--stage report` hands on
-    #[arg(long, value_enum, requires = "config", required_if_eq("stage", "report"))]
-    of: Option<StageArgument>,
-    /// File that may say `stopRequested: true` while the run goes on; it may be absent
-    #[arg(long, requires = "config")]
-    control: Option<PathBuf>,
-    /// Where the last word goes, in at most 4096 bytes
-    #[arg(long, requires = "config")]
-    termination_message: Option<PathBuf>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-enum StageArgument {
-    Prepare,
-    Train,
-    Publish,
-    Report,
-}
-
-impl StageArgument {
-    const fn stage(self) -> PodStage {
-        match self {
-            Self::Prepare => PodStage::Prepare,
-            Self::Train => PodStage::Train,
-            Self::Publish => PodStage::Publish,
-            Self::Report => PodStage::Report,
-        }
-    }
-}
-
-impl PodArguments {
-    /// What the pod is to do, if it is one.
-    fn order(&self, listen: Option<SocketAddr>) -> Option<Order<'_>> {
-        Some(Order {
-            config: self.config.as_deref()?,
-            stage: self.stage?.stage(),
-            attempt: self.attempt?,
-            of: self.of.map(StageArgument::stage),
-            control: self.control.as_deref(),
-            termination_message: self.termination_message.as_deref(),
-            listen,
-        })
-    }
-}
-
-#[derive(Debug, clap::Args)]
-struct JobArguments {
-    /// A FineTuneJob
-    file: PathBuf,
-    /// Run directory; by default runs/<name>
-    #[arg(long)]
-    dir: Option<PathBuf>,
-    #[command(flatten)]
-    local: LocalArguments,
-}
+use crate::source::HubSettings;
 
 /// What the environment says; read in `main` only.
 #[derive(Debug)]
@@ -228,16 +47,6 @@ fn tell(text: &str) {
 /// Prints an error.
 fn complain(text: &str) {
     let _ = writeln!(std::io::stderr(), "error: {text}");
-}
-
-/// The arguments of the process. Otherwise help, version or usage has been printed, and this is the exit code: clap's own
-/// for a wrong command line is none of the table's.
-pub fn parse_arguments(arguments: impl IntoIterator<Item = std::ffi::OsString>) -> Result<Arguments, ExitCode> {
-    Arguments::try_parse_from(arguments).map_err(|error| {
-        // Nobody is left to tell that standard output or standard error is closed.
-        let _ = error.print();
-        if error.use_stderr() { ExitCode::BadConfiguration } else { ExitCode::Done }
-    })
 }
 
 fn fail(exit: ExitCode, message: &str) -> ExitCode {
@@ -396,83 +205,6 @@ fn profile_job(job: &JobArguments, trace: Option<&PathBuf>, environment: &Enviro
     let mut display = Display::new(std::io::stderr().is_terminal());
     let profile = crate::profile::profile(&config, &context, &trace, &mut display);
     tell(&profile.map_err(|error| (error.exit(), error.to_string()))?.to_string());
-    Ok(ExitCode::Done)
-}
-
-/// A model that answers: its folder, and the adapter on it.
-struct Answering {
-    folder: PathBuf,
-    adapter: Option<(PathBuf, AdapterInfo)>,
-}
-
-/// Finds what answers: a model folder, an adapter folder, or the folder of a run with either in `output`.
-fn answering(folder: &Path, base: Option<&Path>, hub: &HubSettings) -> Result<Answering, (ExitCode, String)> {
-    let output = folder.join("output");
-    let folder = if output.is_dir() && !folder.join("config.json").exists() { output } else { folder.to_path_buf() };
-    let Some(adapter) = crate::export::read_adapter(&folder).map_err(|message| (ExitCode::BadData, message))? else {
-        return Ok(Answering { folder, adapter: None });
-    };
-    let model = match base {
-        Some(base) => base.to_path_buf(),
-        None if Path::new(&adapter.base_model).is_dir() => PathBuf::from(&adapter.base_model),
-        None => {
-            let uri = format!("hf://{}", adapter.base_model);
-            let access = Access { hub, claims: &Claims::new() };
-            let fetched = crate::source::fetch_model(&uri, adapter.revision.as_deref(), access).map_err(|error| {
-                let message = format!(
-                    "{}: the base model {} is no folder here and cannot be fetched ({error}); give its folder with --base",
-                    folder.display(),
-                    adapter.base_model
-                );
-                (error.exit(), message)
-            })?;
-            fetched.path
-        }
-    };
-    Ok(Answering { folder: model, adapter: Some((folder, adapter)) })
-}
-
-/// Answers one prompt through the model's chat template, if it has one.
-fn answer(
-    folder: &Path,
-    prompt: &str,
-    base: Option<&Path>,
-    max_new_tokens: i64,
-    chosen: &crate::device::Chosen,
-    hub: &HubSettings,
-) -> Outcome {
-    let failed = |error: &dyn std::fmt::Display, exit: ExitCode| (exit, error.to_string());
-    let Answering { folder, adapter } = answering(folder, base, hub)?;
-    let method = adapter.as_ref().map(|(_, adapter)| Method::LoRA { lora: adapter.lora.clone() });
-    let config = Config::read(&folder).map_err(|error| failed(&error, error.exit()))?;
-    let tokenizer = Tokenizer::open(&folder).map_err(|error| failed(&error, error.exit()))?;
-    let tokens = crate::data::prompt_tokens(&tokenizer, prompt).map_err(|error| failed(&error, error.exit()))?;
-    let length = tokens.len() as i64;
-    if length == 0 || length >= config.max_position_embeddings {
-        let message = format!(
-            "the prompt has {length} tokens; expected 1 to {}, the model's context less one",
-            config.max_position_embeddings - 1
-        );
-        return Err((ExitCode::BadConfiguration, message));
-    }
-    let source = Source {
-        folder: &folder,
-        method: method.as_ref(),
-        optimizer: Optimizer::default(),
-        kind: chosen.kind,
-        device: chosen.device,
-        seed: 0,
-        max_positions: length + max_new_tokens,
-    };
-    let mut built = build(&source).map_err(|error| failed(&error, error.exit()))?;
-    if let Some((folder, _)) = &adapter {
-        crate::export::load_adapter(folder, &mut built.parameters).map_err(|message| (ExitCode::BadData, message))?;
-    }
-    let limits =
-        Limits { max_new_tokens, end_tokens: tokenizer.end_tokens().to_vec(), stop_text: None, cache_tokens: 0 };
-    let answers = generate(&built.model, &[&tokens], Adapters::On, &limits, &Stop::default(), &mut |_| ());
-    let answers = answers.expect("nothing asked for a stop");
-    tell(tokenizer.decode(&answers[0].tokens).map_err(|error| failed(&error, error.exit()))?.trim());
     Ok(ExitCode::Done)
 }
 

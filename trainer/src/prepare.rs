@@ -1,10 +1,10 @@
 //! The stage that needs no accelerator: fetch, check, tokenise. Its product lies on disk under `prepared/`, verified by
 //! digest, and is made once; bad input ends here.
 
-use std::collections::BTreeMap;
+mod sources;
+
 use std::fs;
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use crds::report::{DataReport, SourceDigest};
@@ -12,19 +12,20 @@ use crds::run::{DataSource, ModelSource, RunConfig, ValidationRows};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::checkpoint::{digest_file, digest_of, sync_folder, write_atomically};
+use self::sources::SourceRecord;
+pub use self::sources::Sources;
+use crate::checkpoint::{digest_file, digest_of, sync_folder};
 use crate::data::example::{Example, Examples};
 use crate::data::generation::GenerationRow;
 use crate::data::{self, Tokenized};
 use crate::model::Config;
 use crate::signal::Stop;
-use crate::source::{self, Access, Fetched, HubSettings, MODEL_TEXTS, fetch_model, fetch_rows};
+use crate::source::{self, Access, Fetched, MODEL_TEXTS, fetch_model, fetch_rows};
 use crate::weights;
 
 const MANIFEST: &str = "manifest.json";
 /// Files and columns of the product; a product of another layout is made again.
 const LAYOUT: i32 = 2;
-const SOURCES: &str = "sources.json";
 
 /// Preparation failed.
 #[derive(Debug, thiserror::Error)]
@@ -89,15 +90,6 @@ impl Error {
     }
 }
 
-/// Where sources may come from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Sources {
-    /// From wherever they are; what they turn out to be is noted.
-    Anywhere,
-    /// From where they were when they were noted, unchanged, without a network.
-    AsNoted,
-}
-
 /// The base model of a run.
 #[derive(Clone, Debug)]
 pub struct Base {
@@ -144,112 +136,6 @@ struct Manifest {
     date: jiff::civil::DateTime,
     /// Digest of each file of the product.
     files: Vec<(String, String)>,
-}
-
-/// `sources.json`: what a run's sources turned out to be, kept for its later attempts.
-#[derive(Default, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct SourceRecord {
-    /// Commit of each hub source, by URI and asked-for revision: a branch that moves does not change a run that has begun,
-    /// and a hub that is down does not stop it.
-    commits: BTreeMap<String, String>,
-    /// Digest of each file that was read, with what tells that it is still the same.
-    digests: BTreeMap<PathBuf, FileDigest>,
-}
-
-/// A file's digest and its identity: a large model is not read again at every start only to be digested.
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct FileDigest {
-    bytes: u64,
-    inode: u64,
-    /// Time of the last change, nanoseconds.
-    modified: i128,
-    digest: String,
-}
-
-impl SourceRecord {
-    fn read(run: &Path) -> Self {
-        // What cannot be read is found out anew.
-        fs::read(run.join(SOURCES)).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default()
-    }
-
-    fn write(&self, run: &Path) -> Result<(), Error> {
-        let path = run.join(SOURCES);
-        let bytes = serde_json::to_vec_pretty(self).expect("a record is JSON");
-        write_atomically(&path, &bytes).map_err(|source| Error::Write { path, source })
-    }
-
-    /// Fetches a source at the commit that an earlier attempt took, or at `revision`, and notes the commit.
-    fn fetch(
-        &mut self,
-        uri: &str,
-        revision: Option<&str>,
-        from: Sources,
-        access: Access,
-        fetch: impl Fn(Option<&str>, Access) -> Result<Fetched, source::Error>,
-    ) -> Result<Fetched, Error> {
-        let key = format!("{uri}@{}", revision.unwrap_or("main"));
-        let not_prepared = |message: String| Error::NotPrepared { uri: uri.to_owned(), message };
-        if let Some(commit) = self.commits.get(&key) {
-            // It was fetched whole once; only if the cache has lost or damaged it the hub is asked again.
-            let hub = HubSettings { offline: true, ..access.hub.clone() };
-            return match (fetch(Some(commit), Access { hub: &hub, ..access }), from) {
-                (Ok(fetched), _) if self.is_intact(&fetched.path) => Ok(fetched),
-                (_, Sources::Anywhere) => Ok(fetch(Some(commit), access)?),
-                (Ok(fetched), Sources::AsNoted) => Err(not_prepared(format!("{} is damaged", fetched.path.display()))),
-                (Err(_), Sources::AsNoted) => Err(not_prepared(format!("commit {commit} is not in the cache"))),
-            };
-        }
-        if from == Sources::AsNoted && uri.starts_with("hf://") {
-            return Err(not_prepared(format!("{SOURCES} has no commit of it")));
-        }
-        let fetched = fetch(revision, access)?;
-        if let Some(commit) = &fetched.revision {
-            self.commits.insert(key, commit.clone());
-        }
-        Ok(fetched)
-    }
-
-    /// Whether the files at or below `path` are what they were.
-    fn is_intact(&self, path: &Path) -> bool {
-        let mut known = self.digests.iter().filter(|(file, _)| file.starts_with(path));
-        known.all(|(file, known)| known.is_current(file) || digest_file(file).is_ok_and(|found| found == known.digest))
-    }
-
-    fn digest(&mut self, path: &Path, from: Sources) -> Result<String, Error> {
-        if let Some(known) = self.digests.get(path).filter(|known| known.is_current(path)) {
-            return Ok(known.digest.clone());
-        }
-        let read = |source| Error::Read { path: path.into(), source };
-        let metadata = fs::metadata(path).map_err(read)?;
-        let digest = digest_file(path).map_err(read)?;
-        if from == Sources::AsNoted && self.digests.get(path).is_none_or(|known| known.digest != digest) {
-            return Err(Error::Changed { path: path.into() });
-        }
-        let known = FileDigest {
-            bytes: metadata.len(),
-            inode: metadata.ino(),
-            modified: modified(&metadata),
-            digest: digest.clone(),
-        };
-        self.digests.insert(path.into(), known);
-        Ok(digest)
-    }
-}
-
-impl FileDigest {
-    /// Whether the file has not been touched since.
-    fn is_current(&self, path: &Path) -> bool {
-        fs::metadata(path).is_ok_and(|metadata| {
-            (self.bytes, self.inode, self.modified) == (metadata.len(), metadata.ino(), modified(&metadata))
-        })
-    }
-}
-
-/// Time of the last change, nanoseconds.
-fn modified(metadata: &fs::Metadata) -> i128 {
-    i128::from(metadata.mtime()) * 1_000_000_000 + i128::from(metadata.mtime_nsec())
 }
 
 /// What a product is made from.

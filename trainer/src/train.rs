@@ -2,13 +2,19 @@
 //!
 //! The loop knows the model, the rows and the schedule. Files, sockets and terminals are behind [`Surroundings`].
 
+mod error;
+mod memory;
+mod state;
+
 use std::time::{Duration, Instant};
 
 use crds::report::Scores;
 use crds::run::{CheckpointInterval, EarlyStopping, Metric};
-use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
+pub use self::error::Error;
+pub use self::memory::{guard_memory, is_out_of_memory, panic_text};
+pub use self::state::{Best, TrainState};
 use crate::data::example::Examples;
 use crate::data::order::Order;
 use crate::data::pack::{PackedBatch, pack};
@@ -21,73 +27,6 @@ use crate::signal::Stop;
 
 /// Non-finite steps in a row that end the run.
 const MAX_NON_FINITE_STEPS: i64 = 3;
-
-/// Training ended early.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// Loss or gradient stayed NaN or infinite.
-    #[error(
-        "step {step}: loss {loss} and gradient norm {gradient_norm} are not finite, {count} steps in a row; {moved} and none \
-         was saved. Lower hyperparameters.learningRate (now {peak_learning_rate:e}) or use precision FP32"
-    )]
-    NonFinite {
-        /// Completed steps.
-        step: i64,
-        /// As measured.
-        loss: f64,
-        /// As measured.
-        gradient_norm: f64,
-        /// Steps in a row.
-        count: i64,
-        /// What they did to the weights.
-        moved: &'static str,
-        /// From the schedule.
-        peak_learning_rate: f64,
-    },
-    /// Trained weights became NaN or infinite.
-    #[error(
-        "step {step}: trained weights are not finite, so no checkpoint was written; lower hyperparameters.learningRate (now {peak_learning_rate:e})"
-    )]
-    NonFiniteWeights {
-        /// Completed steps.
-        step: i64,
-        /// From the schedule.
-        peak_learning_rate: f64,
-    },
-    /// Not enough memory for even the smallest micro-batch.
-    #[error(
-        "out of memory at {tokens} tokens per micro-batch, {why}; {remedy} or give the job more memory ({message})"
-    )]
-    OutOfMemory {
-        /// Tokens computed at once.
-        tokens: i64,
-        /// Why it is not made smaller.
-        why: &'static str,
-        /// What to change.
-        remedy: &'static str,
-        /// libtorch's words.
-        message: String,
-    },
-    /// A libtorch call failed.
-    #[error(transparent)]
-    Libtorch(#[from] shim::Error),
-    /// A file could not be written, or another part of the surroundings failed.
-    #[error(transparent)]
-    Surroundings(Box<crate::Error>),
-}
-
-impl Error {
-    /// The exit code that this error ends the trainer with.
-    pub fn exit(&self) -> crds::exit::ExitCode {
-        use crds::exit::ExitCode;
-        match self {
-            Self::NonFinite { .. } | Self::NonFiniteWeights { .. } => ExitCode::NonFinite,
-            Self::OutOfMemory { .. } => ExitCode::OutOfMemory,
-            Self::Libtorch(_) => ExitCode::InternalError,
-            Self::Surroundings(error) => error.exit(),
-        }
-    }
-}
 
 /// What one step is made with.
 #[derive(Clone, Copy, Debug)]
@@ -144,55 +83,6 @@ pub fn train_step(
     }
     let update = step.finish(&loss)?;
     Ok(Some(StepStats { loss, gradient_norm: update.gradient_norm, finite: update.finite }))
-}
-
-/// Everything about a run that changes from step to step, beside parameters and moments. Saved with each checkpoint.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct TrainState {
-    /// Completed optimizer steps; the position in the data and the learning rate follow from it.
-    pub step: i64,
-    /// Tokens that went through the model.
-    pub input_tokens: i64,
-    /// Tokens that the loss was taken on.
-    pub trained_tokens: i64,
-    /// Steps that moved nothing because loss or gradient was not finite.
-    pub non_finite_steps: i64,
-    /// Of these, the ones since the last finite step.
-    pub consecutive_non_finite: i64,
-    /// Step of the last evaluation; -1 before the first.
-    pub evaluated_step: i64,
-    /// The best evaluation so far.
-    pub best: Option<Best>,
-    /// The metric's value that an evaluation must beat by `minDelta` to be worth waiting for more.
-    pub patience_reference: Option<f64>,
-    /// Evaluations since the metric last did.
-    pub evaluations_without_improvement: i64,
-    /// Newest validation loss.
-    pub eval_loss: Option<f64>,
-    /// Seconds spent in steps, over all attempts.
-    pub train_seconds: f64,
-    /// Wall seconds of earlier attempts and of this one up to the commit.
-    pub wall_seconds: f64,
-    /// Joules of earlier attempts and of this one up to the commit, where the machine tells.
-    pub energy_joules: Option<f64>,
-    /// Tokens computed at once; lowered when memory runs out.
-    pub micro_batch_tokens: i64,
-    /// Whether training is over.
-    pub finished: bool,
-    /// Whether it is over because no more steps were asked for.
-    #[serde(default)]
-    pub stopped_by_request: bool,
-}
-
-/// The best evaluation so far.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Best {
-    /// Completed steps.
-    pub step: i64,
-    /// The metric's value.
-    pub value: f64,
 }
 
 /// What does not change during a run.
@@ -481,24 +371,4 @@ fn step(
 
 fn surroundings_failed(error: crate::Error) -> Error {
     Error::Surroundings(Box::new(error))
-}
-
-/// The text of a panic, where it has one.
-pub fn panic_text(payload: &(dyn std::any::Any + Send)) -> Option<&str> {
-    payload.downcast_ref::<String>().map(String::as_str).or(payload.downcast_ref::<&str>().copied())
-}
-
-/// Whether a panic's text is libtorch's report of exhausted memory, on CPU or CUDA.
-pub fn is_out_of_memory(message: &str) -> bool {
-    ["out of memory", "can't allocate memory", "not enough memory"].iter().any(|text| message.contains(text))
-}
-
-/// Runs `work`; exhausted memory, which tch reports as a panic, becomes an error. Any other panic goes on.
-pub fn guard_memory<T>(work: impl FnOnce() -> T) -> Result<T, String> {
-    std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).map_err(|payload| {
-        match panic_text(payload.as_ref()).filter(|text| is_out_of_memory(text)) {
-            Some(text) => text.lines().next().unwrap_or_default().to_owned(),
-            None => std::panic::resume_unwind(payload),
-        }
-    })
 }

@@ -1,11 +1,17 @@
 //! What the user is told. Decimals are strings; the full loss history is in Prometheus and in `metrics.jsonl`.
 
+mod attempts;
+mod validation;
+
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::KubeSchema;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::run::{Baseline, Metric, OutputFormat, PodStage};
+pub use attempts::{AttemptOutcome, AttemptsStatus, JobReference, LastFailure};
+pub use validation::{BestStatus, ForgettingStatus, GateStatus, ScoresStatus, ValidationStatus};
+
+use crate::run::{OutputFormat, PodStage};
 
 /// Where a job is, for people; derived from the conditions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -111,48 +117,6 @@ pub struct FineTuneJobStatus {
     pub job_refs: Vec<JobReference>,
 }
 
-/// One attempt of one stage: a Job that is made once.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct JobReference {
-    /// `metadata.name` of the Job.
-    pub name: String,
-    /// Stage of the job.
-    pub stage: PodStage,
-    /// Counted from 1 in each stage.
-    pub attempt: i32,
-    /// `metadata.uid` of the Job, once it was seen.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub uid: Option<String>,
-    /// When its pod began to run.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub start_time: Option<Time>,
-    /// When it ended.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub completion_time: Option<Time>,
-    /// How it ended; absent while it has not.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub outcome: Option<AttemptOutcome>,
-    /// Why: the reason of its exit code, or what became of its pod.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub reason: Option<String>,
-}
-
-/// How an attempt ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub enum AttemptOutcome {
-    /// Its stage is done.
-    Done,
-    /// It gave way; counted in `failurePolicy.maxPreemptions`.
-    Preempted,
-    /// It failed, and another one may not; counted in `failurePolicy.maxRetries`.
-    Failed,
-    /// It failed, and so would every other.
-    Final,
-    /// It was held; counted in neither.
-    Suspended,
-}
-
 /// How far training is.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
@@ -214,97 +178,6 @@ pub struct CheckpointStatus {
     pub best: bool,
 }
 
-/// Scores of one model, decimals.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct ScoresStatus {
-    /// Mean negative log-likelihood per trained token.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub eval_loss: Option<String>,
-    /// `exp(evalLoss)`
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub perplexity: Option<String>,
-    /// Share of tokens predicted right.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub token_accuracy: Option<String>,
-    /// Share of rows answered exactly.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub exact_match: Option<String>,
-}
-
-/// The judged checkpoint.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub struct BestStatus {
-    /// Its step.
-    pub step: i64,
-    /// Its scores.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub scores: Option<ScoresStatus>,
-}
-
-/// General ability before and after, decimals.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct ForgettingStatus {
-    /// The base model's mean loss.
-    pub base_loss: String,
-    /// The tuned model's mean loss.
-    pub tuned_loss: String,
-    /// Whether the increase is tolerated.
-    pub passed: bool,
-}
-
-/// A gate and what was found.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub struct GateStatus {
-    /// What was measured.
-    pub metric: Metric,
-    /// How it compares.
-    pub operator: super::GateOperator,
-    /// The bound.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub value: Option<String>,
-    /// Whose value is to be beaten.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub baseline: Option<Baseline>,
-    /// By how much.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub by: Option<String>,
-    /// What was found.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub observed: Option<String>,
-    /// Whether it holds.
-    pub passed: bool,
-}
-
-/// What validation found.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct ValidationStatus {
-    /// The base model.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub zero_shot: Option<ScoresStatus>,
-    /// The base model with examples in the prompt.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub few_shot: Option<ScoresStatus>,
-    /// The tuned model.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub best: Option<BestStatus>,
-    /// General ability.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub forgetting: Option<ForgettingStatus>,
-    /// The gates.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[schemars(length(max = 16))]
-    pub gates: Vec<GateStatus>,
-    /// Better, NotWorthIt, GateFailed or NotValidated.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub verdict: Option<String>,
-    /// The verdict in one sentence.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub summary: Option<String>,
-}
-
 /// What the data check found.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
@@ -359,41 +232,6 @@ pub struct ResolvedStatus {
     /// SHA-256 of the plan in the ConfigMap: no other one is followed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub plan_digest: Option<String>,
-}
-
-/// How many attempts there were.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct AttemptsStatus {
-    /// Training attempts.
-    pub total: i32,
-    /// Failed attempts of all stages.
-    pub failed: i32,
-    /// Preempted attempts of all stages.
-    pub preempted: i32,
-    /// Step that the last one continued from.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub resumed_from_step: Option<i64>,
-    /// Training attempts in a row that left no new checkpoint.
-    #[serde(default)]
-    pub without_checkpoint: i32,
-    /// Newest step that a checkpoint is known of.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub checkpoint_step: Option<i64>,
-}
-
-/// Why the last attempt failed.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct LastFailure {
-    /// The exit code's reason.
-    pub reason: String,
-    /// The exit code.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub exit_code: Option<i32>,
-    /// One sentence.
-    #[schemars(length(max = 1024))]
-    pub message: String,
 }
 
 /// What the job left.

@@ -3,15 +3,24 @@
 //! after another: a queue takes its pod away and gives it another. A later claim fences the earlier ones: what they commit
 //! after it was made is never read. A lower attempt than one that has claimed is refused.
 
-use std::fs;
+use std::fs::{self, File, TryLockError};
 use std::io::{self, Write};
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use super::Error;
 use super::files::{sync_folder, write_atomically};
 use super::manifest::Manifest;
-use super::{Claim, Error};
+
+/// Who claims an attempt.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Claim<'a> {
+    /// Its number; `None`: the next free one.
+    pub number: Option<i32>,
+    /// `metadata.uid` of the pod; empty where there is none.
+    pub pod_uid: &'a str,
+}
 
 /// A claim as it lies in the folder.
 #[derive(Serialize, Deserialize)]
@@ -78,6 +87,24 @@ pub(super) fn claim(run: &Path, prefix: &str, job_uid: &str, claim: Claim) -> Re
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             Err(source) => return Err(Error::write(&path, source)),
         }
+    }
+}
+
+/// Claims an attempt of a stage that writes no checkpoints: a pod of a lower attempt than one that came leaves.
+pub fn claim_stage(run: &Path, stage: &str, job_uid: &str, claim: Claim) -> Result<(), Error> {
+    let folder = run.join("attempts");
+    fs::create_dir_all(&folder).map_err(|source| Error::write(&folder, source))?;
+    self::claim(run, &format!("{stage}-"), job_uid, claim).map(|_| ())
+}
+
+/// Takes the folder for this process. The lock goes with the process, however it ends.
+pub(super) fn lock(run: &Path) -> Result<File, Error> {
+    let path = run.join(".lock");
+    let file = File::create(&path).map_err(|source| Error::write(&path, source))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(Error::InUse { path: run.into() }),
+        Err(TryLockError::Error(source)) => Err(Error::write(&path, source)),
     }
 }
 

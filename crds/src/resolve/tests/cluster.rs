@@ -1,0 +1,102 @@
+//! What becomes of a job on a cluster: volumes, resources, and the reasons of refusals.
+
+use super::*;
+use crate::run::StorageConfig;
+
+/// Resolves for a cluster, by a profile as an administrator would write it.
+fn in_cluster(patch: &Value) -> Result<RunConfig, Vec<(&'static str, String)>> {
+    let mut job = base();
+    job["metadata"] = json!({"name": "bot", "namespace": "team", "uid": "0b8e1c9e-0d5c-4f7e-9a53-3a2b7b1f0a11"});
+    merge(&mut job["spec"], &json!({"dataset": {"train": {"uri": "pvc://rows/train.jsonl"}}}));
+    merge(&mut job["spec"], patch);
+    let checked = check(&job.to_string(), Scope::Cluster).unwrap_or_else(|problems| panic!("{patch}: {problems:?}"));
+    let profiles = profile::parse(
+        "default:
+  resources: {limits: {memory: 64Gi, nvidia.com/gpu: '1'}, requests: {cpu: '4', memory: 32Gi}}
+  maxResources: {memory: 128Gi, nvidia.com/gpu: '8'}
+  allowed: {sourcePrefixes: ['hf://', 'pvc://', 's3://acme/']}
+cpu: {fallBackToCpu: true, resources: {limits: {nvidia.com/gpu: '1'}}}
+",
+    )
+    .expect("valid");
+    let resolved = resolve(&checked.job, &profiles, Target::Cluster);
+    resolved
+        .map(|resolved| resolved.config)
+        .map_err(|findings| findings.into_iter().map(|finding| (finding.reason, finding.field)).collect())
+}
+
+#[test]
+fn a_cluster_run_knows_its_volumes_and_the_resources_of_its_profile() {
+    let config = in_cluster(&json!({})).expect("supported");
+    assert_eq!(config.job.uid, "0b8e1c9e-0d5c-4f7e-9a53-3a2b7b1f0a11");
+    assert_eq!(config.resources.memory_bytes, Some(64 << 30));
+    assert!(config.resources.accelerator, "the profile gives one");
+    let expected = StorageConfig {
+        directory: "/data".into(),
+        uri: "pvc://bot-0b8e1c9e".into(),
+        claims: [("rows".to_owned(), "/sources/rows".to_owned())].into(),
+    };
+    assert_eq!(config.storage, Some(expected));
+
+    let shared = json!({"checkpoint": {"storage": {"claim": "rows"}}, "output": {"uri": "pvc://models/bot"}});
+    let config = in_cluster(&shared).expect("supported");
+    let expected = StorageConfig {
+        directory: "/data/bot-0b8e1c9e".into(),
+        uri: "pvc://rows/bot-0b8e1c9e".into(),
+        claims: [("models", "/sources/models"), ("rows", "/data")]
+            .map(|(name, folder)| (name.to_owned(), folder.to_owned()))
+            .into(),
+    };
+    assert_eq!((config.storage, config.output.uri.as_deref()), (Some(expected), Some("pvc://models/bot")));
+    let cpu = in_cluster(&json!({"profile": "cpu"})).expect("supported");
+    assert!(!cpu.resources.accelerator, "the administrator lets such a pod train on the CPU");
+}
+
+#[test]
+fn a_cluster_refuses_with_the_reason_of_the_condition() {
+    let limit = |name: &str, value: &str| json!({"resources": {"limits": {name: value}}});
+    for (patch, expected_reason, field) in [
+        (json!({"profile": "h100"}), reason::PROFILE_NOT_FOUND, "spec.profile"),
+        (limit("memory", "200Gi"), reason::RESOURCE_LIMIT_EXCEEDED, "spec.resources.limits.memory"),
+        (limit("nvidia.com/gpu", "9"), reason::RESOURCE_LIMIT_EXCEEDED, "spec.resources.limits[nvidia.com/gpu]"),
+        (json!({"model": {"uri": "https://a/b"}}), reason::SOURCE_NOT_ALLOWED, "spec.model.uri"),
+        (json!({"output": {"uri": "gs://b/k"}}), reason::SOURCE_NOT_ALLOWED, "spec.output.uri"),
+        (json!({"output": {"uri": "s3://acme/k"}}), reason::NOT_SUPPORTED, "spec.output.uri"),
+        (json!({"model": {"secretRef": {"name": "s"}}}), reason::NOT_SUPPORTED, "spec.model.secretRef"),
+        (
+            json!({"checkpoint": {"storage": {"claim": "c", "path": "a/../../b"}}}),
+            reason::NOT_SUPPORTED,
+            "spec.checkpoint.storage.path",
+        ),
+    ] {
+        let findings = in_cluster(&patch).expect_err("refused");
+        assert!(findings.contains(&(expected_reason, field.to_owned())), "{patch}: {findings:?}");
+    }
+}
+
+#[test]
+fn a_limit_of_the_job_does_away_with_the_request_of_the_profile() {
+    let mut job = base();
+    job["spec"]["resources"] = json!({"limits": {"memory": "16Gi"}});
+    let job: FineTuneJob = serde_json::from_value(job).expect("valid");
+    let profile = serde_json::from_value(json!({
+        "limits": {"memory": "64Gi", "nvidia.com/gpu": "2"}, "requests": {"cpu": "4", "memory": "32Gi"}
+    }));
+    let resources = training_resources(&job, &profile.expect("valid"));
+    let expected = json!({"limits": {"memory": "16Gi", "nvidia.com/gpu": "2"}, "requests": {"cpu": "4"}});
+    assert_eq!(serde_json::to_value(&resources).expect("JSON"), expected);
+    assert_eq!(accelerators(&resources), 2);
+}
+
+/// What a status echoes may be copied into the next job.
+#[test]
+fn echoed_hyperparameters_resolve_to_themselves() {
+    let parameters = json!({"hyperparameters": {"maxSteps": 7, "learningRate": "3e-5", "neftuneAlpha": "5"}});
+    let extreme = json!({"hyperparameters": {"learningRate": "1e-40", "maxGradNorm": "1.2345678901e40"}});
+    for patch in [json!({}), parameters, extreme] {
+        let config = in_cluster(&patch).expect("supported");
+        let echoed = serde_json::to_value(hyperparameters_spec(&config.hyperparameters)).expect("JSON");
+        let again = in_cluster(&json!({"hyperparameters": echoed})).expect("valid");
+        assert_eq!(again.hyperparameters, config.hyperparameters);
+    }
+}

@@ -1,0 +1,110 @@
+//! What an operation has to compute and to move, from its name and the shapes of its arguments.
+
+use tch::Kind;
+
+/// Dtype and shape of each tensor among the arguments.
+pub(super) fn tensors(inputs: &str) -> Vec<(Kind, Vec<i64>)> {
+    inputs
+        .split(';')
+        .filter_map(|input| {
+            let mut words = input.split(' ');
+            // Names of C++ types; two words in one of them.
+            let kind = match words.next()? {
+                "c10::BFloat16" => Kind::BFloat16,
+                "c10::Half" => Kind::Half,
+                "float" => Kind::Float,
+                "double" => Kind::Double,
+                "long" => Kind::Int64,
+                "int" => Kind::Int,
+                "bool" => Kind::Bool,
+                _ => return None,
+            };
+            Some((kind, words.filter_map(|size| size.parse().ok()).collect()))
+        })
+        .collect()
+}
+
+fn numel(shape: &[i64]) -> f64 {
+    shape.iter().map(|size| *size as f64).product()
+}
+
+/// Multiplications and additions of matrix products and attention.
+pub(super) fn flops(name: &str, tensors: &[(Kind, Vec<i64>)]) -> f64 {
+    let shape = |index: usize| tensors.get(index).map_or(&[][..], |(_, shape)| shape.as_slice());
+    // `[…, m, k] x [k, n]`
+    let product = |a: &[i64], b: &[i64]| numel(a) * 2.0 * b.last().map_or(0.0, |n| *n as f64);
+    match name {
+        "mm" | "bmm" => product(shape(0), shape(1)),
+        "addmm" | "addmm_" | "baddbmm" => product(shape(1), shape(2)),
+        // Query `[b, n, l, d]`: scores and values, the lower triangle only.
+        "_scaled_dot_product_flash_attention_for_cpu" => attention_flops(shape(0)),
+        // The same twice over for the gradients of both products, and the scores again.
+        "_scaled_dot_product_flash_attention_for_cpu_backward" => 2.5 * attention_flops(shape(1)),
+        _ => 0.0,
+    }
+}
+
+fn attention_flops(query: &[i64]) -> f64 {
+    match *query {
+        [batch, heads, length, size] => 2.0 * (batch * heads * length * length * size) as f64,
+        _ => 0.0,
+    }
+}
+
+/// Bytes that have to be moved: the inputs, and an output.
+pub(super) fn bytes(name: &str, tensors: &[(Kind, Vec<i64>)]) -> f64 {
+    // These only make a handle, or give memory that nobody has written yet.
+    if [
+        "view",
+        "reshape",
+        "transpose",
+        "t",
+        "expand",
+        "narrow",
+        "slice",
+        "as_strided",
+        "unsqueeze",
+        "squeeze",
+        "flatten",
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "select",
+        "detach",
+        "alias",
+        "matmul",
+        "linear",
+        "numpy_T",
+        "resize_",
+        "_unsafe_view",
+        "unflatten",
+        "permute",
+    ]
+    .contains(&name)
+    {
+        return 0.0;
+    }
+    let size = |(kind, shape): &(Kind, Vec<i64>)| kind.elt_size_in_bytes() as f64 * numel(shape);
+    let inputs: f64 = tensors.iter().map(size).sum();
+    let output = match (name, tensors) {
+        ("mm", [(kind, a), (_, b), ..]) => {
+            kind.elt_size_in_bytes() as f64 * numel(a) / a.last().map_or(1.0, |k| *k as f64)
+                * b.last().map_or(1.0, |n| *n as f64)
+        }
+        // Lookups and reductions write less than they read.
+        ("sum" | "mean" | "logsumexp" | "max" | "argmax" | "norm" | "gather" | "index_select", _) => 0.0,
+        _ => tensors.iter().map(size).fold(0.0, f64::max),
+    };
+    inputs + output
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn attention_counts_the_lower_triangle() {
+        let query = (Kind::BFloat16, vec![1, 2, 8, 4]);
+        assert_eq!(flops("_scaled_dot_product_flash_attention_for_cpu", &[query]), f64::from(2 * 2 * 8 * 8 * 4));
+    }
+}
