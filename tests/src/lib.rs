@@ -159,5 +159,5 @@ pub mod operator;
 mod pods;
 
 pub use hub::{Fault, Hub, Received, Server, Storage};
-pub use job::{Job, Outcome, trainer_binary};
+pub use job::{Job, Outcome, trainer_binary, untimed_validation};
 pub use pods::{Ended, Pods, hang, terminate, wait_for};
