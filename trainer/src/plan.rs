@@ -130,9 +130,15 @@ pub fn estimate(inputs: &Inputs, method: &Method) -> Estimate {
     let in_backward = is_in_backward(method);
     let largest = if in_backward { inputs.step_tokens } else { wanted.min(inputs.step_tokens) };
     let smallest = if in_backward { largest } else { inputs.longest };
+    // On a CPU keeping norms and SwiGLU products too takes half as much memory again and saves 1 % of a step.
+    let modes: &[Recompute] = if inputs.accelerator {
+        &[Recompute::Nothing, Recompute::Pointwise, Recompute::Layer]
+    } else {
+        &[Recompute::Pointwise, Recompute::Layer]
+    };
     let mut tokens = largest.max(inputs.longest);
     loop {
-        for recompute in [Recompute::Pointwise, Recompute::Layer] {
+        for &recompute in modes {
             let estimate = estimate_at(inputs, method, tokens, recompute);
             if estimate.fits || (tokens <= smallest && recompute == Recompute::Layer) {
                 return estimate;
@@ -178,9 +184,12 @@ fn estimate_at(inputs: &Inputs, method: &Method, tokens: i64, recompute: Recompu
     let (hidden, mlp, layers) = (model.hidden_size, model.intermediate_size, model.num_hidden_layers);
     // What layer::LayerSaved holds per token: q, k, v, attention output, middle, gate, up; and the layer's input.
     let kept = 2 * heads + 2 * keys + 2 * hidden + 2 * mlp;
+    // Norms twice and the SwiGLU product.
+    let cheap = 2 * hidden + mlp;
     // One layer's backward pass has these alive besides: SwiGLU product and its three gradients, norms in fp32.
     let live = 4 * mlp * element + 6 * hidden * 4 + 3 * heads * element;
     let (saved, live) = match recompute {
+        Recompute::Nothing => (layers * (kept + cheap) * element, live),
         Recompute::Pointwise => (layers * kept * element, live),
         Recompute::Layer => (layers * hidden * element, kept * element + live),
     };
@@ -313,3 +322,6 @@ fn cheapest_that_fits(inputs: &Inputs) -> Option<String> {
     }
     None
 }
+
+#[cfg(test)]
+mod tests;

@@ -12,10 +12,19 @@ use crate::ops::{RopeRows, Rotation, residual_norm_backward, rms_norm, swiglu, s
 /// What a layer keeps from its forward pass for its backward pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Recompute {
+    /// All that the backward pass reads is kept.
+    Nothing,
     /// Norms and the SwiGLU product are computed again; projections and attention are kept.
     Pointwise,
     /// Everything is computed again from the layer's input: least memory, one more forward pass.
     Layer,
+}
+
+impl Recompute {
+    /// `cheap_ti`, the output of a norm or of SwiGLU, if it is kept.
+    fn keep(self, cheap_ti: Tensor) -> Option<Tensor> {
+        (self == Recompute::Nothing).then_some(cheap_ti)
+    }
 }
 
 /// Sizes and constants that all layers share.
@@ -33,6 +42,7 @@ pub struct Pass<'a> {
     pub rope: &'a RopeRows,
     pub adapters: Adapters,
     pub dropout: &'a dyn InputMask,
+    pub recompute: Recompute,
 }
 
 /// One decoder layer.
@@ -110,16 +120,25 @@ pub struct LayerSaved {
     k_tkd: Tensor,
     v_tkd: Tensor,
     attention: attention::Saved,
-    adapters: [Saved; 3],
+    projected: Projected,
     finished: Finished,
+}
+
+/// What is kept of a layer's projections of its input.
+#[derive(Debug)]
+pub struct Projected {
+    normed_th: Option<Tensor>,
+    adapters: [Saved; 3],
 }
 
 /// What is kept of a layer's part after attention, for its r outputs.
 #[derive(Debug)]
 pub struct Finished {
     middle_rh: Tensor,
+    normed_rh: Option<Tensor>,
     gate_rm: Tensor,
     up_rm: Tensor,
+    product_rm: Option<Tensor>,
     adapters: [Saved; 4],
 }
 
@@ -138,7 +157,7 @@ impl Layer {
     }
 
     /// Query `[t, n, d]`, rotated keys and values `[t, k, d]`, from the layer's input.
-    pub fn project(&self, x_th: &Tensor, pass: &Pass) -> (Tensor, KeyValues, [Saved; 3]) {
+    pub fn project(&self, x_th: &Tensor, pass: &Pass) -> (Tensor, KeyValues, Projected) {
         let LayerShape { heads, kv_heads, head_size, .. } = self.shape;
         let normed_th = self.norm_in(x_th);
         let (q, saved_q) = self.q.forward(&normed_th, pass.adapters, pass.dropout);
@@ -147,7 +166,8 @@ impl Layer {
         let q_tnd = pass.rope.rotate(&q.view([-1, heads, head_size]), Rotation::Forward);
         let keys = pass.rope.rotate(&k.view([-1, kv_heads, head_size]), Rotation::Forward);
         let values = v.view([-1, kv_heads, head_size]);
-        (q_tnd, KeyValues { keys, values }, [saved_q, saved_k, saved_v])
+        let projected = Projected { normed_th: pass.recompute.keep(normed_th), adapters: [saved_q, saved_k, saved_v] };
+        (q_tnd, KeyValues { keys, values }, projected)
     }
 
     /// The layer's output `[r, h]` from its input and the attention's output `[t, n, d]`.
@@ -159,17 +179,20 @@ impl Layer {
         let normed_rh = self.norm_post(&middle_rh);
         let (gate_rm, saved_gate) = self.gate.forward(&normed_rh, pass.adapters, &dropout);
         let (up_rm, saved_up) = self.up.forward(&normed_rh, pass.adapters, &dropout);
-        let (down_rh, saved_down) = self.down.forward(&swiglu(&gate_rm, &up_rm), pass.adapters, &dropout);
+        let product_rm = swiglu(&gate_rm, &up_rm);
+        let (down_rh, saved_down) = self.down.forward(&product_rm, pass.adapters, &dropout);
         let output_rh = &middle_rh + down_rh;
-        (output_rh, Finished { middle_rh, gate_rm, up_rm, adapters: [saved_o, saved_gate, saved_up, saved_down] })
+        let (normed_rh, product_rm) = (pass.recompute.keep(normed_rh), pass.recompute.keep(product_rm));
+        let adapters = [saved_o, saved_gate, saved_up, saved_down];
+        (output_rh, Finished { middle_rh, normed_rh, gate_rm, up_rm, product_rm, adapters })
     }
 
     /// The layer's output `[r, h]`, and what its backward pass needs.
     pub fn forward(&self, x_th: &Tensor, segments: &Segments, pass: &Pass, outputs: Outputs) -> (Tensor, LayerSaved) {
-        let (q_tnd, KeyValues { keys: k_tkd, values: v_tkd }, adapters) = self.project(x_th, pass);
+        let (q_tnd, KeyValues { keys: k_tkd, values: v_tkd }, projected) = self.project(x_th, pass);
         let attention = attention::attention(&q_tnd, &k_tkd, &v_tkd, segments, self.scale());
         let (output_rh, finished) = self.finish(x_th, &attention.out, pass, outputs);
-        (output_rh, LayerSaved { q_tnd, k_tkd, v_tkd, attention, adapters, finished })
+        (output_rh, LayerSaved { q_tnd, k_tkd, v_tkd, attention, projected, finished })
     }
 
     /// Adds the gradients of what follows attention; returns those of the attention's output and of the residual, `[r, h]`.
@@ -180,15 +203,16 @@ impl Layer {
         finished: Finished,
         dropout: &dyn InputMask,
     ) -> (Tensor, Tensor) {
-        let Finished { middle_rh, gate_rm, up_rm, adapters: [saved_o, saved_gate, saved_up, saved_down] } = finished;
+        let Finished { middle_rh, normed_rh, gate_rm, up_rm, product_rm, adapters } = finished;
+        let [saved_o, saved_gate, saved_up, saved_down] = adapters;
         // output = middle + down(swiglu(gate(n), up(n))), n = norm(middle)
-        let product_rm = swiglu(&gate_rm, &up_rm);
+        let product_rm = product_rm.unwrap_or_else(|| swiglu(&gate_rm, &up_rm));
         let mut d_product_rm = product_rm.zeros_like();
         self.down.backward(&gradient_rh, &product_rm, &saved_down, dropout, Some(&mut d_product_rm));
         drop(product_rm);
         let (d_gate_rm, d_up_rm) = swiglu_backward(&d_product_rm, &gate_rm, &up_rm);
         drop((d_product_rm, gate_rm, up_rm));
-        let normed_rh = self.norm_post(&middle_rh);
+        let normed_rh = normed_rh.unwrap_or_else(|| self.norm_post(&middle_rh));
         let mut d_normed_rh = normed_rh.zeros_like();
         self.gate.backward(&d_gate_rm, &normed_rh, &saved_gate, dropout, Some(&mut d_normed_rh));
         self.up.backward(&d_up_rm, &normed_rh, &saved_up, dropout, Some(&mut d_normed_rh));
@@ -219,7 +243,8 @@ impl Layer {
         pass: &Pass,
         Around { outputs, below }: Around,
     ) -> Option<Tensor> {
-        let LayerSaved { q_tnd, k_tkd, v_tkd, attention, adapters: [saved_q, saved_k, saved_v], finished } = saved;
+        let LayerSaved { q_tnd, k_tkd, v_tkd, attention, projected, finished } = saved;
+        let Projected { normed_th, adapters: [saved_q, saved_k, saved_v] } = projected;
         let tokens = x_th.size()[0];
         let selected = SelectedMask { all: pass.dropout, outputs, tokens };
         let attended_rh = outputs.select(&attention.out.flatten(1, 2));
@@ -233,7 +258,7 @@ impl Layer {
         let dq_th = pass.rope.rotate(&dq_tnd, Rotation::Backward).flatten(1, 2);
         let dk_th = pass.rope.rotate(&dk_tkd, Rotation::Backward).flatten(1, 2);
         let dv_th = dv_tkd.flatten(1, 2);
-        let normed_th = self.norm_in(x_th);
+        let normed_th = normed_th.unwrap_or_else(|| self.norm_in(x_th));
         let mut d_normed_th = (below == Below::Trained).then(|| normed_th.zeros_like());
         self.q.backward(&dq_th, &normed_th, &saved_q, pass.dropout, d_normed_th.as_mut());
         self.k.backward(&dk_th, &normed_th, &saved_k, pass.dropout, d_normed_th.as_mut());

@@ -165,7 +165,7 @@ impl Llama {
     ) -> Result<Option<Tensor>, shim::Error> {
         let dropout = StepDropout { probability: self.lora_dropout, noise, examples: &batch.examples };
         let rope = self.rope.at(&batch.positions_t);
-        let pass = Pass { rope: &rope, adapters: Adapters::On, dropout: &dropout };
+        let pass = Pass { rope: &rope, adapters: Adapters::On, dropout: &dropout, recompute };
         let segments = &batch.segments;
         let last = Outputs::Rows(&batch.label_positions_n);
 
@@ -177,7 +177,7 @@ impl Llama {
                 return Ok(None);
             }
             let (output_th, kept) = layer.forward(&x_th, segments, &pass, self.around(index, last).outputs);
-            let kept = (recompute == Recompute::Pointwise).then_some(kept);
+            let kept = (recompute != Recompute::Layer).then_some(kept);
             saved.push((std::mem::replace(&mut x_th, output_th), kept));
         }
 
@@ -227,7 +227,7 @@ impl Llama {
         attend: &mut dyn FnMut(usize, &Tensor, KeyValues) -> Tensor,
     ) -> Option<Tensor> {
         let rope = self.rope.at(positions_t);
-        let pass = Pass { rope: &rope, adapters, dropout: &NoDropout };
+        let pass = Pass { rope: &rope, adapters, dropout: &NoDropout, recompute: Recompute::Layer };
         let mut x_th = self.embedding.value.index_select(0, tokens_t);
         for (index, layer) in self.layers.iter().enumerate() {
             if stop.requested() {

@@ -114,10 +114,15 @@ fn output_and_gradients_are_those_of_autograd_for_all_tokens_and_for_some() {
     let segments = Segments::new(&bounds, Device::Cpu);
     let positions = Tensor::from_slice(&[0i64, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6]);
     let rope = Rope::new(&[1.0, 0.1], 16, Kind::Double, Device::Cpu).at(&positions);
-    let pass = Pass { rope: &rope, adapters: Adapters::On, dropout: &Masks };
     let rows = Tensor::from_slice(&[1i64, 2, 5, 9]);
     let x = Tensor::randn([TOKENS, HIDDEN], (Kind::Double, Device::Cpu));
-    for outputs in [Outputs::All, Outputs::Rows(&rows)] {
+    let cases = [
+        (Outputs::All, Recompute::Nothing),
+        (Outputs::Rows(&rows), Recompute::Nothing),
+        (Outputs::Rows(&rows), Recompute::Pointwise),
+    ];
+    for (outputs, recompute) in cases {
+        let pass = Pass { rope: &rope, adapters: Adapters::On, dropout: &Masks, recompute };
         let parameters = parameters();
         let layer = layer(&parameters);
         let leaf =

@@ -1,0 +1,60 @@
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use crds::check::{Scope, check};
+use crds::resolve::{Target, resolve};
+
+use super::*;
+
+const JOB: &str = "apiVersion: finetune.dev/v1alpha1\nkind: FineTuneJob\nmetadata: {name: rows}\nspec:\n  model: {uri: file://.}\n  \
+                   dataset: {train: {uri: file://train.jsonl}}\n  method: {type: LoRA}\n";
+
+/// Of an 8-billion-parameter Llama.
+fn model() -> Config {
+    let config = serde_json::json!({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128_256,
+        "max_position_embeddings": 8192, "rms_norm_eps": 1e-5
+    });
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    std::fs::write(folder.path().join("config.json"), config.to_string()).expect("writable");
+    Config::read(folder.path()).expect("a model")
+}
+
+/// What is recomputed and how many tokens are computed at once where so much memory is there.
+fn chosen(memory: i64, accelerator: bool) -> (Recompute, i64) {
+    let checked = check(JOB, Scope::Local).expect("a valid job");
+    let target = Target::Local { folder: Path::new("."), claims: &BTreeMap::new() };
+    let config = resolve(&checked.job, &crds::profile::built_in(), target).expect("resolves").config;
+    let inputs = Inputs {
+        model: &model(),
+        config: &config,
+        kind: Kind::BFloat16,
+        accelerator,
+        longest: 2048,
+        step_tokens: 8192,
+        cache_tokens: 0,
+        epoch_tokens: 1 << 20,
+        total_steps: 100,
+        steps_per_epoch: 100,
+        memory,
+        matmul_rate: 1e14,
+    };
+    let estimate = plan(&inputs).expect("fits");
+    assert!(estimate.memory.total <= memory);
+    (estimate.recompute, estimate.micro_batch_tokens)
+}
+
+#[test]
+fn the_less_memory_the_more_is_recomputed_before_less_is_computed_at_once() {
+    let modes = [80, 60, 48, 24, 22].map(|gibibytes| chosen(gibibytes << 30, true));
+    eprintln!("{modes:?}");
+    let (recomputed, tokens): (Vec<_>, Vec<_>) = modes.into_iter().unzip();
+    assert_eq!(recomputed[0], Recompute::Nothing);
+    assert!(tokens.is_sorted_by(|more, fewer| more >= fewer), "{tokens:?}");
+    for mode in [Recompute::Pointwise, Recompute::Layer] {
+        assert!(recomputed.contains(&mode), "{recomputed:?} has no {mode:?}");
+    }
+    // On a CPU half as much memory again would gain 1 %.
+    assert_eq!(chosen(1 << 40, false).0, Recompute::Pointwise);
+}
