@@ -6,6 +6,7 @@ mod sources;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::thread;
 
 use crds::report::{DataReport, SourceDigest};
 use crds::run::{DataSource, ModelSource, RunConfig, ValidationRows};
@@ -99,8 +100,45 @@ pub struct Base {
     pub revision: Option<String>,
     /// SHA-256 over its configuration and weight files.
     pub digest: String,
+}
+
+/// The base model's files, before its weights are digested.
+struct BaseFiles {
+    folder: PathBuf,
+    revision: Option<String>,
     /// Digests of [`MODEL_TEXTS`], as far as they are there.
     texts: Vec<(&'static str, String)>,
+    weights: Vec<PathBuf>,
+}
+
+impl BaseFiles {
+    fn fetch(config: &RunConfig, from: Sources, access: Access, record: &mut SourceRecord) -> Result<Self, Error> {
+        let ModelSource { uri, revision, .. } = &config.model;
+        let Fetched { path: folder, revision } =
+            record
+                .fetch(uri, revision.as_deref(), from, access, |revision, access| fetch_model(uri, revision, access))?;
+        let mut texts = Vec::new();
+        for name in MODEL_TEXTS {
+            let path = folder.join(name);
+            if path.exists() {
+                texts.push((name, record.digest(&path, from)?));
+            }
+        }
+        let weights = weights::WeightFiles::open(&folder)?.paths().into_iter().map(Path::to_owned).collect();
+        Ok(Self { folder, revision, texts, weights })
+    }
+
+    /// Reads all weights, unless their digests are known.
+    fn digest(&self, from: Sources, record: &mut SourceRecord) -> Result<Base, Error> {
+        // The tokens' digest speaks for the tokenizer; the configuration decides what the weights compute.
+        let mut parts: Vec<String> =
+            self.texts.iter().filter(|(name, _)| *name == "config.json").map(|(_, digest)| digest.clone()).collect();
+        for path in &self.weights {
+            parts.push(record.digest(path, from)?);
+        }
+        let digest = digest_of(parts.concat().as_bytes());
+        Ok(Base { folder: self.folder.clone(), revision: self.revision.clone(), digest })
+    }
 }
 
 /// What training starts from.
@@ -140,7 +178,7 @@ struct Manifest {
 
 /// What a product is made from.
 struct Inputs {
-    base: Base,
+    base: BaseFiles,
     train: Fetched,
     validation: Option<Fetched>,
     forgetting: Option<Fetched>,
@@ -153,42 +191,35 @@ pub fn prepare(config: &RunConfig, run: &Path, from: Sources, access: Access, st
     let inputs = fetch(config, from, access, &mut record)?;
     record.write(run)?;
     let folder = run.join("prepared");
-    let manifest = read_manifest(&folder);
-    let key = key(config, &inputs);
-    if !manifest.as_ref().is_some_and(|manifest| manifest.key == key && verifies(&folder, manifest)) {
-        let date = manifest.map_or_else(|| jiff::Zoned::now().datetime(), |manifest| manifest.date);
-        make(config, &inputs, &folder, key, date, stop)?;
+    // Gigabytes of weights are digested while rows are tokenised.
+    let (made, base) = thread::scope(|scope| {
+        let base = scope.spawn(|| inputs.base.digest(from, &mut record));
+        (make_if_needed(config, &inputs, &folder, stop), base.join())
+    });
+    made?;
+    let base = base.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+    record.write(run)?;
+    open(&folder, base)
+}
+
+fn make_if_needed(config: &RunConfig, inputs: &Inputs, folder: &Path, stop: &Stop) -> Result<(), Error> {
+    let manifest = read_manifest(folder);
+    let key = key(config, inputs);
+    if manifest.as_ref().is_some_and(|manifest| manifest.key == key && verifies(folder, manifest)) {
+        return Ok(());
     }
-    open(&folder, inputs)
+    let date = manifest.map_or_else(|| jiff::Zoned::now().datetime(), |manifest| manifest.date);
+    make(config, inputs, folder, key, date, stop)
 }
 
 /// The base model as it was noted.
 pub fn noted_base(config: &RunConfig, run: &Path, access: Access) -> Result<Base, Error> {
-    fetch_base(config, Sources::AsNoted, access, &mut SourceRecord::read(run))
-}
-
-fn fetch_base(config: &RunConfig, from: Sources, access: Access, record: &mut SourceRecord) -> Result<Base, Error> {
-    let ModelSource { uri, revision, .. } = &config.model;
-    let model =
-        record.fetch(uri, revision.as_deref(), from, access, |revision, access| fetch_model(uri, revision, access))?;
-    let mut texts = Vec::new();
-    for name in MODEL_TEXTS {
-        let path = model.path.join(name);
-        if path.exists() {
-            texts.push((name, record.digest(&path, from)?));
-        }
-    }
-    // The tokens' digest speaks for the tokenizer; the configuration decides what the weights compute.
-    let mut parts: Vec<String> =
-        texts.iter().filter(|(name, _)| *name == "config.json").map(|(_, digest)| digest.clone()).collect();
-    for path in weights::WeightFiles::open(&model.path)?.paths() {
-        parts.push(record.digest(path, from)?);
-    }
-    Ok(Base { folder: model.path, revision: model.revision, digest: digest_of(parts.concat().as_bytes()), texts })
+    let mut record = SourceRecord::read(run);
+    BaseFiles::fetch(config, Sources::AsNoted, access, &mut record)?.digest(Sources::AsNoted, &mut record)
 }
 
 fn fetch(config: &RunConfig, from: Sources, access: Access, record: &mut SourceRecord) -> Result<Inputs, Error> {
-    let base = fetch_base(config, from, access, record)?;
+    let base = BaseFiles::fetch(config, from, access, record)?;
     let mut rows = |field, source: &DataSource| {
         record
             .fetch(&source.uri, None, from, access, |revision, access| fetch_rows(field, &source.uri, revision, access))
@@ -312,7 +343,7 @@ fn write_product(
     sync_folder(folder)
 }
 
-fn open(folder: &Path, inputs: Inputs) -> Result<Prepared, Error> {
+fn open(folder: &Path, base: Base) -> Result<Prepared, Error> {
     let read = |name: &str| {
         let path = folder.join(name);
         fs::read(&path).map_err(|source| Error::Read { path, source })
@@ -322,7 +353,7 @@ fn open(folder: &Path, inputs: Inputs) -> Result<Prepared, Error> {
     let train = Examples::open(&folder.join("train.safetensors"))?;
     train.digest().clone_into(&mut report.dataset_digest);
     Ok(Prepared {
-        base: inputs.base,
+        base,
         train,
         validation: Examples::open(&folder.join("validation.safetensors"))?,
         forgetting: Examples::open(&folder.join("forgetting.safetensors"))?,

@@ -48,7 +48,6 @@ fn chosen(memory: i64, accelerator: bool) -> (Recompute, i64) {
 #[test]
 fn the_less_memory_the_more_is_recomputed_before_less_is_computed_at_once() {
     let modes = [80, 60, 48, 24, 22].map(|gibibytes| chosen(gibibytes << 30, true));
-    eprintln!("{modes:?}");
     let (recomputed, tokens): (Vec<_>, Vec<_>) = modes.into_iter().unzip();
     assert_eq!(recomputed[0], Recompute::Nothing);
     assert!(tokens.is_sorted_by(|more, fewer| more >= fewer), "{tokens:?}");
