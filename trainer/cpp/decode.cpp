@@ -193,23 +193,29 @@ AVX512 void attend(const uint16_t *query, uint16_t *out, int64_t stride, int64_t
   }
 }
 
+// The largest logit; NaN where there is one, as in torch.
 AVX512 float largest(const uint16_t *logits, int64_t columns) {
   __m512 most = Bf16::load(logits);
+  __mmask16 unordered = _mm512_cmp_ps_mask(most, most, _CMP_UNORD_Q);
   for (int64_t at = LANES; at < columns; at += LANES) {
-    most = _mm512_max_ps(most, Bf16::load(logits + at));
+    const __m512 some = Bf16::load(logits + at);
+    unordered |= _mm512_cmp_ps_mask(some, some, _CMP_UNORD_Q);
+    most = _mm512_max_ps(most, some);
   }
-  return _mm512_reduce_max_ps(most);
+  return unordered != 0 ? std::numeric_limits<float>::quiet_NaN() : _mm512_reduce_max_ps(most);
 }
 
-// The first place of `peak`; the last one where there is none, as among numbers that are NaN.
-AVX512 int64_t place_of(float peak, const uint16_t *logits, int64_t columns) {
-  for (int64_t at = 0; at < columns; at += LANES) {
-    const __mmask16 found = _mm512_cmpeq_ps_mask(Bf16::load(logits + at), _mm512_set1_ps(peak));
+// The first place of `peak`, the largest of these logits.
+AVX512 int64_t place_of(float peak, const uint16_t *logits) {
+  const bool unordered = std::isnan(peak);
+  for (int64_t at = 0;; at += LANES) {
+    const __m512 some = Bf16::load(logits + at);
+    const __mmask16 found = unordered ? _mm512_cmp_ps_mask(some, some, _CMP_UNORD_Q)
+                                      : _mm512_cmp_ps_mask(some, _mm512_set1_ps(peak), _CMP_EQ_OQ);
     if (found != 0) {
       return at + __builtin_ctz(found);
     }
   }
-  return columns - 1;
 }
 
 // Negative log-likelihood of `label`.
@@ -221,7 +227,7 @@ AVX512 float negative_log_likelihood(const uint16_t *logits, int64_t label, floa
   const uint32_t bits = static_cast<uint32_t>(logits[label]) << 16;
   float logit;
   std::memcpy(&logit, &bits, sizeof logit);
-  return peak + std::log(_mm512_reduce_add_ps(sum)) - logit;
+  return std::log(_mm512_reduce_add_ps(sum)) + (peak - logit);
 }
 
 struct Logits {
@@ -230,10 +236,18 @@ struct Logits {
 
   explicit Logits(const at::Tensor &tensor)
       : data(static_cast<const uint16_t *>(tensor.data_ptr())), rows(tensor.size(0)), columns(tensor.size(1)) {
-    TORCH_CHECK(tensor.scalar_type() == at::kBFloat16 && tensor.is_contiguous() && columns % LANES == 0,
+    TORCH_CHECK(tensor.scalar_type() == at::kBFloat16 && tensor.is_contiguous() && tensor.dim() == 2 && columns > 0 &&
+                    columns % LANES == 0,
                 "logits must be contiguous bf16 [rows, a multiple of 16]");
   }
   const uint16_t *row(int64_t index) const { return data + index * columns; }
+
+  // The data of a tensor that has a number for each row.
+  template <typename T> T *of_each_row(void *handle, const char *name) const {
+    TORCH_CHECK(tensor(handle).is_contiguous() && tensor(handle).dim() == 1 && tensor(handle).size(0) == rows, name,
+                " must be contiguous [", rows, "]");
+    return tensor(handle).data_ptr<T>();
+  }
 };
 
 } // namespace
@@ -241,9 +255,9 @@ struct Logits {
 extern "C" {
 
 // Appends new tokens to a cache and lets them attend to it. query, out [t, n, d]; key, value [t, k, d]; rows int32
-// [rows, 4]: the first new token of a row, the one after its last, its slot, its tokens in the cache so far; keys
-// [slots, k, d / 2, columns, 2]; values [slots, k, columns / 2, d, 2]; prefix_keys and prefix_values the same with one slot,
-// undefined where there is no prefix.
+// [rows, 4]: the first new token of a row, the one after its last, its slot, its tokens in the cache so far; together they
+// are all t in order, and no two have the same slot; keys [slots, k, d / 2, columns, 2]; values [slots, k, columns / 2, d, 2];
+// prefix_keys and prefix_values the same with one slot, undefined where there is no prefix. All bf16 but rows.
 int ft_cpu_cached_attention(void *query, void *key, void *value, void *rows, void *keys, void *values, void *prefix_keys,
                             void *prefix_values, int64_t prefix_length, double scale, void *out) {
   return recorded("finetune::cached_attention", {query, key, value}, [&] {
@@ -254,22 +268,34 @@ int ft_cpu_cached_attention(void *query, void *key, void *value, void *rows, voi
                   "query, key, value and out must be contiguous bf16 [t, heads, ", cache.size, "]");
     }
     const int64_t heads = tensor(query).size(1), tokens = tensor(query).size(0), kv_heads = cache.heads, size = cache.size;
-    TORCH_CHECK(tensor(key).size(1) == kv_heads && tensor(value).size(1) == kv_heads && heads % kv_heads == 0, heads,
-                " query heads and ", tensor(key).size(1), " key heads for a cache of ", kv_heads);
-    TORCH_CHECK(prefix_length <= prefix.capacity && (prefix_length == 0 || (prefix.size == size && prefix.heads == kv_heads)),
+    TORCH_CHECK(tensor(key).sizes() == tensor(value).sizes() && tensor(key).size(0) == tokens && tensor(key).size(1) == kv_heads &&
+                    tensor(out).sizes() == tensor(query).sizes() && heads % kv_heads == 0,
+                "query ", tensor(query).sizes(), ", key ", tensor(key).sizes(), ", value ", tensor(value).sizes(), " and out ",
+                tensor(out).sizes(), " for a cache of ", kv_heads, " heads");
+    TORCH_CHECK(0 <= prefix_length && prefix_length <= prefix.capacity &&
+                    (prefix_length == 0 || (prefix.slots == 1 && prefix.size == size && prefix.heads == kv_heads)),
                 "the prefix is not one of this cache");
+    TORCH_CHECK(tensor(rows).is_contiguous() && tensor(rows).dim() == 2 && tensor(rows).size(1) == 4,
+                "rows must be contiguous [rows, 4]");
     const auto *q = static_cast<const uint16_t *>(tensor(query).data_ptr());
     const auto *k = static_cast<const uint16_t *>(tensor(key).data_ptr());
     const auto *v = static_cast<const uint16_t *>(tensor(value).data_ptr());
     auto *o = static_cast<uint16_t *>(tensor(out).data_ptr());
     const int32_t *row = tensor(rows).data_ptr<int32_t>();
     const int64_t count = tensor(rows).size(0), group = heads / kv_heads;
+    std::vector<bool> taken(cache.slots);
+    int64_t seen = 0;
     for (int64_t index = 0; index < count; ++index) {
       const int64_t first = row[4 * index], end = row[4 * index + 1], slot = row[4 * index + 2], length = row[4 * index + 3];
-      TORCH_CHECK(0 <= first && first <= end && end <= tokens && 0 <= slot && slot < cache.slots && 0 <= length &&
-                      length + end - first <= cache.capacity,
-                  "row ", index, " does not fit its slot");
+      TORCH_CHECK(first == seen && first <= end && end <= tokens, "row ", index, " has the tokens from ", first, " to ", end,
+                  " of ", tokens, ", expected from ", seen);
+      TORCH_CHECK(0 <= slot && slot < cache.slots && !taken[slot] && 0 <= length && length + end - first <= cache.capacity,
+                  "row ", index, " adds ", end - first, " tokens to ", length, " in slot ", slot, " of ", cache.slots,
+                  " with room for ", cache.capacity);
+      taken[slot] = true;
+      seen = end;
     }
+    TORCH_CHECK(seen == tokens, tokens - seen, " tokens belong to no row");
     // On whichever thread is free: rows differ in length.
     std::atomic<int64_t> next{0};
     at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
@@ -290,33 +316,33 @@ int ft_cpu_cached_attention(void *query, void *key, void *value, void *rows, voi
   });
 }
 
-// The place of the largest of each row of logits [n, v], the first of several: int64 [n].
+// The place of the largest of each row of logits [n, v], the first of several and of NaN: places int64 [n].
 int ft_cpu_argmax(void *logits, void *places) {
   return recorded("finetune::argmax", {logits}, [&] {
     const Logits l(tensor(logits));
-    int64_t *found = tensor(places).data_ptr<int64_t>();
+    int64_t *found = l.of_each_row<int64_t>(places, "places");
     at::parallel_for(0, l.rows, 1, [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row) {
-        found[row] = place_of(largest(l.row(row), l.columns), l.row(row), l.columns);
+        found[row] = place_of(largest(l.row(row), l.columns), l.row(row));
       }
     });
   });
 }
 
-// The negative log-likelihood of each label under its row of logits [n, v], fp32 [n] in nats, and whether the label is the
-// first of the largest, bool [n].
+// The negative log-likelihood of each label, int64 [n], under its row of logits [n, v]: losses fp32 [n] in nats; and whether the
+// label is what ft_cpu_argmax finds: correct bool [n].
 int ft_cpu_score(void *logits, void *labels, void *losses, void *correct) {
   return recorded("finetune::score", {logits, labels}, [&] {
     const Logits l(tensor(logits));
-    const int64_t *targets = tensor(labels).data_ptr<int64_t>();
-    float *loss = tensor(losses).data_ptr<float>();
-    bool *hit = tensor(correct).data_ptr<bool>();
+    const int64_t *targets = l.of_each_row<int64_t>(labels, "labels");
+    float *loss = l.of_each_row<float>(losses, "losses");
+    bool *hit = l.of_each_row<bool>(correct, "correct");
     at::parallel_for(0, l.rows, 1, [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row) {
         TORCH_CHECK(targets[row] >= 0 && targets[row] < l.columns, "label ", targets[row], " of ", l.columns);
         const float peak = largest(l.row(row), l.columns);
         loss[row] = negative_log_likelihood(l.row(row), targets[row], peak, l.columns);
-        hit[row] = place_of(peak, l.row(row), l.columns) == targets[row];
+        hit[row] = place_of(peak, l.row(row)) == targets[row];
       }
     });
   });
