@@ -86,7 +86,7 @@ pub fn score(hidden_nh: &Tensor, labels_n: &Tensor, head: &Head) -> Scored {
     for (start, rows) in chunks(hidden_nh, head) {
         let labels_c = labels_n.narrow(0, start, rows);
         let logits_cv = hidden_nh.narrow(0, start, rows).matmul(&head.weight.tr());
-        if logits_cv.kind() == Kind::BFloat16 && cpu::fits(&[&logits_cv], cpu::ROW_WIDTH) {
+        if cpu::fits(&[&logits_cv], cpu::ROW_WIDTH) {
             let (losses_c, correct_c) = decode::score(&logits_cv, &labels_c);
             losses.push(losses_c);
             correct.push(correct_c);
@@ -150,10 +150,14 @@ mod tests {
         let labels = labels.where_self(&labels.remainder(2).eq(0), &Tensor::zeros_like(&labels));
         let score =
             |kind: Kind| score(&hidden.to_kind(kind), &labels, &Head { weight: weight.to_kind(kind), gradient: None });
-        let (ours, exact) = (score(Kind::BFloat16), score(Kind::Double));
-        let distance = cpu::distance(&ours.losses_n, &exact.losses_n);
-        assert!(distance < 1e-6, "{distance:e}");
-        assert_eq!(ours.correct_n, exact.correct_n);
+        let exact = score(Kind::Double);
+        let [ours, _] = [Kind::BFloat16, Kind::Float].map(|kind| {
+            let ours = score(kind);
+            let distance = cpu::distance(&ours.losses_n, &exact.losses_n);
+            assert!(distance < 1e-6, "{kind:?} {distance:e}");
+            assert_eq!(ours.correct_n, exact.correct_n, "{kind:?}");
+            ours
+        });
         let hits = ours.correct_n.to_kind(Kind::Int64).sum(Kind::Int64).int64_value(&[]);
         assert!((100..300).contains(&hits), "{hits}");
     }

@@ -56,17 +56,12 @@ impl<'a> Cache<'a> {
         prefix: Option<&'a Cache<'a>>,
     ) -> Self {
         let zeros = |shape: &[i64]| Tensor::zeros(shape, options);
-        let fits = options.0 == Kind::BFloat16 && cpu::fits(&[&zeros(&[head_size])], cpu::HEAD_WIDTH);
+        let fits = cpu::fits(&[&zeros(&[head_size])], cpu::HEAD_WIDTH);
         let layout = if fits { Layout::Kernel } else { Layout::Plain };
-        let slots_s = slots as i64;
         let layer = |_| match layout {
-            Layout::Kernel => {
-                let columns = columns.unsigned_abs().next_multiple_of(decode::COLUMNS) as i64;
-                let keys = zeros(&[slots_s, kv_heads, head_size / 2, columns, 2]);
-                (keys, zeros(&[slots_s, kv_heads, columns / 2, head_size, 2]))
-            }
+            Layout::Kernel => decode::empty_cache([slots as i64, kv_heads, columns, head_size], options),
             Layout::Plain => {
-                let shape = [slots_s, columns, kv_heads, head_size];
+                let shape = [slots as i64, columns, kv_heads, head_size];
                 (zeros(&shape), zeros(&shape))
             }
         };

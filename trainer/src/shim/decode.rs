@@ -1,5 +1,5 @@
 //! The kernels of `cpp/decode.cpp`: attention to a key-value cache, and what is read off logits. They take what
-//! [`super::cpu::fits`] takes, in bf16, and panic as those of [`super::cpu`] do.
+//! [`super::cpu::fits`] takes, and panic as those of [`super::cpu`] do.
 
 use std::ffi::{c_int, c_void};
 
@@ -29,11 +29,18 @@ fn done(status: c_int) {
     check(status).unwrap_or_else(|error| panic!("{error}"));
 }
 
-/// What columns of a cache are a multiple of.
-pub const COLUMNS: i64 = 16;
-
-/// Keys `[slots, k, d / 2, columns, 2]` and values `[slots, k, columns / 2, d, 2]` of one layer.
+/// Keys `[slots, k, d / w, columns, w]` and values `[slots, k, columns / w, d, w]` of one layer, where w numbers have 32 bits.
 pub type KeysAndValues = (Tensor, Tensor);
+
+/// Keys and values of one layer for `slots` sequences of at most `columns` tokens.
+pub fn empty_cache([slots, kv_heads, columns, head_size]: [i64; 4], options: (Kind, Device)) -> KeysAndValues {
+    // The kernel takes whole vectors of columns.
+    let columns = (columns + 15) / 16 * 16;
+    let per_word = 4 / options.0.elt_size_in_bytes() as i64;
+    // What no token has been written to is multiplied by zero, so it has to be a number.
+    let keys = Tensor::zeros([slots, kv_heads, head_size / per_word, columns, per_word], options);
+    (keys, Tensor::zeros([slots, kv_heads, columns / per_word, head_size, per_word], options))
+}
 
 /// Appends new tokens, their keys and values `[t, k, d]`, to `cache` and lets their queries `[t, n, d]` attend to it, after the
 /// first columns of `prefix`, which has one slot; gives the output `[t, n, d]`. `rows` int32 `[rows, 4]`: the first new token of
@@ -95,10 +102,6 @@ mod tests {
 
     const ON_CPU: (Kind, Device) = (Kind::Float, Device::Cpu);
 
-    fn fits(logits: &Tensor) -> bool {
-        cpu::fits(&[logits], cpu::ROW_WIDTH)
-    }
-
     /// Few different values, so that nearly every row has its largest several times; some with infinities and NaN.
     fn logits_with_ties() -> Tensor {
         let logits = Tensor::randint_low(-3, 4, [300, 48], ON_CPU);
@@ -117,52 +120,58 @@ mod tests {
         let _ = logits.get(6).fill_(f64::NEG_INFINITY);
         let _ = logits.get(7).fill_(f64::NAN);
         let _ = logits.get(8).fill_(0.0);
-        logits.to_kind(Kind::BFloat16)
+        logits
+    }
+
+    /// In each dtype of the kernels, where this CPU has them.
+    fn check_in_both(logits: &Tensor, check: impl Fn(&Tensor)) {
+        tch::set_num_threads(1);
+        for kind in [Kind::Float, Kind::BFloat16] {
+            let logits = logits.to_kind(kind);
+            if cpu::fits(&[&logits], cpu::ROW_WIDTH) {
+                check(&logits);
+            }
+        }
     }
 
     #[test]
     fn among_equals_the_first_is_the_largest_as_in_torch() {
-        tch::set_num_threads(1);
         tch::manual_seed(1);
-        let logits = logits_with_ties();
-        if !fits(&logits) {
-            return;
-        }
-        let torchs = logits.to_kind(Kind::Float).argmax(-1, false);
-        assert_eq!(argmax(&logits), torchs);
-        for (labels, right) in [(torchs.shallow_clone(), true), ((&torchs + 1).remainder(48), false)] {
-            let (_, correct) = score(&logits, &labels);
-            assert_eq!(correct, Tensor::full([300], i64::from(right), (Kind::Bool, Device::Cpu)));
-        }
+        check_in_both(&logits_with_ties(), |logits| {
+            let torchs = logits.to_kind(Kind::Float).argmax(-1, false);
+            assert_eq!(argmax(logits), torchs);
+            for (labels, right) in [(torchs.shallow_clone(), true), ((&torchs + 1).remainder(48), false)] {
+                let (_, correct) = score(logits, &labels);
+                assert_eq!(correct, Tensor::full([300], i64::from(right), (Kind::Bool, Device::Cpu)));
+            }
+        });
     }
 
     #[test]
     fn losses_are_those_of_log_softmax() {
-        tch::set_num_threads(1);
         tch::manual_seed(2);
         // From nearly uniform to one certain token; the last rows would overflow without the largest taken off.
-        let spread = Tensor::arange(200, ON_CPU).unsqueeze(1) / 5.0;
-        let logits = Tensor::randn([200, 176], ON_CPU) * spread + Tensor::arange(200, ON_CPU).unsqueeze(1) * 10.0;
-        let logits = logits.to_kind(Kind::BFloat16);
-        if !fits(&logits) {
-            return;
-        }
-        let labels = Tensor::arange(200, (Kind::Int64, Device::Cpu)).remainder(176);
-        let exact = -logits.to_kind(Kind::Double).log_softmax(-1, Kind::Double).gather(1, &labels.unsqueeze(1), false);
-        let (losses, _) = score(&logits, &labels);
-        let distance = cpu::distance(&losses, &exact.squeeze_dim(1));
-        assert!(distance < 1e-6, "{distance:e}");
+        let row = Tensor::arange(200, ON_CPU).unsqueeze(1);
+        check_in_both(&(Tensor::randn([200, 176], ON_CPU) * (&row / 5.0) + row * 10.0), |logits| {
+            let labels = Tensor::arange(200, (Kind::Int64, Device::Cpu)).remainder(176);
+            let exact = logits.to_kind(Kind::Double).log_softmax(-1, Kind::Double).gather(1, &labels.unsqueeze(1), false);
+            let (losses, _) = score(logits, &labels);
+            let distance = cpu::distance(&losses, &-exact.squeeze_dim(1));
+            assert!(distance < 1e-6, "{distance:e}");
+        });
         // What is not a number is told, and not averaged away.
-        let (losses, _) = score(&logits_with_ties(), &Tensor::zeros([300], (Kind::Int64, Device::Cpu)));
-        assert!(losses.double_value(&[4]).is_nan());
-        assert!((losses.double_value(&[8]) - 48f64.ln()).abs() < 1e-6);
+        check_in_both(&logits_with_ties(), |logits| {
+            let (losses, _) = score(logits, &Tensor::zeros([300], (Kind::Int64, Device::Cpu)));
+            assert!(losses.double_value(&[4]).is_nan());
+            assert!((losses.double_value(&[8]) - 48f64.ln()).abs() < 1e-6);
+        });
     }
 
     #[test]
     fn what_does_not_belong_together_is_refused() {
         tch::set_num_threads(1);
         let zeros = |shape: &[i64]| Tensor::zeros(shape, (Kind::BFloat16, Device::Cpu));
-        if !fits(&zeros(&[32])) {
+        if !cpu::fits(&[&zeros(&[32])], cpu::HEAD_WIDTH) {
             return;
         }
         let refused = |work: &dyn Fn()| {
@@ -172,8 +181,7 @@ mod tests {
         let attend = |tokens: i64, kv_tokens: i64, rows: &[i32], prefix_length: i64| {
             refused(&|| {
                 let (q, kv) = (zeros(&[tokens, 4, 32]), zeros(&[kv_tokens, 2, 32]));
-                let cache = (zeros(&[3, 2, 16, 16, 2]), zeros(&[3, 2, 8, 32, 2]));
-                let prefix = (zeros(&[1, 2, 16, 16, 2]), zeros(&[1, 2, 8, 32, 2]));
+                let [cache, prefix] = [3, 1].map(|slots| empty_cache([slots, 2, 16, 32], (Kind::BFloat16, Device::Cpu)));
                 let rows = Tensor::from_slice(rows).view([-1, 4]);
                 let _ = cached_attention([&q, &kv, &kv], &rows, &cache, Some((&prefix, prefix_length)), 1.0);
             })
