@@ -93,6 +93,6 @@ WORKLOADS = {
                            description="four of 2,000 conversations of 30 to 1,500 tokens a step"),
     "full-4x256": Workload(lambda count: dense_rows(count, 256), 4, 256, ("transformers", "trl", "trl-mixed"), method="Full",
                            description="four text rows of 256 tokens a step"),
-    "generation": Workload(demo_questions, 32, 256, ("transformers-generate",), rows=150, method="Generate",
+    "generation": Workload(demo_questions, 150, 256, ("transformers-generate",), rows=150, method="Generate",
                            description="150 questions of the demo answered by the base model"),
 }

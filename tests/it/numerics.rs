@@ -117,7 +117,7 @@ fn base_logits_and_greedy_answer_equal_transformers() {
 fn answers_in_few_slots_are_what_the_model_says_without_a_cache() {
     let golden: GoldenLogits = read_golden("logits.json");
     let folder = base_model();
-    let begin = &golden.greedy.tokens;
+    let begin = golden.greedy.tokens.as_slice();
     let prompts: Vec<Vec<u32>> =
         golden.prompts.iter().map(|prompt| [begin, &prompt.tokens[..prompt.tokens.len().min(20)]].concat()).collect();
     let prompts: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
@@ -130,7 +130,7 @@ fn answers_in_few_slots_are_what_the_model_says_without_a_cache() {
         let answers =
             generate(&model, &prompts, Adapters::Off, &limits, &Stop::default(), &mut |_| ()).expect("no stop");
         let mut likeliest = 0;
-        for (prompt, answer) in prompts.iter().zip(&answers) {
+        for (&prompt, answer) in prompts.iter().zip(&answers) {
             assert_eq!(answer.tokens.len(), 12);
             let tokens = [prompt, &answer.tokens[..]].concat();
             let logits = model.all_logits(&single(&tokens), Adapters::Off, &Stop::default()).expect("no stop");

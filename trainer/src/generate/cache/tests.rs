@@ -18,6 +18,8 @@ struct Checked<'a> {
     shape: Shape,
     kind: Kind,
     held: Vec<Vec<[Tensor; 2]>>,
+    /// Tensors of random numbers so far.
+    drawn: i64,
 }
 
 impl<'a> Checked<'a> {
@@ -31,10 +33,10 @@ impl<'a> Checked<'a> {
             None => nothing(),
         };
         let held = (0..LAYERS as usize).map(|layer| (0..slots).map(|_| begin(layer)).collect()).collect();
-        Self { cache, shape, kind, held }
+        Self { cache, shape, kind, held, drawn: 0 }
     }
 
-    fn clear(&mut self, slot: usize, prefix: Option<&Self>) {
+    fn clear(&mut self, slot: usize, prefix: Option<&'a Self>) {
         let empty = Self::new(self.shape, self.kind, 1, 1, prefix);
         for (layer, mut held) in empty.held.into_iter().enumerate() {
             self.held[layer][slot] = held.remove(0);
@@ -52,8 +54,9 @@ impl<'a> Checked<'a> {
             _ => 1e-2,
         };
         let tokens = new.iter().map(|&(_, appended)| appended).sum::<i64>();
-        let random = |heads: i64| {
-            let values = Tensor::randn([tokens, heads, head_size], (Kind::Float, Device::Cpu)) * 2;
+        let mut random = |heads: i64| {
+            self.drawn += 1;
+            let values = cpu::noise(self.drawn, &[tokens, heads, head_size]) * 2;
             values.to_kind(Kind::BFloat16).to_kind(self.kind)
         };
         let rows = self.cache.rows(new, Device::Cpu);
@@ -80,7 +83,7 @@ impl<'a> Checked<'a> {
             let exact = Tensor::cat(&exact, 0);
             let [ours, theirs] = [&ours, &Tensor::cat(&libtorchs, 0)].map(|x| cpu::distance(x, &exact));
             let most = if self.kind == Kind::BFloat16 { 1.2 * theirs } else { most };
-            assert!(ours < most, "{:?} {:?} {new:?}: {ours:e}, libtorch {theirs:e}", self.shape, self.kind);
+            assert!(ours <= most, "{:?} {:?} {new:?}: {ours:e}, libtorch {theirs:e}", self.shape, self.kind);
         }
         self.cache.grow(new);
     }
@@ -101,10 +104,10 @@ fn check(shape: Shape, kind: Kind, prefix_length: i64) {
     let layout = if fits { Layout::Kernel } else { Layout::Plain };
     let mut before = Checked::new(shape, kind, 1, prefix_length, None);
     assert_eq!(before.cache.layout, layout);
-    let prefix = (prefix_length > 0).then(|| {
+    if prefix_length > 0 {
         before.pass(&[(0, prefix_length)]);
-        &before
-    });
+    }
+    let prefix = (prefix_length > 0).then_some(&before);
     let mut checked = Checked::new(shape, kind, SLOTS, COLUMNS, prefix);
     checked.pass(&[(2, 17), (0, 1), (1, 5)]);
     checked.pass(&[(0, 1), (1, 1), (2, 1)]);
@@ -123,7 +126,6 @@ fn check(shape: Shape, kind: Kind, prefix_length: i64) {
 #[test]
 fn attention_to_the_cache_is_as_exact_as_to_all_keys_and_values() {
     tch::set_num_threads(1);
-    tch::manual_seed(1);
     for (heads, kv_heads, head_size) in [(6, 2, 64), (4, 4, 32), (8, 1, 128), (6, 2, 16)] {
         for kind in [Kind::Double, Kind::Float, Kind::BFloat16] {
             for prefix_length in [0, 1, 16, 37] {
