@@ -4,15 +4,18 @@ one program after the other in one run, in alternating order.
 Usage: bench.py [TRAINER] [--rounds N] [--steps N] [--workload NAME ...] [--print-only]
 
 Per workload it prints, writes to tests/bench/results/<workload>.json, and puts into docs/benchmarks.md and docs/benchmarks.svg:
-  tokens/s   useful tokens (padding is never counted) over the seconds of all steps after the second, medians over the rounds
+  tokens/s   useful tokens (padding is never counted) over the seconds of all steps after the second, medians over the rounds;
+             where rows are answered the new tokens, end tokens included, over the seconds of all answers, prompts included
   peak       peak resident memory of the process
   start      seconds from process start to the end of the first step, less that step's own time
 Without TRAINER it only puts the results that are there into page and chart.
 
 What each program does, in which dtype, stands in peers.py, the workloads in workloads.py. All programs of a round draw the order
 of the rows from the same seed, each in its own way; each round has another. A run ends with an error if the programs do not
-count the same tokens in the rows and the same tokens that the loss is on. Run it on a quiet machine: OpenMP collapses beside a
-busy process. On chat-mixed TRL may need up to 18 GB for a step of four long rows (extrapolated from packs of 1,500 tokens).
+count the same tokens in the rows, the same that the loss is on, and the same in prompts. Answers in bf16 may part where two
+tokens are about equally likely: the new tokens of two programs may differ by 5 %, and the share of equal answers is told. Run it
+on a quiet machine: OpenMP collapses beside a busy process. On chat-mixed TRL may need up to 18 GB for a step of four long rows
+(extrapolated from packs of 1,500 tokens).
 """
 
 import argparse
@@ -36,6 +39,8 @@ HERE = pathlib.Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 # What need not work everywhere: null in the results where it does not.
 OPTIONAL_PEER = "peft-compile"
+# New tokens of one program may be so many times another's.
+MOST_TOKENS = 1.05
 
 
 def run_peer(name, workload, rows_path, steps, seed, scratch):
@@ -55,11 +60,17 @@ def run_peer(name, workload, rows_path, steps, seed, scratch):
 
 
 def check_equal_work(workload, runs):
-    """Ends the run if programs disagree on the tokens of the rows or on those that the loss is on."""
-    for key in ("datasetTokens", "trainedTokens"):
-        counts = {name: values[0][key] for name, values in runs.items() if values}
-        if len(set(counts.values())) > 1:
+    """Ends the run if programs disagree on the tokens of the rows, on those that the loss is on, or on those of the answers."""
+    for key, most in (("datasetTokens", 1), ("trainedTokens", 1), ("promptTokens", 1), ("generatedTokens", MOST_TOKENS)):
+        counts = {name: values[0][key] for name, values in runs.items() if values and key in values[0]}
+        if counts and max(counts.values()) > most * min(counts.values()):
             sys.exit(f"{workload}: the programs do not do the same work, {key} is {counts}")
+
+
+def equal_answers(answers):
+    """By peer: the share of rows that it and the trainer answered with the same text."""
+    ours = answers.pop("ours")
+    return {peer: sum(map(str.__eq__, ours, theirs)) / len(ours) for peer, theirs in answers.items()}
 
 
 def processor():
@@ -77,7 +88,7 @@ def measure(trainer, name, rounds, steps):
     """Runs all programs of a workload `rounds` times and returns the result that is written."""
     workload = WORKLOADS[name]
     programs = ("ours", *workload.peers)
-    runs = {program: [] for program in programs}
+    runs, answers = {program: [] for program in programs}, {}
     with tempfile.TemporaryDirectory() as folder:
         scratch = pathlib.Path(folder)
         rows_path = scratch / "rows.jsonl"
@@ -88,12 +99,14 @@ def measure(trainer, name, rounds, steps):
                     continue
                 seed = turn + 1
                 if program == "ours":
-                    values = ours.train(trainer, workload, rows_path, steps, seed)
+                    values = ours.run(trainer, workload, rows_path, steps, seed)
                 else:
                     values = run_peer(program, name, rows_path, steps, seed, scratch)
                 if values is None:
                     runs[program] = None
                     continue
+                if "answers" in values:
+                    answers[program] = values.pop("answers")
                 runs[program].append(values)
                 print(f"  {name} round {turn + 1} {program}: {values['tokensPerSecond']:.1f} tokens/s", file=sys.stderr, flush=True)
             if turn == 0:
@@ -101,27 +114,31 @@ def measure(trainer, name, rounds, steps):
     median = {program: medians(values) if values else None for program, values in runs.items()}
     against = {peer: {key: median["ours"][key] / median[peer][key] for key in median[peer]} if median[peer] else None
                for peer in workload.peers}
-    method = f"LoRA rank {RANK}" if workload.method == "LoRA" else "full fine-tuning"
+    method = {"LoRA": f"LoRA rank {RANK}, ", "Full": "full fine-tuning, ", "Generate": ""}[workload.method]
+    length = "" if workload.method == "Generate" else f", {steps} steps"
     versions = {package: importlib.metadata.version(package) for package in ("torch", "transformers", "peft", "trl")}
-    return {"workload": f"{name}: {workload.precision.lower()}, {method}, {workload.description}, {steps} steps", "rounds": rounds,
+    return {"workload": f"{name}: {workload.precision.lower()}, {method}{workload.description}{length}", "rounds": rounds,
             "cores": os.cpu_count(), "processor": processor(), "versions": versions, "median": median, "oursAgainst": against,
-            "runs": runs}
+            **({"equalAnswers": equal_answers(answers)} if answers else {}), "runs": runs}
 
 
 def print_result(result):
     print(f"\n{result['workload']}, {result['rounds']} rounds")
-    print(f"{'':14}{'tokens/s':>10}{'range':>16}{'peak MiB':>10}{'start s':>9}{'first step s':>14}")
+    print(f"{'':22}{'tokens/s':>10}{'range':>16}{'peak MiB':>10}{'start s':>9}{'first step s':>14}")
     for program, values in result["median"].items():
         if values is None:
-            print(f"{program:14}{'-':>10}")
+            print(f"{program:22}{'-':>10}")
             continue
         rates = [run["tokensPerSecond"] for run in result["runs"][program]]
         spread = f"{min(rates):.0f} to {max(rates):.0f}"
-        print(f"{program:14}{values['tokensPerSecond']:10.1f}{spread:>16}{values['peakBytes'] / 2**20:10.0f}"
-              f"{values['startSeconds']:9.2f}{values['firstStepSeconds']:14.2f}")
+        print(f"{program:22}{values['tokensPerSecond']:10.1f}{spread:>16}{values['peakBytes'] / 2**20:10.0f}"
+              + (f"{values['startSeconds']:9.2f}{values['firstStepSeconds']:14.2f}" if "startSeconds" in values else ""))
     for peer, ratio in result["oursAgainst"].items():
         if ratio:
             print(f"ours against {peer}: {ratio['tokensPerSecond']:.2f}x the speed, {ratio['peakBytes']:.2f}x the memory")
+    for peer, share in result.get("equalAnswers", {}).items():
+        print(f"answers that {peer} gave, too: {share:.0%}; new tokens {result['median']['ours']['generatedTokens']} against "
+              f"{result['median'][peer]['generatedTokens']}")
 
 
 def main():

@@ -45,6 +45,6 @@ def draw(results):
     head = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y}" width="{WIDTH}" height="{y}" font-family="sans-serif" '
         f'font-size="12" fill="{TEXT}">',
-        text(12, 22, "Training: useful tokens/s (relative to the fastest peer)", font_size=15, font_weight="bold"),
+        text(12, 22, "Useful tokens/s (relative to the fastest peer)", font_size=15, font_weight="bold"),
     ]
     return "\n".join([*head, *elements, "</svg>"]) + "\n"

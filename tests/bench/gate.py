@@ -28,7 +28,7 @@ def seconds_per_token(builds, workload, pairs, steps):
         rows_path.write_text("".join(json.dumps(row) + "\n" for row in WORKLOADS[workload].data(steps)))
         for pair in range(pairs):
             for build in builds if pair % 2 == 0 else reversed(builds):
-                rate = ours.train(builds[build], WORKLOADS[workload], rows_path, steps, seed=1)["tokensPerSecond"]
+                rate = ours.run(builds[build], WORKLOADS[workload], rows_path, steps, seed=1)["tokensPerSecond"]
                 seconds[build].append(1 / rate)
                 print(f"{workload}, pair {pair + 1}, {build}: {rate:.1f} tokens/s", file=sys.stderr, flush=True)
     return {build: min(values) for build, values in seconds.items()}

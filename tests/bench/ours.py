@@ -8,44 +8,70 @@ import tempfile
 import time
 
 from peers import ALPHA, LEARNING_RATES, RANK, WARM_STEPS
-from workloads import MODEL
+from workloads import DEMO_ROWS, MODEL
 
 
-def job(workload, rows_path, steps, seed):
+def training_job(workload, rows_path, steps, seed):
     """The FineTuneJob of a run. bf16 means bf16 copies of fp32 masters, for adapters as for all weights."""
     method = {"type": workload.method}
     if workload.method == "LoRA":
         method["lora"] = {"rank": RANK, "alpha": ALPHA}
+    return job({
+        "dataset": {"train": {"uri": f"file://{rows_path}"}}, "method": method,
+        "hyperparameters": {"maxSteps": steps, "batchSize": workload.batch, "maxSequenceLength": workload.longest, "seed": seed,
+                            "learningRate": str(LEARNING_RATES[workload.method]), "precision": workload.precision},
+    })
+
+
+def answering_job(workload, rows_path, seed):
+    """The FineTuneJob whose validation has the rows answered by the base model. A job trains, so this one does so for a step of
+    one row; its tuned model is asked before the base model."""
+    return job({
+        "dataset": {"train": {"uri": f"file://{DEMO_ROWS}"}, "validation": {"uri": f"file://{rows_path}"}},
+        "method": {"type": "LoRA", "lora": {"rank": RANK, "alpha": ALPHA}},
+        "hyperparameters": {"maxSteps": 1, "batchSize": 1, "maxSequenceLength": workload.longest, "seed": seed,
+                            "precision": workload.precision},
+        "validation": {"baselines": {"zeroShot": True, "fewShot": {"examples": 0}}},
+    })
+
+
+def job(spec):
     return {
         "apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "bench"},
-        "spec": {
-            "model": {"uri": f"file://{MODEL}"}, "dataset": {"train": {"uri": f"file://{rows_path}"}}, "method": method,
-            "hyperparameters": {"maxSteps": steps, "batchSize": workload.batch, "maxSequenceLength": workload.longest, "seed": seed,
-                                "learningRate": str(LEARNING_RATES[workload.method]), "precision": workload.precision}},
+        "spec": {"model": {"uri": f"file://{MODEL}"}, **spec},
     }
+
+
+def execute(trainer, job, folder):
+    """Runs a job below `folder`; returns its run folder, when it began and when its first step had ended."""
+    # JSON is YAML.
+    (folder / "job.yaml").write_text(json.dumps(job))
+    run = folder / "run"
+    with open(folder / "messages", "w+") as messages:
+        started = time.time()
+        process = subprocess.Popen([trainer, "run", str(folder / "job.yaml"), "--dir", str(run)], stdout=subprocess.DEVNULL,
+                                   stderr=messages)
+        metrics, first_end = run / "metrics.jsonl", None
+        while process.poll() is None:
+            if first_end is None and metrics.exists() and metrics.stat().st_size > 0:
+                first_end = time.time()
+            time.sleep(0.01)
+        if process.returncode != 0:
+            messages.seek(0)
+            sys.exit(f"{trainer} ended with {process.returncode}:\n{messages.read()[-2000:]}")
+    return run, started, first_end
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def train(trainer, workload, rows_path, steps, seed):
     """Trains and returns the same numbers as a peer prints; seconds of a step are those of metrics.jsonl."""
     with tempfile.TemporaryDirectory() as name:
-        folder = pathlib.Path(name)
-        # JSON is YAML.
-        (folder / "job.yaml").write_text(json.dumps(job(workload, rows_path, steps, seed)))
-        run = folder / "run"
-        with open(folder / "messages", "w+") as messages:
-            started = time.time()
-            process = subprocess.Popen([trainer, "run", str(folder / "job.yaml"), "--dir", str(run)], stdout=subprocess.DEVNULL,
-                                       stderr=messages)
-            metrics, first_end = run / "metrics.jsonl", None
-            while process.poll() is None:
-                if first_end is None and metrics.exists() and metrics.stat().st_size > 0:
-                    first_end = time.time()
-                time.sleep(0.01)
-            if process.returncode != 0:
-                messages.seek(0)
-                sys.exit(f"{trainer} ended with {process.returncode}:\n{messages.read()[-2000:]}")
-        records = [json.loads(line) for line in metrics.read_text().splitlines()]
-        report = json.loads((run / "report.json").read_text())
+        job = training_job(workload, rows_path, steps, seed)
+        run, started, first_end = execute(trainer, job, pathlib.Path(name))
+        records, report = lines(run / "metrics.jsonl"), json.loads((run / "report.json").read_text())
     records = [record for record in records if "loss" in record]
     tokens = records[-1]["input_tokens"] - records[WARM_STEPS - 1]["input_tokens"]
     return {
@@ -56,3 +82,26 @@ def train(trainer, workload, rows_path, steps, seed):
         "datasetTokens": report["data"]["tokens"],
         "trainedTokens": report["data"]["trainedTokens"],
     }
+
+
+def generate(trainer, workload, rows_path, seed):
+    """Has the rows answered and returns the same numbers as transformers-generate prints; tokens and seconds are the report's."""
+    with tempfile.TemporaryDirectory() as name:
+        run, _, _ = execute(trainer, answering_job(workload, rows_path, seed), pathlib.Path(name))
+        report, answers = json.loads((run / "report.json").read_text()), lines(run / "answers.jsonl")
+        asked = json.loads((run / "prepared/generation.json").read_text())
+    generated = report["validation"]["generation"]["zeroShot"]
+    return {
+        "tokensPerSecond": generated["tokens"] / generated["seconds"],
+        "peakBytes": report["plan"]["measuredPeak"],
+        "promptTokens": sum(len(row["prompt"]) for row in asked),
+        "generatedTokens": generated["tokens"],
+        "answers": [row["zeroShot"]["text"] for row in answers],
+    }
+
+
+def run(trainer, workload, rows_path, steps, seed):
+    """What the workload's method asks for."""
+    if workload.method == "Generate":
+        return generate(trainer, workload, rows_path, seed)
+    return train(trainer, workload, rows_path, steps, seed)

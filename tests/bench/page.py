@@ -18,10 +18,17 @@ def table(results):
                 continue
             rates = [run["tokensPerSecond"] for run in result["runs"][program]]
             ratio = result["oursAgainst"].get(program)
+            start = f"{values['startSeconds']:.2f} s" if "startSeconds" in values else ""
             against = f"{ratio['tokensPerSecond']:.2f}×, {ratio['peakBytes']:.2f}×" if ratio else ""
             lines.append(f"| {first} | {program} | {values['tokensPerSecond']:.0f} ({min(rates):.0f}–{max(rates):.0f}) | "
-                         f"{values['peakBytes'] / 2**20:.0f} MiB | {values['startSeconds']:.2f} s | {against} |")
+                         f"{values['peakBytes'] / 2**20:.0f} MiB | {start} | {against} |")
     return lines
+
+
+def equal_answers(name, result):
+    """How alike the answers are, where rows were answered."""
+    return [f"{name}: {share:.0%} of the answers are those of {peer}, letter by letter."
+            for peer, share in result.get("equalAnswers", {}).items()]
 
 
 def machine(result):
@@ -39,6 +46,7 @@ def write(results):
     for name, result in results.items():
         named.setdefault(machine(result), []).append(name)
     measured = [f"{', '.join(names)}: {sentence}." for sentence, names in named.items()]
+    measured += [line for name, result in results.items() for line in equal_answers(name, result)]
     before, rest = PAGE.read_text().split(BEGIN)
     after = rest.split(END)[1]
     PAGE.write_text(before + BEGIN + "\n" + "\n".join([*table(results), "", *measured]) + f"\n{END}" + after)

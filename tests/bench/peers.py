@@ -1,6 +1,6 @@
 """The programs that the trainer is measured beside, each a process of its own that prints one line of JSON.
 
-All train SmolLM2-135M-Instruct with AdamW and clip the gradient's norm to 1.
+All but the last train SmolLM2-135M-Instruct with AdamW and clip the gradient's norm to 1.
   peft          a plain loop over transformers + PEFT. Rows are sorted by length and cut into batches of about as many tokens,
                 padding included, as the trainer's steps have; the batches are shuffled.
   peft-compile  the same behind torch.compile, which compiles in the first step.
@@ -11,6 +11,10 @@ All train SmolLM2-135M-Instruct with AdamW and clip the gradient's norm to 1.
                 than over several at once.
   transformers  the loop of peft without PEFT: all weights are trained.
   trl-mixed     TRL without PEFT with fp32 weights and its default bf16=True: matrix products in bf16 by autocast.
+  transformers-generate
+                trains nothing: transformers' `generate` answers the last turn of every conversation, greedily, with its default
+                attention (SDPA) and its default cache. Prompts are sorted by length and answered in batches, padded on the left;
+                a batch goes on until the last of its answers has ended. Of several batch sizes the fastest is the workload's.
 
 Where rows are conversations, the loss is on the assistant's turns alone, end token included, in every program: for TRL by
 assistant_only_loss=True, which is off by default, and a template with the generation marks that it needs. Gradient
@@ -34,13 +38,18 @@ from workloads import MODEL, WORKLOADS
 RANK, ALPHA = 8, 16
 LEARNING_RATES = {"LoRA": 2e-4, "Full": 2e-5}
 WARM_STEPS = 2
-PEERS = ("peft", "peft-compile", "trl", "trl-packed", "transformers", "trl-mixed")
+PEERS = ("peft", "peft-compile", "trl", "trl-packed", "transformers", "trl-mixed", "transformers-generate")
 # SmolLM2's template with the assistant's turns marked; every conversation here begins with a system turn.
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}{% if message['role'] == 'assistant' %}"
     "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ message['content'] + '<|im_end|>' }}"
     "{% endif %}{{ '\\n' }}{% endfor %}"
 )
+
+
+def peak_bytes():
+    """Peak resident memory of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class Clock:
@@ -62,7 +71,7 @@ class Clock:
         """Prints what bench.py reads."""
         print(json.dumps({
             "tokensPerSecond": sum(self.tokens[WARM_STEPS:]) / sum(self.seconds[WARM_STEPS:]),
-            "peakBytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peakBytes": peak_bytes(),
             "startSeconds": self.first_end - self.started - self.seconds[0],
             "firstStepSeconds": self.seconds[0],
             "datasetTokens": dataset_tokens,
@@ -182,6 +191,50 @@ def trl(name, workload, rows, steps, seed, clock):
     clock.report(sum(map(len, prepared["input_ids"])), sum(map(count_trained, prepared["labels"])))
 
 
+def most_new_tokens(references):
+    """Tokens that an answer may have: the trainer's rule (data/generation.rs) over the tokens of the right answers."""
+    longest = max(map(len, references))
+    return longest + longest // 2 + 8
+
+
+def generate(workload, rows):
+    """transformers-generate: prints what bench.py reads, the answers among it."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16).eval()
+    ask = lambda row: tokenizer.apply_chat_template(row["messages"][:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
+    prompts = [ask(row) for row in rows]
+    most = most_new_tokens([tokenizer(row["messages"][-1]["content"], add_special_tokens=False)["input_ids"] for row in rows])
+    ends = model.generation_config.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends])
+
+    def answers_to(indices, new_tokens):
+        """New tokens of each of these prompts, the end token included."""
+        padded = tokenizer.pad({"input_ids": [prompts[index] for index in indices]}, return_tensors="pt")
+        whole = model.generate(**padded, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        for answer in whole[:, padded["input_ids"].shape[1]:].tolist():
+            ended = next((place + 1 for place, token in enumerate(answer) if token in ends), len(answer))
+            yield answer[:ended]
+
+    by_length = sorted(range(len(rows)), key=lambda index: len(prompts[index]))
+    batches = [by_length[first:first + workload.batch] for first in range(0, len(rows), workload.batch)]
+    list(answers_to(batches[0], 4))  # The trainer has answered before it is timed, too.
+    answers, began = {}, time.time()
+    for batch in batches:
+        answers.update(zip(batch, answers_to(batch, most)))
+    seconds = time.time() - began
+    tokens = sum(map(len, answers.values()))
+    print(json.dumps({
+        "tokensPerSecond": tokens / seconds,
+        "peakBytes": peak_bytes(),
+        "promptTokens": sum(map(len, prompts)),
+        "generatedTokens": tokens,
+        "answers": [tokenizer.decode(answers[index], skip_special_tokens=True).strip() for index in range(len(rows))],
+    }))
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--peer", choices=PEERS, required=True)
@@ -192,6 +245,9 @@ def main():
     parser.add_argument("--started", type=float, required=True)
     arguments = parser.parse_args()
     rows = [json.loads(line) for line in arguments.rows.read_text().splitlines()]
+    if WORKLOADS[arguments.workload].method == "Generate":
+        generate(WORKLOADS[arguments.workload], rows)
+        return
     program = trl if arguments.peer.startswith("trl") else loop
     program(arguments.peer, WORKLOADS[arguments.workload], rows, arguments.steps, arguments.seed, Clock(arguments.started))
 

@@ -1,4 +1,4 @@
-"""What is trained in a benchmark: rows, examples a step, method, precision, and who is measured beside the trainer.
+"""What is trained or answered in a benchmark: rows, examples a step, method, precision, and who is measured beside the trainer.
 
 Rows are made of words that are one token each in SmolLM2's vocabulary, with and without a space before them, so that lengths
 are known without a tokenizer; that every program counts the same tokens is checked when it runs (bench.py). Nothing but
@@ -15,6 +15,7 @@ from collections.abc import Callable
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 MODEL = REPOSITORY / "models/SmolLM2-135M-Instruct"
 DEMO_ROWS = REPOSITORY / "crds/examples/demo/train.jsonl"
+DEMO_QUESTIONS = REPOSITORY / "crds/examples/demo/test.jsonl"
 
 WORDS = ("river stone light paper winter engine market bridge water letter summer window doctor music forest number").split()
 SYSTEM = "Answer briefly."
@@ -32,6 +33,11 @@ def dense_rows(count, length):
 def demo_rows(count):
     """The first conversations of the demo's training rows."""
     return [json.loads(line) for line in DEMO_ROWS.read_text().splitlines()[:count]]
+
+
+def demo_questions(count):
+    """The first conversations of the demo's validation rows; the last turn of each is what is to be answered."""
+    return [json.loads(line) for line in DEMO_QUESTIONS.read_text().splitlines()[:count]]
 
 
 def chat_rows(count):
@@ -59,13 +65,13 @@ def chat_rows(count):
 class Workload:
     """One thing that is measured."""
     make_rows: Callable  # from a number of rows to them
-    batch: int  # examples a step
+    batch: int  # examples a step; of a method that answers, those that a peer answers at once
     longest: int  # tokens of the longest row: where rows are cut, and how long a packed row of TRL is
     peers: tuple  # who is measured beside the trainer
     steps: int = 10  # optimizer steps of a run
     rows: int | None = None  # rows in the data set; None: as many as are trained
     packs: int = 1  # packed rows a step for trl-packed: about the tokens of `batch` rows
-    method: str = "LoRA"  # or Full
+    method: str = "LoRA"  # or Full, or Generate: nothing is trained, the rows are answered
     precision: str = "BF16"  # or FP32
     description: str = ""
 
@@ -87,4 +93,6 @@ WORKLOADS = {
                            description="four of 2,000 conversations of 30 to 1,500 tokens a step"),
     "full-4x256": Workload(lambda count: dense_rows(count, 256), 4, 256, ("transformers", "trl", "trl-mixed"), method="Full",
                            description="four text rows of 256 tokens a step"),
+    "generation": Workload(demo_questions, 150, 256, ("transformers-generate",), rows=150, method="Generate",
+                           description="150 questions of the demo answered by the base model"),
 }

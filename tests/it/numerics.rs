@@ -111,6 +111,40 @@ fn base_logits_and_greedy_answer_equal_transformers() {
     }
 }
 
+/// Every token of an answer is the likeliest after all that stands before it, computed anew without a cache: in fp32, and in
+/// bf16 with the kernels of `cpp/decode.cpp` to within its rounding.
+#[test]
+fn answers_in_few_slots_are_what_the_model_says_without_a_cache() {
+    let golden: GoldenLogits = read_golden("logits.json");
+    let folder = base_model();
+    let begin = golden.greedy.tokens.as_slice();
+    let prompts: Vec<Vec<u32>> =
+        golden.prompts.iter().map(|prompt| [begin, &prompt.tokens[..prompt.tokens.len().min(20)]].concat()).collect();
+    let prompts: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
+    assert!(prompts.len() > 2);
+    // Logits are about 20, where neighbours in bf16 are an eighth apart.
+    for (kind, most) in [(Kind::Float, 1e-3), (Kind::BFloat16, 0.5)] {
+        let Built { model, .. } = built(&folder, &lora(), kind);
+        // Two slots.
+        let limits = Limits { max_new_tokens: 12, end_tokens: Vec::new(), stop_text: None, cache_tokens: 70 };
+        let answers =
+            generate(&model, &prompts, Adapters::Off, &limits, &Stop::default(), &mut |_| ()).expect("no stop");
+        let mut likeliest = 0;
+        for (&prompt, answer) in prompts.iter().zip(&answers) {
+            assert_eq!(answer.tokens.len(), 12);
+            let tokens = [prompt, &answer.tokens[..]].concat();
+            let logits = model.all_logits(&single(&tokens), Adapters::Off, &Stop::default()).expect("no stop");
+            let logits = logits.narrow(0, prompt.len() as i64 - 1, 12).to_kind(Kind::Double);
+            let chosen: Vec<i64> = answer.tokens.iter().map(|&token| i64::from(token)).collect();
+            let chosen = logits.gather(1, &Tensor::from_slice(&chosen).unsqueeze(1), false).squeeze_dim(1);
+            let gaps = Vec::<f64>::try_from(logits.amax([1i64].as_slice(), false) - chosen).expect("doubles");
+            assert!(gaps.iter().all(|&gap| gap <= most), "{kind:?}: {gaps:?}");
+            likeliest += gaps.iter().filter(|&&gap| gap == 0.0).count();
+        }
+        assert!(likeliest * 10 >= answers.len() * 12 * 9, "{kind:?}: {likeliest} of {}", answers.len() * 12);
+    }
+}
+
 #[test]
 fn ten_steps_equal_transformers_peft_and_torch() {
     let cases: Vec<StepsCase> = read_golden("steps.json");

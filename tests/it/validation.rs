@@ -50,25 +50,53 @@ fn answers_that_end_leave_the_batch_and_change_no_other() {
     let free = answers(&model, &prompts, &limits(24, Vec::new()));
     // Ends that some rows meet early, some late, some never.
     let ends = vec![free[0].tokens[1], free[3].tokens[6], free[5].tokens[12]];
-    let together = answers(&model, &prompts, &limits(24, ends.clone()));
     let alone: Vec<Answer> = prompts
         .iter()
         .map(|prompt| answers(&model, std::slice::from_ref(prompt), &limits(24, ends.clone())).remove(0))
         .collect();
-    assert_eq!(together, alone);
-    assert!(together.iter().any(|answer| answer.ended), "{together:?}");
-    for (answer, free) in together.iter().zip(&free) {
+    // A cache for each prompt, two slots for those that are nearly as long, four, and one for each.
+    for cache_tokens in [1, 110, 220, 100_000] {
+        let limits = Limits { cache_tokens, ..limits(24, ends.clone()) };
+        assert_eq!(answers(&model, &prompts, &limits), alone, "{cache_tokens}");
+    }
+    let ended = alone.iter().filter(|answer| answer.ended).count();
+    assert!((1..prompts.len()).contains(&ended), "{alone:?}");
+    for (answer, free) in alone.iter().zip(&free) {
         assert!(free.tokens.starts_with(&answer.tokens), "{answer:?} {free:?}");
+        assert_eq!(answer.generated, answer.tokens.len() + usize::from(answer.ended));
     }
 }
 
 #[test]
 fn a_short_prompt_is_answered_at_length_beside_one_that_fills_the_context() {
     let model = tiny_model(64);
-    let prompts = prompts(&[4, 60]);
-    let together = answers(&model, &prompts, &limits(40, Vec::new()));
-    assert_eq!(together.iter().map(|answer| answer.tokens.len()).collect::<Vec<_>>(), [40, 4]);
-    assert_eq!(together[0], answers(&model, &prompts[..1], &limits(40, Vec::new()))[0]);
+    let prompts = prompts(&[4, 60, 63, 64]);
+    for cache_tokens in [1, 100_000] {
+        let limits = Limits { cache_tokens, ..limits(40, Vec::new()) };
+        let together = answers(&model, &prompts, &limits);
+        assert_eq!(together.iter().map(|answer| answer.tokens.len()).collect::<Vec<_>>(), [40, 4, 1, 0]);
+        assert!(together.iter().all(|answer| !answer.ended));
+        assert_eq!(together[0], answers(&model, &prompts[..1], &limits)[0]);
+    }
+    assert_eq!(answers(&model, &prompts[3..], &limits(40, Vec::new())), [Answer::default()]);
+}
+
+#[test]
+fn what_all_prompts_begin_with_is_not_answered_twice() {
+    let model = tiny_model(512);
+    let common = prompts(&[33]).remove(0);
+    let prompts: Vec<Vec<u32>> = prompts(&[1, 2, 5, 9]).into_iter().map(|own| [common.clone(), own].concat()).collect();
+    let alone: Vec<Answer> = prompts
+        .iter()
+        .map(|prompt| answers(&model, std::slice::from_ref(prompt), &limits(12, Vec::new())).remove(0))
+        .collect();
+    for cache_tokens in [1, 40, 100_000] {
+        let limits = Limits { cache_tokens, ..limits(12, Vec::new()) };
+        assert_eq!(answers(&model, &prompts, &limits), alone, "{cache_tokens}");
+        // Prompts that are equal have one token each of their own.
+        let twice = [prompts[3].clone(), prompts[3].clone()];
+        assert_eq!(answers(&model, &twice, &limits), [alone[3].clone(), alone[3].clone()]);
+    }
 }
 
 #[test]

@@ -1,11 +1,9 @@
-// Causal attention over packed examples on CPUs with AVX512-BF16, in bf16 and fp32. libtorch's own kernel reaches a tenth of the rate of
-// its matrix products on the lengths of chat data, and its backward pass far less.
+// Causal attention over packed examples on CPUs with AVX512-BF16, in bf16 and fp32. libtorch's own kernel reaches a tenth of the
+// rate of its matrix products on the lengths of chat data, and its backward pass far less.
 //
 // One task is one example and one key-value head with its group of query heads. Products accumulate in fp32; scores, softmax
 // and its gradient are fp32; probabilities and score gradients are rounded to the dtype where they enter a product, as in flash
 // attention. Every sum has one order, whatever the number of threads.
-//
-// A word is two bf16 that are multiplied together, both products added to an fp32 lane, or one fp32.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -18,85 +16,14 @@
 #include <limits>
 #include <vector>
 
-#include "avx512.h"
+#include "product.h"
 
 namespace {
 
-// Rows of a product whose sums stay in registers, beside four vectors of the other factor.
-constexpr int ROWS = 6;
 // Rows of a tile of scores.
 constexpr int64_t TILE_ROWS = 4 * ROWS;
 // Columns of a tile in the backward pass.
 constexpr int64_t TILE_COLUMNS = 4 * LANES;
-
-int64_t padded(int64_t size) { return (size + LANES - 1) / LANES * LANES; }
-
-// Factor `a`: its word of a row and of an inner place is at a[row * row_stride + place * place_stride].
-struct Words {
-  const uint32_t *data;
-  int64_t row_stride;
-  int64_t place_stride;
-};
-
-// c[R x 16 V] (+)= a[R x words] b[words x 16 V]
-template <typename D, int R, int V>
-INLINE void block(Words a, const uint32_t *b, int64_t b_stride, int64_t words, float *c, int64_t c_stride, bool add) {
-  __m512 sums[R][V];
-  for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < V; ++v) {
-      sums[r][v] = add ? _mm512_loadu_ps(c + r * c_stride + v * LANES) : _mm512_setzero_ps();
-    }
-  }
-  for (int64_t p = 0; p < words; ++p) {
-    __m512i columns[V];
-    for (int v = 0; v < V; ++v) {
-      columns[v] = _mm512_loadu_si512(b + p * b_stride + v * LANES);
-    }
-    for (int r = 0; r < R; ++r) {
-      const uint32_t row = a.data[r * a.row_stride + p * a.place_stride];
-      for (int v = 0; v < V; ++v) {
-        sums[r][v] = D::multiply_add(sums[r][v], row, columns[v]);
-      }
-    }
-  }
-  for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < V; ++v) {
-      _mm512_storeu_ps(c + r * c_stride + v * LANES, sums[r][v]);
-    }
-  }
-}
-
-template <typename D, int V>
-AVX512 void rows(Words a, const uint32_t *b, int64_t b_stride, int64_t words, float *c, int64_t c_stride, int64_t count,
-                 bool add) {
-  for (; count >= ROWS; count -= ROWS, a.data += ROWS * a.row_stride, c += ROWS * c_stride) {
-    block<D, ROWS, V>(a, b, b_stride, words, c, c_stride, add);
-  }
-  switch (count) {
-  case 5: block<D, 5, V>(a, b, b_stride, words, c, c_stride, add); break;
-  case 4: block<D, 4, V>(a, b, b_stride, words, c, c_stride, add); break;
-  case 3: block<D, 3, V>(a, b, b_stride, words, c, c_stride, add); break;
-  case 2: block<D, 2, V>(a, b, b_stride, words, c, c_stride, add); break;
-  case 1: block<D, 1, V>(a, b, b_stride, words, c, c_stride, add); break;
-  default: break;
-  }
-}
-
-// c[count x columns] (+)= a[count x words] b[words x columns]; columns are whole vectors.
-template <typename D>
-AVX512 void product(Words a, const uint32_t *b, int64_t b_stride, int64_t words, float *c, int64_t c_stride, int64_t count,
-                    int64_t columns, bool add) {
-  int64_t at = 0;
-  for (; at + 4 * LANES <= columns; at += 4 * LANES) {
-    rows<D, 4>(a, b + at, b_stride, words, c + at, c_stride, count, add);
-  }
-  for (; at + 2 * LANES <= columns; at += 2 * LANES) {
-    rows<D, 2>(a, b + at, b_stride, words, c + at, c_stride, count, add);
-  }
-  for (; at < columns; at += LANES) {
-    rows<D, 1>(a, b + at, b_stride, words, c + at, c_stride, count, add);
-  }
-}
 
 // Lanes of a vector that begins at `first` and lie in [from, to).
 INLINE __mmask16 between(int64_t first, int64_t from, int64_t to) {
@@ -197,7 +124,8 @@ AVX512 void forward(const Shape &s, Rows<D> query, Rows<D> key, Rows<D> value, R
     for (int64_t first = 0; first < s.length; first += TILE_ROWS) {
       const int64_t count = std::min(TILE_ROWS, s.length - first);
       const int64_t columns = padded(first + count);
-      product<D>(q.words(first), space.keys.data(), stride, s.size / D::PER_WORD, space.scores.data(), stride, count, columns, false);
+      product<D>(q.words(first), space.keys.data(), stride, s.size / D::PER_WORD, space.scores.data(), stride, count, columns,
+                 false);
       float inverse[TILE_ROWS];
       for (int64_t row = 0; row < count; ++row) {
         const int64_t valid = first + row + 1;
@@ -281,8 +209,8 @@ AVX512 void backward(const Shape &s, Rows<D> gradient, Rows<D> query, Rows<D> ke
       const int64_t keys = std::min(TILE_ROWS, s.length - first);
       for (int64_t from = first / LANES * LANES; from < s.length; from += TILE_COLUMNS) {
         const int64_t columns = std::min(TILE_COLUMNS, stride - from);
-        product<D>(key.words(first), space.query_columns.data() + from, stride, s.size / D::PER_WORD, scores, TILE_COLUMNS, keys, columns,
-                false);
+        product<D>(key.words(first), space.query_columns.data() + from, stride, s.size / D::PER_WORD, scores, TILE_COLUMNS, keys,
+                   columns, false);
         product<D>(value.words(first), space.gradient_columns.data() + from, stride, s.size / D::PER_WORD, d_probabilities,
                    TILE_COLUMNS, keys, columns, false);
         for (int64_t at = 0; at < columns; at += LANES) {

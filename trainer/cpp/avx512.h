@@ -66,6 +66,8 @@ struct Fp32 {
   }
 };
 
+template <typename D> using Element = typename D::Element;
+
 // Work that the profiler shows by this name: body(Bf16{}) or body(Fp32{}), as the first of its inputs is.
 template <typename F> int recorded_by_dtype(const char *name, std::initializer_list<void *> inputs, F body) {
   return recorded(name, inputs, [&] {

@@ -32,8 +32,6 @@ INLINE __m512 sigmoid(__m512 x) {
   return _mm512_div_ps(one, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), x))));
 }
 
-template <typename D> using Element = typename D::Element;
-
 template <typename D> AVX512 void swiglu(const Element<D> *gate, const Element<D> *up, Element<D> *out, int64_t count) {
   for (int64_t at = 0; at < count; at += LANES) {
     const __m512 g = D::load(gate + at);

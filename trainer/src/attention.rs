@@ -221,7 +221,6 @@ mod tests {
     #[test]
     fn our_kernel_is_as_exact_as_libtorchs() {
         tch::set_num_threads(1);
-        tch::manual_seed(1);
         for (lengths, heads, kv_heads, head_dim) in
             [(&[1, 2, 17, 50, 23][..], 9, 3, 64), (&[130, 64, 257], 4, 4, 32), (&[600], 2, 1, 128)]
         {
@@ -232,11 +231,8 @@ mod tests {
             }));
             let tokens = i64::from(bounds[lengths.len()]);
             let segments = Segments::new(&bounds, Device::Cpu);
-            let random = |heads| {
-                let values = Tensor::randn([tokens, heads, head_dim], (Kind::Float, Device::Cpu)) * 2;
-                values.to_kind(Kind::BFloat16)
-            };
-            let (q, k, v, gradient) = (random(heads), random(kv_heads), random(kv_heads), random(heads));
+            let random = |seed, heads| (cpu::noise(seed, &[tokens, heads, head_dim]) * 2).to_kind(Kind::BFloat16);
+            let (q, k, v, gradient) = (random(1, heads), random(2, kv_heads), random(3, kv_heads), random(4, heads));
             let scale = 1.0 / (head_dim as f64).sqrt();
             let all = |kind: Kind, ours: bool| {
                 let [q, k, v, gradient] = [&q, &k, &v, &gradient].map(|tensor| tensor.to_kind(kind));
@@ -261,13 +257,12 @@ mod tests {
     #[test]
     fn kernel_and_plain_attention_agree_and_examples_do_not_mix() {
         tch::set_num_threads(1);
-        tch::manual_seed(1);
         let cu_seqlens = [0, 5, 10, 17];
         let segments = Segments::new(&cu_seqlens, Device::Cpu);
         assert_eq!(segments.runs.len(), 2, "two examples of five tokens are one run");
         let (heads, kv_heads, head_dim) = (4, 2, 8);
-        let random = |heads| Tensor::randn([17, heads, head_dim], (Kind::Double, Device::Cpu));
-        let (q, k, v, gradient) = (random(heads), random(kv_heads), random(kv_heads), random(heads));
+        let random = |seed, heads| cpu::noise(seed, &[17, heads, head_dim]).to_kind(Kind::Double);
+        let (q, k, v, gradient) = (random(1, heads), random(2, kv_heads), random(3, kv_heads), random(4, heads));
         let saved = attention(&q, &k, &v, &segments, 0.3);
         let (dq, dk, dv) = attention_backward(&gradient, &q, &k, &v, &saved, &segments, 0.3);
         for pair in cu_seqlens.windows(2) {

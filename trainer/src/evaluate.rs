@@ -8,7 +8,7 @@ use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
 use crate::data::example::Examples;
-use crate::data::generation::{GenerationRow, max_new_tokens};
+use crate::data::generation::{GenerationRow, longest_prompt, max_new_tokens};
 use crate::data::pack::pack;
 use crate::generate::{Limits, StopText, generate};
 use crate::linear::Adapters;
@@ -16,8 +16,13 @@ use crate::model::{DeviceBatch, Llama};
 use crate::signal::Stop;
 use crate::tokenizer::Tokenizer;
 
-/// Tokens that the key-value caches of the prompts answered at once may hold.
-pub const GENERATION_CACHE_TOKENS: i64 = 8192;
+/// Tokens that the key-value caches of the prompts answered at once may have room for, beside what all begin with.
+const CACHE_TOKENS: i64 = 8192;
+
+/// Tokens that key-value caches hold at most while these rows are answered.
+pub fn most_cached_tokens(rows: &[GenerationRow]) -> i64 {
+    if rows.is_empty() { 0 } else { CACHE_TOKENS + longest_prompt(rows) as i64 + max_new_tokens(rows) }
+}
 
 /// Which prompt of a row is answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -190,7 +195,7 @@ pub fn answer(
         max_new_tokens: max_new_tokens(rows),
         end_tokens: tokenizer.end_tokens().to_vec(),
         stop_text: stop_text.map(|text| StopText { text, tokenizer }),
-        cache_tokens: GENERATION_CACHE_TOKENS,
+        cache_tokens: CACHE_TOKENS,
     };
     let total = prompts.len();
     progress(0, total);

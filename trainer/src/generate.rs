@@ -1,7 +1,7 @@
 //! Greedy generation for many prompts at once, with a key-value cache.
 //!
 //! What all prompts begin with (a few-shot prompt's examples) is computed once. An answer that ends makes room for the next
-//! prompt, whose tokens go through the model together with the others' newest.
+//! prompt, whose tokens go through the model together with the others' newest (continuous batching).
 
 mod cache;
 
@@ -25,8 +25,8 @@ pub struct Limits<'a> {
     pub end_tokens: Vec<u32>,
     /// Text that ends an answer as well.
     pub stop_text: Option<StopText<'a>>,
-    /// Tokens that the caches of the prompts computed at once may hold, padding included; a longer prompt gets a cache of
-    /// its own.
+    /// Tokens that the slots of a cache may have room for together; a prompt that needs more gets a cache of its own. What all
+    /// prompts begin with is not counted.
     pub cache_tokens: i64,
 }
 
@@ -54,7 +54,7 @@ const MAX_ROWS: usize = 128;
 /// Prompts share slots of the cache with others that need up to so many times as many columns.
 const WIDEST: i64 = 2;
 
-/// Why an answer ended.
+/// What a prompt was continued with.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Answer {
     /// New tokens, without the end token, with the stop text.
@@ -66,7 +66,8 @@ pub struct Answer {
 }
 
 /// The greedy continuation of each prompt; `None` if a stop was asked for meanwhile. `progress` is told how many are
-/// answered. Prompts are shorter than the model's positions. Where memory runs out, fewer prompts are computed at once.
+/// answered. A prompt has at least one token and at most as many as the model has positions; where it has them all, its answer is
+/// empty. Where memory runs out, fewer prompts are computed at once.
 pub fn generate(
     model: &Llama,
     prompts: &[&[u32]],
@@ -160,7 +161,7 @@ fn shared_prefix(prompts: &[&[u32]]) -> usize {
 }
 
 /// A question that is being answered: its number, its slot, and its newest token once there is one.
-struct Going {
+struct Running {
     question: usize,
     slot: usize,
     newest: Option<[u32; 1]>,
@@ -179,28 +180,28 @@ fn answer_all(
     let mut answers = vec![Answer::default(); questions.len()];
     let mut waiting = 0..questions.len();
     let mut free: Vec<usize> = (0..cache.slots()).rev().collect();
-    let mut going: Vec<Going> = Vec::new();
+    let mut running: Vec<Running> = Vec::new();
     loop {
-        let answered = questions.len() - waiting.len() - going.len();
+        let answered = questions.len() - waiting.len() - running.len();
         progress(answered);
-        while let Some(&slot) = free.last().filter(|_| !waiting.is_empty()) {
-            free.pop();
+        let left = free.len().saturating_sub(waiting.len());
+        for (slot, question) in free.drain(left..).zip(waiting.by_ref()) {
             cache.clear(slot);
-            going.extend(waiting.next().map(|question| Going { question, slot, newest: None }));
+            running.push(Running { question, slot, newest: None });
         }
-        if going.is_empty() {
+        if running.is_empty() {
             return Some(answers);
         }
         let new =
-            going.iter().map(|row| (row.slot, row.newest.as_ref().map_or(questions[row.question].tokens, |t| &t[..])));
+            running.iter().map(|row| (row.slot, row.newest.as_ref().map_or(questions[row.question].tokens, |t| &t[..])));
         let hidden_rh = cache.extend(model, &new.collect::<Vec<_>>(), adapters, stop)?;
         let next = model.likeliest(&hidden_rh).to_device(Device::Cpu);
         let next: Vec<i64> = Vec::try_from(next).expect("int64 tokens");
-        for (row, token) in going.iter_mut().zip(next) {
+        for (row, token) in running.iter_mut().zip(next) {
             row.newest = Some([token as u32]);
             answers[row.question].add(token as u32, limits);
         }
-        going.retain(|row| {
+        running.retain(|row| {
             let answer = &answers[row.question];
             let goes_on = !answer.ended && answer.tokens.len() < questions[row.question].room;
             if !goes_on {

@@ -30,7 +30,7 @@ pub struct DataReport {
     pub held_out_untrained: i64,
     /// Conversations whose text holds a special token of the model, in all files.
     pub special_texts: i64,
-    /// Validation rows that are not answered: prompt and answer exceed the model's context.
+    /// Validation rows that are not answered: prompt and answer exceed the model's context, or the prompt is empty.
     pub unanswerable: i64,
     /// Examples in the few-shot prompt, where that is not what was asked for.
     #[serde(skip_serializing_if = "Option::is_none")]

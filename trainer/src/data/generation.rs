@@ -48,6 +48,11 @@ pub fn max_new_tokens(rows: &[GenerationRow]) -> i64 {
     longest + longest / 2 + 8
 }
 
+/// Tokens of the longest prompt, examples included.
+pub fn longest_prompt(rows: &[GenerationRow]) -> usize {
+    rows.iter().map(|row| row.few_shot_prompt.as_ref().map_or(0, Vec::len).max(row.prompt.len())).max().unwrap_or(0)
+}
+
 fn wanted_shots(config: &RunConfig) -> usize {
     config.validation.few_shot_examples.max(0) as usize
 }
@@ -71,7 +76,7 @@ fn delimiter<'a>(contents: &(impl Iterator<Item = &'a Content> + Clone)) -> &'st
 
 /// The validation rows' last answers as questions. The examples of the few-shot prompt are training rows chosen by seed,
 /// the same for every row: as many as fit the model's context of `max_context` tokens with the longest row. A row that does
-/// not fit by itself is left out.
+/// not fit by itself, or whose prompt is empty, is left out.
 pub fn rows(
     tokeniser: &Tokeniser,
     train: &[Row],
@@ -86,13 +91,17 @@ pub fn rows(
     let available = shots.len();
     let validation = &validation[..validation.len().min(MAX_ROWS)];
     let delimiter = delimiter(&shots.iter().copied().chain(validation.iter().map(|row| &row.content)));
-    let (rows, too_long) = loop {
-        let (mut rows, mut too_long, mut shots_fit) = (Vec::new(), Vec::new(), true);
+    let (rows, too_long, unprompted) = loop {
+        let (mut rows, mut too_long, mut unprompted, mut shots_fit) = (Vec::new(), Vec::new(), Vec::new(), true);
         for row in validation {
             let failed = |source| Error::Row { path: path.into(), line: row.line, source };
             let Some(answered) = generation_row(tokeniser, &shots, delimiter, &row.content).map_err(failed)? else {
                 continue;
             };
+            if answered.prompt.is_empty() {
+                unprompted.push(row.line);
+                continue;
+            }
             // The answer and the token that ends it.
             let answer = answered.reference_tokens + 1;
             let fits = |prompt: &Vec<u32>| (prompt.len() + answer) as i64 <= max_context;
@@ -104,11 +113,19 @@ pub fn rows(
             }
         }
         if shots_fit {
-            break (rows, too_long);
+            break (rows, too_long, unprompted);
         }
         shots.pop();
     };
-    report.unanswerable = too_long.len() as i64;
+    report.unanswerable = (too_long.len() + unprompted.len()) as i64;
+    if let Some(line) = unprompted.first() {
+        report.warnings.push(format!(
+            "{}:{line}: {} validation row(s) are not answered, this is the first: the prompt has no token that an answer could \
+             follow",
+            path.display(),
+            unprompted.len()
+        ));
+    }
     if let Some(line) = too_long.first() {
         report.warnings.push(format!(
             "{}:{line}: {} validation row(s) are not answered, this is the first: prompt and answer exceed the model's context \

@@ -118,6 +118,18 @@ fn rows_that_exceed_the_context_are_not_answered() {
 }
 
 #[test]
+fn a_row_without_a_prompt_is_not_answered() {
+    let pair = |prompt: &str| format!("{{\"prompt\":\"{prompt}\",\"completion\":\"yes\"}}\n");
+    let tokenized = prepare(&short_rows(), &(pair("hi ") + &pair("")), NO_SHOTS, 128).expect("tokens");
+    assert_eq!((tokenized.report.validation_rows, tokenized.report.unanswerable), (2, 1));
+    assert_eq!(tokenized.generation.len(), 1);
+    assert_warned(
+        &tokenized,
+        "test.jsonl:2: 1 validation row(s) are not answered, this is the first: the prompt has no token",
+    );
+}
+
+#[test]
 fn every_row_gets_as_many_examples_as_fit_the_longest() {
     let validation = row("yes", "hi") + &row("one two three one two three", "hi");
     let shots = |max_context| {

@@ -267,7 +267,7 @@ impl Llama {
     /// The likeliest next token of some rows of final hidden states, int64 `[rows]`.
     pub(crate) fn likeliest(&self, hidden_rh: &Tensor) -> Tensor {
         let logits_rv = self.logits(hidden_rh);
-        if self.kind == Kind::BFloat16 && cpu::fits(&[&logits_rv], cpu::ROW_WIDTH) {
+        if cpu::fits(&[&logits_rv], cpu::ROW_WIDTH) {
             return decode::argmax(&logits_rv);
         }
         logits_rv.argmax(-1, false)

@@ -12,7 +12,7 @@ use super::surroundings::{Earlier, Failures, RunSurroundings, loop_plan};
 use super::{Context, Error, Planned};
 use crate::checkpoint::{EquivalenceClass, Identity, Store, Stored, digest_of};
 use crate::data::example::Examples;
-use crate::data::generation::max_new_tokens;
+use crate::data::generation::{longest_prompt, max_new_tokens};
 use crate::device::{self, EnergyMeter};
 use crate::history::History;
 use crate::model::{self, Built, build};
@@ -172,13 +172,9 @@ fn open_store(config: &RunConfig, context: &Context, planned: &Planned) -> Resul
 /// What the model of a run is built from.
 pub fn model_source<'a>(config: &'a RunConfig, planned: &'a Planned) -> model::Source<'a> {
     let prepared = &planned.prepared;
-    let new_tokens = max_new_tokens(&prepared.generation) as usize;
-    let prompts = prepared
-        .generation
-        .iter()
-        .map(|row| row.few_shot_prompt.as_ref().map_or(0, Vec::len).max(row.prompt.len()) + new_tokens);
+    let answered = longest_prompt(&prepared.generation) + max_new_tokens(&prepared.generation) as usize;
     let examples = [&prepared.train, &prepared.validation, &prepared.few_shot, &prepared.forgetting];
-    let max_positions = prompts.chain(examples.map(Examples::longest)).max().unwrap_or(1) as i64;
+    let max_positions = examples.map(Examples::longest).into_iter().fold(answered, usize::max) as i64;
     model::Source {
         folder: &prepared.base.folder,
         method: Some(&config.method),

@@ -220,6 +220,18 @@ pub fn cross_entropy(logits: &Tensor, labels: &Tensor, scale: f64) -> Tensor {
     losses
 }
 
+/// Uniform numbers of mean 0 and variance 1 for the kernels' tests, fp32, the same for a seed on every call: libtorch's own
+/// generator is that of all tests which run at once.
+#[cfg(test)]
+pub fn noise(seed: i64, shape: &[i64]) -> Tensor {
+    use rand::RngExt;
+
+    let mut generator = crate::random::generator(seed, "test", &[]);
+    let most = 3f32.sqrt();
+    let values: Vec<f32> = (0..shape.iter().product()).map(|_| generator.random_range(-most..most)).collect();
+    Tensor::from_slice(&values).view(shape)
+}
+
 /// How far a result is from the exact one, relative to it: what the kernels' tests judge by.
 #[cfg(test)]
 pub fn distance(ours: &Tensor, exact: &Tensor) -> f64 {

@@ -1,0 +1,84 @@
+// Products of small matrices whose sums stay in registers, in the dtypes of avx512.h.
+//
+// A word is two bf16 that are multiplied together, both products added to an fp32 lane, or one fp32.
+
+#pragma once
+
+#include "avx512.h"
+
+namespace {
+
+// Rows of a product whose sums stay in registers, beside four vectors of the other factor.
+constexpr int ROWS = 6;
+
+// Numbers up to whole vectors.
+int64_t padded(int64_t size) { return (size + LANES - 1) / LANES * LANES; }
+
+// Factor `a`: its word of a row and of an inner place is at a[row * row_stride + place * place_stride].
+struct Words {
+  const uint32_t *data;
+  int64_t row_stride;
+  int64_t place_stride;
+};
+
+// c[R x 16 V] (+)= a[R x words] b[words x 16 V]
+template <typename D, int R, int V>
+INLINE void block(Words a, const uint32_t *b, int64_t b_stride, int64_t words, float *c, int64_t c_stride, bool add) {
+  __m512 sums[R][V];
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < V; ++v) {
+      sums[r][v] = add ? _mm512_loadu_ps(c + r * c_stride + v * LANES) : _mm512_setzero_ps();
+    }
+  }
+  for (int64_t p = 0; p < words; ++p) {
+    __m512i columns[V];
+    for (int v = 0; v < V; ++v) {
+      columns[v] = _mm512_loadu_si512(b + p * b_stride + v * LANES);
+    }
+    for (int r = 0; r < R; ++r) {
+      const uint32_t row = a.data[r * a.row_stride + p * a.place_stride];
+      for (int v = 0; v < V; ++v) {
+        sums[r][v] = D::multiply_add(sums[r][v], row, columns[v]);
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < V; ++v) {
+      _mm512_storeu_ps(c + r * c_stride + v * LANES, sums[r][v]);
+    }
+  }
+}
+
+template <typename D, int V>
+AVX512 void rows(Words a, const uint32_t *b, int64_t b_stride, int64_t words, float *c, int64_t c_stride, int64_t count,
+                 bool add) {
+  for (; count >= ROWS; count -= ROWS, a.data += ROWS * a.row_stride, c += ROWS * c_stride) {
+    block<D, ROWS, V>(a, b, b_stride, words, c, c_stride, add);
+  }
+  switch (count) {
+  case 5: block<D, 5, V>(a, b, b_stride, words, c, c_stride, add); break;
+  case 4: block<D, 4, V>(a, b, b_stride, words, c, c_stride, add); break;
+  case 3: block<D, 3, V>(a, b, b_stride, words, c, c_stride, add); break;
+  case 2: block<D, 2, V>(a, b, b_stride, words, c, c_stride, add); break;
+  case 1: block<D, 1, V>(a, b, b_stride, words, c, c_stride, add); break;
+  default: break;
+  }
+}
+
+// c[count x columns] (+)= a[count x words] b[words x columns]; columns are whole vectors.
+template <typename D>
+AVX512 void product(Words a, const uint32_t *b, int64_t b_stride, int64_t words, float *c, int64_t c_stride, int64_t count,
+                    int64_t columns, bool add) {
+  int64_t at = 0;
+  for (; at + 4 * LANES <= columns; at += 4 * LANES) {
+    rows<D, 4>(a, b + at, b_stride, words, c + at, c_stride, count, add);
+  }
+  for (; at + 2 * LANES <= columns; at += 2 * LANES) {
+    rows<D, 2>(a, b + at, b_stride, words, c + at, c_stride, count, add);
+  }
+  for (; at < columns; at += LANES) {
+    rows<D, 1>(a, b + at, b_stride, words, c + at, c_stride, count, add);
+  }
+}
+
+} // namespace
