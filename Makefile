@@ -55,9 +55,10 @@ test: lint base-model test-data ## every test
 	cargo test --release --workspace --test it -- $(addprefix --skip ,$(ON_CLUSTER))
 	cargo test --release --workspace --test it -- --test-threads 4 $(ON_CLUSTER)
 
-golden: base-model test-data ## write the golden files with transformers, PEFT and torch
+golden: base-model test-data ## write the golden files with transformers, PEFT, torch and torchao
 	@python=$$(tools/peers-env.sh)
 	$$python tests/golden/make_golden.py models/SmolLM2-135M-Instruct tests/golden
+	$$python tests/golden/optimizer.py tests/golden
 	$$python tests/golden/chat_templates.py .test-data/chat_templates tests/golden/chat_templates.json
 
 compat: build base-model ## golden files from the Python peers, and our outputs loaded by them

@@ -118,17 +118,17 @@ pub use validation::{
     ).message("full fine-tuning has no adapter: set output.format: Merged or leave it out")
         .field_path(".output.format").reason(Reason::FieldValueForbidden),
     validation = Rule::new(
-        "!has(self.method.full) || !self.method.full.optimizerInBackward || has(self.hyperparameters) && \
-         has(self.hyperparameters.maxGradNorm) && double(self.hyperparameters.maxGradNorm) == 0.0"
+        "self.method.type != 'Full' || !has(self.method.full) || !self.method.full.optimizerInBackward || \
+         has(self.hyperparameters) && has(self.hyperparameters.maxGradNorm) && double(self.hyperparameters.maxGradNorm) == 0.0"
     ).message(
         "method.full.optimizerInBackward never has all gradients at once to clip them: set hyperparameters.maxGradNorm: \"0\""
-    ),
+    ).field_path(".hyperparameters.maxGradNorm"),
     validation = Rule::new(
-        "!has(self.method.full) || !self.method.full.optimizerInBackward || !has(self.hyperparameters) || \
-         !has(self.hyperparameters.microBatchTokens)"
+        "self.method.type != 'Full' || !has(self.method.full) || !self.method.full.optimizerInBackward || \
+         !has(self.hyperparameters) || !has(self.hyperparameters.microBatchTokens)"
     ).message(
         "method.full.optimizerInBackward computes the whole step at once: remove hyperparameters.microBatchTokens"
-    ),
+    ).field_path(".hyperparameters.microBatchTokens"),
 )]
 pub struct FineTuneJobSpec {
     /// Name of an administrator's profile (image, defaults, limits); absent: `default`.

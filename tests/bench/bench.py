@@ -84,24 +84,25 @@ def medians(values):
     return {key: statistics.median(run[key] for run in values) for key in values[0]}
 
 
-def measure(trainer, name, rounds, steps):
-    """Runs all programs of a workload `rounds` times and returns the result that is written."""
-    workload = WORKLOADS[name]
-    programs = ("ours", *workload.peers)
+def peer(name, workload):
+    """A peer as `alternate` wants it."""
+    return lambda rows_path, steps, seed, scratch: run_peer(name, workload, rows_path, steps, seed, scratch)
+
+
+def alternate(name, programs, rounds, steps):
+    """Runs all programs of a workload `rounds` times, in alternating order. `programs` by name: from the rows' path, steps, seed
+    and a scratch folder to numbers, or to None where it does not work. Returns, by program, what it measured in every round, and
+    its last answers, where rows were answered."""
     runs, answers = {program: [] for program in programs}, {}
     with tempfile.TemporaryDirectory() as folder:
         scratch = pathlib.Path(folder)
         rows_path = scratch / "rows.jsonl"
-        rows_path.write_text("".join(json.dumps(row) + "\n" for row in workload.data(steps)))
+        rows_path.write_text("".join(json.dumps(row) + "\n" for row in WORKLOADS[name].data(steps)))
         for turn in range(rounds):
             for program in programs if turn % 2 == 0 else reversed(programs):
                 if runs[program] is None:
                     continue
-                seed = turn + 1
-                if program == "ours":
-                    values = ours.run(trainer, workload, rows_path, steps, seed)
-                else:
-                    values = run_peer(program, name, rows_path, steps, seed, scratch)
+                values = programs[program](rows_path, steps, turn + 1, scratch)
                 if values is None:
                     runs[program] = None
                     continue
@@ -111,15 +112,33 @@ def measure(trainer, name, rounds, steps):
                 print(f"  {name} round {turn + 1} {program}: {values['tokensPerSecond']:.1f} tokens/s", file=sys.stderr, flush=True)
             if turn == 0:
                 check_equal_work(name, runs)
-    median = {program: medians(values) if values else None for program, values in runs.items()}
-    against = {peer: {key: median["ours"][key] / median[peer][key] for key in median[peer]} if median[peer] else None
-               for peer in workload.peers}
+    return runs, answers
+
+
+def record(name, runs, rounds, steps):
+    """What was measured and where, without comparisons."""
+    workload = WORKLOADS[name]
     method = {"LoRA": f"LoRA rank {RANK}, ", "Full": "full fine-tuning, ", "Generate": ""}[workload.method]
     length = "" if workload.method == "Generate" else f", {steps} steps"
     versions = {package: importlib.metadata.version(package) for package in ("torch", "transformers", "peft", "trl")}
     return {"workload": f"{name}: {workload.precision.lower()}, {method}{workload.description}{length}", "rounds": rounds,
-            "cores": os.cpu_count(), "processor": processor(), "versions": versions, "median": median, "oursAgainst": against,
-            **({"equalAnswers": equal_answers(answers)} if answers else {}), "runs": runs}
+            "cores": os.cpu_count(), "processor": processor(), "versions": versions,
+            "median": {program: medians(values) if values else None for program, values in runs.items()}}
+
+
+def compare(ours, theirs):
+    return {key: ours[key] / theirs[key] for key in theirs}
+
+
+def measure(trainer, name, rounds, steps):
+    """Runs all programs of a workload `rounds` times and returns the result that is written."""
+    workload = WORKLOADS[name]
+    ours_on_it = lambda rows_path, steps, seed, scratch: ours.run(trainer, workload, rows_path, steps, seed)
+    runs, answers = alternate(name, {"ours": ours_on_it, **{other: peer(other, name) for other in workload.peers}}, rounds, steps)
+    result = record(name, runs, rounds, steps)
+    median = result["median"]
+    against = {other: compare(median["ours"], median[other]) if median[other] else None for other in workload.peers}
+    return {**result, "oursAgainst": against, **({"equalAnswers": equal_answers(answers)} if answers else {}), "runs": runs}
 
 
 def print_result(result):

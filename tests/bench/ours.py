@@ -1,6 +1,7 @@
 """Runs the trainer on a workload and reads what it measured of itself from its run folder."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -11,15 +12,17 @@ from peers import ALPHA, LEARNING_RATES, RANK, WARM_STEPS
 from workloads import DEMO_ROWS, MODEL
 
 
-def training_job(workload, rows_path, steps, seed):
+def training_job(workload, rows_path, steps, seed, full, hyperparameters):
     """The FineTuneJob of a run. bf16 means bf16 copies of fp32 masters, for adapters as for all weights."""
     method = {"type": workload.method}
     if workload.method == "LoRA":
         method["lora"] = {"rank": RANK, "alpha": ALPHA}
+    if full:
+        method["full"] = full
     return job({
         "dataset": {"train": {"uri": f"file://{rows_path}"}}, "method": method,
         "hyperparameters": {"maxSteps": steps, "batchSize": workload.batch, "maxSequenceLength": workload.longest, "seed": seed,
-                            "learningRate": str(LEARNING_RATES[workload.method]), "precision": workload.precision},
+                            "learningRate": str(LEARNING_RATES[workload.method]), "precision": workload.precision, **hyperparameters},
     })
 
 
@@ -43,7 +46,8 @@ def job(spec):
 
 
 def execute(trainer, job, folder):
-    """Runs a job below `folder`; returns its run folder, when it began and when its first step had ended."""
+    """Runs a job below `folder`; returns its run folder, when it began, when its first step had ended, and the peak resident
+    memory of the whole process in bytes, saving and output included."""
     # JSON is YAML.
     (folder / "job.yaml").write_text(json.dumps(job))
     run = folder / "run"
@@ -52,31 +56,34 @@ def execute(trainer, job, folder):
         process = subprocess.Popen([trainer, "run", str(folder / "job.yaml"), "--dir", str(run)], stdout=subprocess.DEVNULL,
                                    stderr=messages)
         metrics, first_end = run / "metrics.jsonl", None
-        while process.poll() is None:
+        while (ended := os.wait4(process.pid, os.WNOHANG))[0] == 0:
             if first_end is None and metrics.exists() and metrics.stat().st_size > 0:
                 first_end = time.time()
             time.sleep(0.01)
+        _, status, usage = ended
+        process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode != 0:
             messages.seek(0)
             sys.exit(f"{trainer} ended with {process.returncode}:\n{messages.read()[-2000:]}")
-    return run, started, first_end
+    return run, started, first_end, usage.ru_maxrss * 1024
 
 
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def train(trainer, workload, rows_path, steps, seed):
-    """Trains and returns the same numbers as a peer prints; seconds of a step are those of metrics.jsonl."""
+def train(trainer, workload, rows_path, steps, seed, full=None, **hyperparameters):
+    """Trains and returns the same numbers as a peer prints; seconds of a step are those of metrics.jsonl. `full` is the job's
+    method.full; `hyperparameters` are others than the workload's."""
     with tempfile.TemporaryDirectory() as name:
-        job = training_job(workload, rows_path, steps, seed)
-        run, started, first_end = execute(trainer, job, pathlib.Path(name))
+        job = training_job(workload, rows_path, steps, seed, full, hyperparameters)
+        run, started, first_end, peak = execute(trainer, job, pathlib.Path(name))
         records, report = lines(run / "metrics.jsonl"), json.loads((run / "report.json").read_text())
     records = [record for record in records if "loss" in record]
     tokens = records[-1]["input_tokens"] - records[WARM_STEPS - 1]["input_tokens"]
     return {
         "tokensPerSecond": tokens / sum(record["seconds"] for record in records[WARM_STEPS:]),
-        "peakBytes": report["plan"]["measuredPeak"],
+        "peakBytes": peak,
         "startSeconds": first_end - started - records[0]["seconds"],
         "firstStepSeconds": records[0]["seconds"],
         "datasetTokens": report["data"]["tokens"],
@@ -87,13 +94,13 @@ def train(trainer, workload, rows_path, steps, seed):
 def generate(trainer, workload, rows_path, seed):
     """Has the rows answered and returns the same numbers as transformers-generate prints; tokens and seconds are the report's."""
     with tempfile.TemporaryDirectory() as name:
-        run, _, _ = execute(trainer, answering_job(workload, rows_path, seed), pathlib.Path(name))
+        run, _, _, peak = execute(trainer, answering_job(workload, rows_path, seed), pathlib.Path(name))
         report, answers = json.loads((run / "report.json").read_text()), lines(run / "answers.jsonl")
         asked = json.loads((run / "prepared/generation.json").read_text())
     generated = report["validation"]["generation"]["zeroShot"]
     return {
         "tokensPerSecond": generated["tokens"] / generated["seconds"],
-        "peakBytes": report["plan"]["measuredPeak"],
+        "peakBytes": peak,
         "promptTokens": sum(len(row["prompt"]) for row in asked),
         "generatedTokens": generated["tokens"],
         "answers": [row["zeroShot"]["text"] for row in answers],

@@ -1,10 +1,11 @@
-"""Puts benchmark results into docs/benchmarks.md, between its two marks, and draws docs/benchmarks.svg."""
+"""Puts benchmark results into docs/benchmarks.md, between their marks, and draws docs/benchmarks.svg."""
 
 from chart import draw
 from workloads import REPOSITORY
 
 PAGE, CHART = REPOSITORY / "docs/benchmarks.md", REPOSITORY / "docs/benchmarks.svg"
-BEGIN, END = "<!-- results -->", "<!-- end of results -->"
+MARKS = ("<!-- results -->", "<!-- end of results -->")
+LADDER_MARKS = ("<!-- ladder results -->", "<!-- end of ladder results -->")
 
 
 def table(results):
@@ -47,7 +48,30 @@ def write(results):
         named.setdefault(machine(result), []).append(name)
     measured = [f"{', '.join(names)}: {sentence}." for sentence, names in named.items()]
     measured += [line for name, result in results.items() for line in equal_answers(name, result)]
-    before, rest = PAGE.read_text().split(BEGIN)
-    after = rest.split(END)[1]
-    PAGE.write_text(before + BEGIN + "\n" + "\n".join([*table(results), "", *measured]) + f"\n{END}" + after)
+    put(MARKS, [*table(results), "", *measured])
     CHART.write_text(draw(results))
+
+
+def put(marks, lines):
+    """Writes lines between two marks of the page."""
+    before, rest = PAGE.read_text().split(marks[0])
+    after = rest.split(marks[1])[1]
+    PAGE.write_text("\n".join([before + marks[0], *lines, marks[1] + after]))
+
+
+def write_ladder(result):
+    """`result`: what ladder.py wrote."""
+    peers = list(result["against"])
+    lines = ["| | tokens/s (range) | peak memory | less than AdamW | " + " | ".join(f"against {peer}: speed, memory" for peer in peers) + " |",
+             "|---|---|---|---|" + "---|" * len(peers)]
+    whole = result["median"][result["whole"]]["peakBytes"]
+    for program, values in result["median"].items():
+        rates = [run["tokensPerSecond"] for run in result["runs"][program]]
+        ours = program not in peers
+        less = f"{(whole - values['peakBytes']) / 2**20:.0f} MiB" if ours and program != result["whole"] else ""
+        ratios = [result["against"][peer][program] if ours else None for peer in peers]
+        cells = [f"{ratio['tokensPerSecond']:.2f}×, {ratio['peakBytes']:.2f}×" if ratio else "" for ratio in ratios]
+        lines.append(f"| {program} | {values['tokensPerSecond']:.0f} ({min(rates):.0f}–{max(rates):.0f}) | "
+                     f"{values['peakBytes'] / 2**20:.0f} MiB | {less} | {' | '.join(cells)} |")
+    sentence = machine(result)
+    put(LADDER_MARKS, [*lines, "", f"{sentence[0].upper()}{sentence[1:]}."])

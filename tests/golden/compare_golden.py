@@ -1,4 +1,5 @@
-"""Compares two folders of golden values: every number of the JSON files, and every gradient, within a relative tolerance.
+"""Compares two folders of golden values: every number of the JSON files and every tensor, within a relative tolerance, which is
+less than the distance of two codes of an 8-bit moment.
 
 Usage: compare_golden.py COMMITTED NEW
 """
@@ -32,8 +33,9 @@ def main():
         worst, path = max(differences(committed, new, name))
         assert worst <= TOLERANCE, f"{path} differs by {worst}"
         print(f"{name}: reproduced, largest relative difference {worst:.1e}")
-    for path in sorted(pathlib.Path(sys.argv[1]).glob("gradients-*.safetensors")):
-        committed, new = load_file(path), load_file(pathlib.Path(sys.argv[2], path.name))
+    for path in sorted(pathlib.Path(sys.argv[1]).glob("*.safetensors")):
+        committed, new = ({name: tensor.double() for name, tensor in load_file(pathlib.Path(folder, path.name)).items()}
+                          for folder in sys.argv[1:3])
         assert committed.keys() == new.keys(), f"{path.name}: other tensors"
         worst, name = max(((committed[name] - new[name]).abs().max() / committed[name].abs().max().clamp_min(1e-6), name) for name in new)
         assert worst <= TOLERANCE, f"{path.name}: {name} differs by {worst}"

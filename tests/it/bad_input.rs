@@ -274,6 +274,56 @@ fn numbers_and_memory() {
 }
 
 #[test]
+fn updates_in_the_backward_pass_say_what_they_cannot_go_with() {
+    let in_backward = |hyperparameters: &'static str| {
+        move |job: &Job| {
+            job.edit("type: LoRA, lora: {rank: 4}", "type: Full, full: {optimizerInBackward: true}");
+            job.edit("precision: FP32", &format!("precision: FP32{hyperparameters}"));
+        }
+    };
+    let clipped = "spec.hyperparameters.maxGradNorm: method.full.optimizerInBackward never has all gradients at once to clip them";
+    check("clipping by default", in_backward(""), 64, &format!("job.yaml:10:3: {clipped}"));
+    check("clipping", in_backward(", maxGradNorm: \"1\""), 64, &format!("job.yaml:10:101: {clipped}"));
+    check(
+        "several micro-batches",
+        in_backward(", maxGradNorm: \"0\", microBatchTokens: 64"),
+        64,
+        "job.yaml:10:124: spec.hyperparameters.microBatchTokens: method.full.optimizerInBackward computes the whole step at once",
+    );
+    check(
+        "adapters",
+        |job| job.edit("rank: 4}", "rank: 4}, full: {optimizerInBackward: true}"),
+        64,
+        "job.yaml:7:41: spec.method.full: full is only valid for type Full",
+    );
+    let not_finite = Job::new();
+    in_backward(", maxGradNorm: \"0\"")(&not_finite);
+    not_finite.edit("\"1e-2\"", "\"1e30\"");
+    let outcome = not_finite.run();
+    let moved = "layers above the first gradient that was not finite were moved by them, and none was saved";
+    assert!(outcome.code == Some(79) && outcome.stderr.contains(moved), "{outcome:?}");
+
+    // A step that does not fit is not cut into micro-batches: what fits is a smaller one.
+    let large = Job::new();
+    in_backward(", maxGradNorm: \"0\"")(&large);
+    large.write_rows("train.jsonl", 200..600);
+    large.edit("batchSize: 8", "batchSize: 400");
+    large.edit("  checkpoint:", "  resources: {limits: {memory: 1Mi}}\n  checkpoint:");
+    let needed = |outcome: &harness::Outcome| -> f64 {
+        let (_, after) = outcome.stderr.split_once("the run needs ").unwrap_or_else(|| panic!("{outcome:?}"));
+        after.split_once(" MiB").and_then(|(number, _)| number.parse().ok()).unwrap_or_else(|| panic!("{outcome:?}"))
+    };
+    let limit = needed(&large.trainer(&["plan", "job.yaml"])) as u64 - 2;
+    large.edit("memory: 1Mi", &format!("memory: {limit}Mi"));
+    let outcome = large.trainer(&["plan", "job.yaml"]);
+    let remedy = "the cheapest change that fits is hyperparameters.batchSize: 200: ";
+    assert!(outcome.code == Some(71) && outcome.stderr.contains(remedy), "{outcome:?}");
+    large.edit("batchSize: 400", "batchSize: 200");
+    let outcome = large.trainer(&["plan", "job.yaml"]);
+    assert_eq!(outcome.code, Some(0), "{outcome:?}");
+}
+
+#[test]
 fn a_full_disk_keeps_what_is_there_and_the_run_goes_on_once_there_is_space() {
     let undisturbed = Job::new();
     assert_eq!(undisturbed.run().code, Some(0));

@@ -11,6 +11,7 @@ mod hub;
 mod numerics;
 mod observed;
 mod operator;
+mod optimizer;
 mod resume;
 mod rights;
 mod run;

@@ -1,9 +1,10 @@
 //! A run that is interrupted anywhere ends with the bytes of one that was not.
 
 use std::fs;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use harness::{Job, untimed_validation, wait_for};
+use harness::{Job, terminate, untimed_validation, wait_for};
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
@@ -116,6 +117,68 @@ fn full_fine_tuning_with_early_stopping_judges_the_same_checkpoint_after_kills()
     );
 }
 
+/// The forms of full fine-tuning: `method.full`, and what `hyperparameters` says.
+const FORMS: [(&str, &str); 3] = [
+    ("", "optimizer: AdamW8Bit"),
+    (", full: {optimizerInBackward: true}", "maxGradNorm: \"0\""),
+    (", full: {optimizerInBackward: true}", "maxGradNorm: \"0\", optimizer: AdamW8Bit"),
+];
+
+/// Sixty steps of full fine-tuning in bf16 with weight decay.
+fn full_job((full, hyperparameters): (&str, &str)) -> Job {
+    let job = Job::new();
+    job.edit("type: LoRA, lora: {rank: 4}", &format!("type: Full{full}"));
+    let all = format!("learningRate: \"3e-3\", weightDecay: \"0.1\", precision: BF16, {hyperparameters}");
+    job.edit("learningRate: \"1e-2\", precision: FP32", &all);
+    job
+}
+
+/// Digests of all that a run of [`full_job`] left: masters, moments, output.
+fn everything(job: &Job) -> Vec<String> {
+    let is_last = |path: &PathBuf| path.to_string_lossy().contains("step-0000060");
+    let checkpoint = job.checkpoints().into_iter().find(is_last).expect("the last step's checkpoint");
+    let files = ["weights.safetensors", "optimizer.safetensors"].map(|name| checkpoint.join(name));
+    let output = job.path("runs/tiny/output/model.safetensors");
+    let digest =
+        |path| trainer::checkpoint::digest_file(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    files.iter().chain([&output]).map(|path| digest(path.as_path())).collect()
+}
+
+#[test]
+fn kill_9_and_sigterm_change_no_byte_of_full_fine_tuning_in_any_form() {
+    let mut random = ChaCha8Rng::seed_from_u64(2);
+    let mut all = std::collections::BTreeSet::new();
+    for form in FORMS {
+        let undisturbed = full_job(form);
+        let outcome = undisturbed.run();
+        assert_eq!(outcome.code, Some(0), "{form:?}: {}", outcome.stderr);
+        let expected = everything(&undisturbed);
+        let disturbed = full_job(form);
+        let mut kills = 0;
+        loop {
+            let mut child = disturbed.start();
+            let until = disturbed.logged_steps() + random.random_range(2..14);
+            if wait_for(&mut child, || disturbed.logged_steps() >= until) {
+                if kills % 3 == 2 {
+                    terminate(&mut child);
+                } else {
+                    child.kill().expect("a child of ours");
+                }
+                kills += 1;
+            }
+            let status = child.wait().expect("a child of ours");
+            if status.success() {
+                break;
+            }
+            assert!(matches!(status.code(), None | Some(75)), "{form:?}: the trainer failed by itself: {status}");
+        }
+        assert!(kills >= 3, "{form:?}: {kills} kills");
+        assert_eq!(everything(&disturbed), expected, "{form:?} after {kills} kills");
+        all.insert(expected);
+    }
+    assert_eq!(all.len(), FORMS.len(), "the forms are not the same training");
+}
+
 #[test]
 fn resume_never_begins_anew_and_keeps_what_was_there() {
     let job = Job::new();
@@ -178,9 +241,8 @@ fn a_damaged_checkpoint_falls_back_and_says_so() {
         assert!(wait_for(&mut child, || job.checkpoints().len() >= 2 && job.logged_steps() > 10));
         child.kill().expect("a child of ours");
         child.wait().expect("a child of ours");
-        let committed = |path: &std::path::PathBuf| {
-            path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("step-"))
-        };
+        let committed =
+            |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("step-"));
         let newest = job.checkpoints().into_iter().rfind(committed);
         let weights = newest.expect("a checkpoint").join("weights.safetensors");
         let mut bytes = fs::read(&weights).expect("readable");
@@ -199,9 +261,10 @@ fn a_damaged_checkpoint_falls_back_and_says_so() {
 
 #[test]
 fn a_checkpoint_of_other_inputs_is_refused() {
-    let changes: [(&str, fn(&Job)); 4] = [
+    let changes: [(&str, fn(&Job)); 5] = [
         ("another dataset", |job| job.write_rows("test.jsonl", 200..206)),
         ("another configuration", |job| job.edit("learningRate: \"1e-2\"", "learningRate: \"2e-2\"")),
+        ("another configuration", |job| job.edit("precision: FP32", "precision: FP32, optimizer: AdamW8Bit")),
         ("another dataset", |job| job.write_rows("train.jsonl", 1..25)),
         ("another job", |job| job.edit("name: tiny", "name: other")),
     ];

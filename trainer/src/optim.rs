@@ -221,10 +221,11 @@ impl Parameters {
         self.refresh_working();
     }
 
-    /// Replaces the masters one tensor at a time and leaves the moments: no second copy of all of them exists meanwhile.
-    pub fn set_masters<E>(&mut self, mut value: impl FnMut(&Slot) -> Result<Tensor, E>) -> Result<(), E> {
+    /// Replaces the masters one tensor at a time, each by what `write` puts into its view, and leaves the moments: no second copy of
+    /// all of them exists meanwhile.
+    pub fn set_masters<E>(&mut self, mut write: impl FnMut(&Slot, &Tensor) -> Result<(), E>) -> Result<(), E> {
         for slot in &self.slots {
-            slot.view(&self.master).copy_(&value(slot)?);
+            write(slot, &slot.view(&self.master))?;
         }
         self.refresh_working();
         Ok(())

@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use memmap2::Mmap;
+use memmap2::{Mmap, UncheckedAdvice};
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, SafeTensors};
 
@@ -198,6 +198,13 @@ impl MappedFile {
         let (start, end) = info.data_offsets;
         let data = &self.map[self.data_start + start..self.data_start + end];
         Some(Mapped { dtype: info.dtype, shape: info.shape.clone(), data })
+    }
+
+    /// Lets go of the memory that some bytes of a tensor take since they were read; whoever reads them again reads the file.
+    pub fn release(&self, data: &[u8]) {
+        let start = data.as_ptr().addr() - self.map.as_ptr().addr();
+        // SAFETY: pages of a read-only map of a file come back with the same bytes. Refused or not, they stay readable.
+        let _ = unsafe { self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, data.len()) };
     }
 }
 

@@ -49,6 +49,28 @@ fn every_rule_refuses() {
     for (from, to, expected) in [
         ("{type: LoRA}", "{type: Full, lora: {rank: 4}}", "lora is not valid for type Full"),
         ("{type: LoRA}", "{type: LoRA, quantization: {type: NF4}}", "quantization is only valid for type QLoRA"),
+        (
+            "{type: LoRA}",
+            "{type: LoRA, full: {optimizerInBackward: true}}",
+            "spec.method.full: full is only valid for type Full",
+        ),
+        (
+            "{type: LoRA}",
+            "{type: Full, full: {optimizerInBackward: true}}",
+            "spec.hyperparameters.maxGradNorm: method.full.optimizerInBackward never has all gradients at once to clip \
+             them: set hyperparameters.maxGradNorm: \"0\"",
+        ),
+        (
+            "{type: LoRA}",
+            "{type: Full, full: {optimizerInBackward: true}}\n  hyperparameters: {maxGradNorm: \"1\"}",
+            "8:34: spec.hyperparameters.maxGradNorm: method.full.optimizerInBackward never has all gradients",
+        ),
+        (
+            "{type: LoRA}",
+            "{type: Full, full: {optimizerInBackward: true}}\n  hyperparameters: {maxGradNorm: \"0\", microBatchTokens: 64}",
+            "8:57: spec.hyperparameters.microBatchTokens: method.full.optimizerInBackward computes the whole step at \
+             once: remove hyperparameters.microBatchTokens",
+        ),
         ("{type: LoRA}", "{type: DoRA}", "found \"DoRA\", expected one of LoRA, QLoRA, Full"),
         ("{type: LoRA}", "{type: LoRA, lora: {rank: 0}}", "0 is less than the minimum of 1"),
         ("{type: LoRA}", "{type: LoRA, lora: {rank: 513}}", "513 is greater than the maximum of 512"),

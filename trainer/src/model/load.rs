@@ -144,9 +144,10 @@ pub fn restore_base(source: &Source, parameters: &mut Parameters, stop: &Stop) -
     let files = WeightFiles::open(source.folder)?;
     let loader = Loader { source, config: &config, files: &files };
     let shapes: std::collections::HashMap<_, _> = base_shapes(&config).into_iter().collect();
-    parameters.set_masters(|slot| {
+    parameters.set_masters(|slot, master| {
         stop.alive();
-        loader.read(&slot.name, &shapes[&slot.name])
+        master.shallow_clone().copy_(&loader.read(&slot.name, &shapes[&slot.name])?);
+        Ok(())
     })
 }
 

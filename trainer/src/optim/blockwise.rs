@@ -32,16 +32,28 @@ pub struct Codec {
 }
 
 /// The values of the dynamic map with 7 exponents: of each power of ten twice as many as of the one before, linearly apart.
+///
+/// They are what `torch.linspace` makes of them on CPUs with a fused multiply-add, and the same on all: a checkpoint's codes mean
+/// the same everywhere.
 fn dynamic_map(signed: bool) -> Vec<f32> {
     let mut values = vec![0.0, 1.0];
     for (exponent, power) in [1e-6f32, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0].into_iter().enumerate() {
-        let intervals: i64 = if signed { 1 << exponent } else { 2 << exponent };
-        let bounds = Tensor::linspace(0.1, 1.0, intervals + 1, (Kind::Float, Device::Cpu));
-        let means = (bounds.narrow(0, 0, intervals) + bounds.narrow(0, 1, intervals)) / 2.0;
-        let means = Vec::<f32>::try_from(means * f64::from(power)).expect("a vector of fp32");
-        values.extend(&means);
-        if signed {
-            values.extend(means.iter().map(|mean| -mean));
+        let intervals: u16 = if signed { 1 << exponent } else { 2 << exponent };
+        let (first, last) = (0.1f32, 1.0f32);
+        let step = (last - first) / f32::from(intervals);
+        let bound = |index: u16| {
+            if index < intervals.div_ceil(2) {
+                step.mul_add(index.into(), first)
+            } else {
+                (-step).mul_add((intervals - index).into(), last)
+            }
+        };
+        for index in 0..intervals {
+            let mean = (bound(index) + bound(index + 1)) / 2.0 * power;
+            values.push(mean);
+            if signed {
+                values.push(-mean);
+            }
         }
     }
     values.sort_by(f32::total_cmp);
@@ -211,6 +223,18 @@ impl Blockwise {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// `tests/golden/optimizer.py` writes them.
+    #[test]
+    fn codes_stand_for_the_values_of_torchao() {
+        let golden = std::path::Path::new("../tests/golden/optimizer.safetensors");
+        let file = crate::weights::MappedFile::open(golden).expect("golden values; run `make golden`");
+        for (name, signed) in [("exp_avg.map", true), ("exp_avg_sq.map", false)] {
+            let theirs = file.tensor(name).expect("written by the script").data.chunks_exact(4);
+            let theirs: Vec<f32> = theirs.map(|bytes| f32::from_le_bytes(bytes.try_into().expect("four"))).collect();
+            assert_eq!(dynamic_map(signed), theirs, "{name}");
+        }
+    }
 
     #[test]
     fn a_bucket_holds_one_threshold_at_most() {

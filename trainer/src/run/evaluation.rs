@@ -78,7 +78,7 @@ pub fn measure(
 
 impl Evaluation<'_> {
     /// Measures and judges the parameters as they are; `None` if a stop was asked for meanwhile. Full fine-tuning has no
-    /// adapter to switch off: it leaves the base weights in place of the judged ones.
+    /// adapter to switch off: where the base is measured too, its weights are left in the place of the judged ones.
     pub fn validate(
         &mut self,
         model: &Llama,
@@ -89,17 +89,18 @@ impl Evaluation<'_> {
         let Some(tuned) = self.measure(model, TUNED)? else { return Ok(None) };
         let mut measured = Measured { step, tuned, ..Measured::default() };
         let tuned_general = self.general_loss(model, Adapters::On);
-        let full = matches!(self.config.method, Method::Full { .. });
-        if full {
+        let config = &self.config.validation;
+        let has_shots = self.prepared.generation.iter().any(|row| row.few_shot_prompt.is_some());
+        let has_shots = has_shots || !self.prepared.few_shot.is_empty();
+        let measures_base = config.zero_shot || has_shots || !self.prepared.forgetting.is_empty();
+        if measures_base && matches!(self.config.method, Method::Full { .. }) {
             restore_base(source, parameters, self.stop)?;
         }
-        let config = &self.config.validation;
         if config.zero_shot {
             let Some(zero_shot) = self.measure(model, BASE)? else { return Ok(None) };
             measured.zero_shot = Some(zero_shot);
         }
-        let has_shots = self.prepared.generation.iter().any(|row| row.few_shot_prompt.is_some());
-        if has_shots || !self.prepared.few_shot.is_empty() {
+        if has_shots {
             let Some(few_shot) = self.measure(model, FEW_SHOT)? else { return Ok(None) };
             measured.few_shot = (few_shot.num_scored() + few_shot.num_answered() > 0).then_some(few_shot);
         }

@@ -5,7 +5,7 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 use super::Error;
 use crate::checkpoint::{self, Content, Store, Stored};
@@ -20,6 +20,8 @@ use crate::weights::{MappedFile, TensorView, write_safetensors};
 pub const WEIGHTS: &str = "weights.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
 const STATE: &str = "state.json";
+/// Bytes of a file that are copied at a time; a multiple of every element's size.
+const PIECE_BYTES: usize = 16 << 20;
 
 /// Whose memory a snapshot's tensors are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -171,8 +173,10 @@ pub fn views(tensors: &[(String, Tensor)]) -> Vec<TensorView<'_>> {
         .collect()
 }
 
-/// The tensor `name` of a checkpoint's file.
-fn stored_tensor(file: &MappedFile, stored: &Stored, name: &str, shape: &[i64], kind: Kind) -> Result<Tensor, Error> {
+/// Copies the tensor `name` of a checkpoint's file to where it belongs. What was copied of the file is let go of: a state beside
+/// its copy would take more memory than training does.
+fn restore_tensor(file: &MappedFile, stored: &Stored, name: &str, place: &Tensor) -> Result<(), Error> {
+    let (shape, kind) = (place.size(), place.kind());
     let malformed = || {
         Error::Weights(crate::weights::Error::Malformed {
             path: stored.folder.clone(),
@@ -183,19 +187,27 @@ fn stored_tensor(file: &MappedFile, stored: &Stored, name: &str, shape: &[i64], 
     if mapped.dtype != dtype(kind) || mapped.shape.iter().map(|&size| size as i64).ne(shape.iter().copied()) {
         return Err(malformed());
     }
-    Ok(Tensor::from_data_size(mapped.data, shape, kind))
+    let flat = place.view([-1]);
+    let mut start = 0;
+    for piece in mapped.data.chunks(PIECE_BYTES) {
+        let length = (piece.len() / kind.elt_size_in_bytes()) as i64;
+        flat.narrow(0, start, length).copy_(&Tensor::from_data_size(piece, &[length], kind));
+        file.release(piece);
+        start += length;
+    }
+    Ok(())
 }
 
 /// Puts a checkpoint's weights in place, and leaves the moments.
 pub fn restore_weights(stored: &Stored, parameters: &mut Parameters, stop: &Stop) -> Result<(), Error> {
     let file = MappedFile::open(&stored.folder.join(WEIGHTS))?;
-    parameters.set_masters(|slot| {
+    parameters.set_masters(|slot, master| {
         stop.alive();
-        stored_tensor(&file, stored, &slot.name, &slot.shape, Kind::Float)
+        restore_tensor(&file, stored, &slot.name, master)
     })
 }
 
-/// Puts a checkpoint's weights and moments in place, one tensor at a time, and returns the loop's state.
+/// Puts a checkpoint's weights and moments in place and returns the loop's state.
 pub fn restore(stored: &Stored, parameters: &mut Parameters, stop: &Stop) -> Result<TrainState, Error> {
     let path = stored.folder.join(STATE);
     let read = |source| crate::checkpoint::Error::Read { path: path.clone(), source };
@@ -203,9 +215,9 @@ pub fn restore(stored: &Stored, parameters: &mut Parameters, stop: &Stop) -> Res
     let state: TrainState = serde_json::from_slice(&state).map_err(|error| read(error.into()))?;
     restore_weights(stored, parameters, stop)?;
     let file = MappedFile::open(&stored.folder.join(OPTIMIZER))?;
-    for (name, held) in parameters.state() {
+    for (name, place) in parameters.state() {
         stop.alive();
-        held.shallow_clone().copy_(&stored_tensor(&file, stored, name, &held.size(), held.kind())?);
+        restore_tensor(&file, stored, name, place)?;
     }
     Ok(state)
 }

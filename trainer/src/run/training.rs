@@ -107,7 +107,10 @@ pub(super) fn train_stage(
         surroundings.emit_event(&Event::Warning(text))?;
     }
     parameters.forget_gradients();
-    saving::restore_weights(&judged, &mut parameters, context.stop)?;
+    // The weights after the last step are those of its checkpoint.
+    if judged.manifest.step != state.step {
+        saving::restore_weights(&judged, &mut parameters, context.stop)?;
+    }
     last_word.update(|report| report.checkpoint_digest = Some(judged.digest.clone()));
     let mut evaluation = Evaluation {
         config,
