@@ -5,6 +5,7 @@ from workloads import REPOSITORY
 
 PAGE, CHART = REPOSITORY / "docs/benchmarks.md", REPOSITORY / "docs/benchmarks.svg"
 MARKS = ("<!-- results -->", "<!-- end of results -->")
+CHECKPOINT_MARKS = ("<!-- checkpoint results -->", "<!-- end of checkpoint results -->")
 LADDER_MARKS = ("<!-- ladder results -->", "<!-- end of ladder results -->")
 
 
