@@ -29,7 +29,7 @@ const VOLUME: &str = "\n## On the volume\n\n| file | meaning |\n|---|---|\n\
     | `report.json` | The last word of the run. What is in no status: `validation.generation`, for `tuned`, `zeroShot` (the base \
     model) and `fewShot` (the base model with examples in the prompt) the new `tokens` of all answers, end tokens included, and the \
     `seconds` that they took, prompts included. |\n\
-    | `answers.jsonl` | A line for each validation row that was answered, at most 256: the right answer (`reference`), and of \
+    | `answers.jsonl` | A line for each validation row that was answered, at most 256: its `line` in the file that it is from, the right answer (`reference`), and of \
     `tuned`, `zeroShot` and `fewShot` the `text`, whether the model `ended` it itself, and whether it is `right`. |\n";
 
 /// One row for each field below `schema`.

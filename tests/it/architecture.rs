@@ -113,6 +113,16 @@ fn the_loop_knows_no_file_and_data_no_tensor() {
 }
 
 /// Links and commands of the pages that users read.
+/// What a heading is called in a link.
+fn anchor(heading: &str) -> String {
+    let words = heading.trim_start_matches('#').trim().to_lowercase();
+    words
+        .chars()
+        .filter(|c| c.is_alphanumeric() || matches!(c, ' ' | '-'))
+        .map(|c| if c == ' ' { '-' } else { c })
+        .collect()
+}
+
 #[test]
 fn documented_files_targets_and_commands_exist() {
     let root = repository();
@@ -132,7 +142,17 @@ fn documented_files_targets_and_commands_exist() {
         let folder = root.join(page).parent().expect("a folder").to_path_buf();
         for target in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
             if !target.starts_with("http") && !target.starts_with('#') {
-                assert!(folder.join(target).exists(), "{page} links to {target}, which does not exist");
+                let (file, heading) = target.split_once('#').unwrap_or((target, ""));
+                let linked = folder.join(file);
+                assert!(linked.exists(), "{page} links to {target}, which does not exist");
+                if !heading.is_empty() {
+                    let text = fs::read_to_string(&linked).expect("a page");
+                    let anchors = text.lines().filter(|line| line.starts_with('#')).map(anchor);
+                    assert!(
+                        anchors.into_iter().any(|anchor| anchor == heading),
+                        "{page} links to {target}: no such heading"
+                    );
+                }
                 checked += 1;
             }
         }

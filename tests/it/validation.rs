@@ -149,6 +149,23 @@ fn examples_in_the_prompt_are_measured_by_every_metric() {
         }
         let gate = &report.gates[0];
         assert_eq!((gate.passed, gate.baseline), (true, few_shot.eval_loss));
+        let lines = fs::read_to_string(job.path("runs/tiny/answers.jsonl")).expect("answers");
+        let answers: Vec<serde_json::Value> =
+            lines.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+        assert_eq!(
+            answers.iter().map(|answer| answer["line"].as_u64()).collect::<Vec<_>>(),
+            (1..=12).map(Some).collect::<Vec<_>>()
+        );
+        let generation = report.generation.expect("answered");
+        for (name, scores, generated) in [
+            ("tuned", Some(report.tuned), generation.tuned),
+            ("zeroShot", report.zero_shot, generation.zero_shot),
+            ("fewShot", report.few_shot, generation.few_shot),
+        ] {
+            let right = answers.iter().filter(|answer| answer[name]["right"] == true).count();
+            assert_eq!(scores.and_then(|scores| scores.exact_match), Some(right as f64 / 12.0), "{name}");
+            assert!(generated.is_some_and(|generated| generated.tokens >= 12), "{name}: {generated:?}");
+        }
         // The tuned model is compared on the tokens that it was asked for there, too: without its stop token.
         assert_eq!(gate.observed != report.tuned.eval_loss, pairs, "{report:?}");
         assert_eq!(report.verdict, Verdict::Better, "{}", report.summary);

@@ -26,7 +26,7 @@ use crate::weights;
 
 const MANIFEST: &str = "manifest.json";
 /// Files and columns of the product; a product of another layout is made again.
-const LAYOUT: i32 = 2;
+const LAYOUT: i32 = 3;
 
 /// Preparation failed.
 #[derive(Debug, thiserror::Error)]

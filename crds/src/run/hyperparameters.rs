@@ -13,7 +13,7 @@ pub enum Duration {
     MaxSteps(i64),
 }
 
-/// Learning-rate schedules, by Hugging Face's names.
+/// Learning-rate schedule after warm-up, by Hugging Face's names; absent in a job: CosineWithMinLr.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum Scheduler {
     /// No change after warm-up.
@@ -28,7 +28,7 @@ pub enum Scheduler {
     InverseSqrt,
 }
 
-/// Number format of weights and activations.
+/// Number format of weights and activations; absent in a job: Auto.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum Precision {
     /// bf16 where the device computes in it, fp32 elsewhere.
@@ -40,7 +40,7 @@ pub enum Precision {
     FP32,
 }
 
-/// The optimizer.
+/// AdamW, or AdamW8Bit, which keeps its moments in a quarter of the memory; absent in a job: AdamW.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum Optimizer {
     /// Moments in fp32: 8 bytes per trained weight.

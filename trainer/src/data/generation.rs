@@ -27,6 +27,8 @@ const DELIMITERS: [&str; 3] = ["\n\n", "\n\n---\n\n", "\n\n###\n\n"];
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct GenerationRow {
+    /// The row's line in its file, counted from 1.
+    pub line: usize,
     /// Tokens of the prompt.
     pub prompt: Vec<u32>,
     /// Tokens of the prompt with examples before it.
@@ -95,7 +97,7 @@ pub fn rows(
         let (mut rows, mut too_long, mut unprompted, mut shots_fit) = (Vec::new(), Vec::new(), Vec::new(), true);
         for row in validation {
             let failed = |source| Error::Row { path: path.into(), line: row.line, source };
-            let Some(answered) = generation_row(tokeniser, &shots, delimiter, &row.content).map_err(failed)? else {
+            let Some(answered) = generation_row(tokeniser, &shots, delimiter, row).map_err(failed)? else {
                 continue;
             };
             if answered.prompt.is_empty() {
@@ -150,7 +152,7 @@ fn generation_row(
     tokeniser: &Tokeniser,
     shots: &[&Content],
     delimiter: &str,
-    content: &Content,
+    &Row { line, ref content }: &Row,
 ) -> Result<Option<GenerationRow>, mask::Error> {
     let encode = |text: &str| tokeniser.tokenizer.encode(text).map(|encoded| encoded.ids);
     let after_shots = after_shots(content, shots, delimiter);
@@ -169,6 +171,7 @@ fn generation_row(
                 _ => None,
             };
             Ok(Some(GenerationRow {
+                line,
                 prompt: tokeniser.prompt(&messages[..last], tools.as_ref())?,
                 few_shot_prompt,
                 few_shot_stop: None,
@@ -182,6 +185,7 @@ fn generation_row(
                 _ => None,
             };
             Ok(Some(GenerationRow {
+                line,
                 prompt: tokeniser.plain_prompt(prompt)?,
                 few_shot_stop: few_shot_prompt.as_ref().map(|_| delimiter.to_owned()),
                 few_shot_prompt,

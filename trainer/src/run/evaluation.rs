@@ -136,7 +136,7 @@ impl Evaluation<'_> {
         }
         let of = |measurement: Option<&Measurement>, row: usize| measurement?.answers.get(row)?.clone();
         let lines = self.prepared.generation.iter().enumerate().map(|(index, row)| {
-            let mut line = json!({ "reference": row.reference });
+            let mut line = json!({ "line": row.line, "reference": row.reference });
             let subjects = [
                 ("tuned", Some(&measured.tuned)),
                 ("zeroShot", measured.zero_shot.as_ref()),
