@@ -192,8 +192,9 @@ fn answer_all(
         if running.is_empty() {
             return Some(answers);
         }
-        let new =
-            running.iter().map(|row| (row.slot, row.newest.as_ref().map_or(questions[row.question].tokens, |t| &t[..])));
+        let new = running
+            .iter()
+            .map(|row| (row.slot, row.newest.as_ref().map_or(questions[row.question].tokens, |t| &t[..])));
         let hidden_rh = cache.extend(model, &new.collect::<Vec<_>>(), adapters, stop)?;
         let next = model.likeliest(&hidden_rh).to_device(Device::Cpu);
         let next: Vec<i64> = Vec::try_from(next).expect("int64 tokens");

@@ -99,8 +99,7 @@ impl<'a> Cache<'a> {
         let rows = self.rows(&lengths, model.device());
         let scale = model.attention_scale();
         let mut attend = |layer: usize, q_tnd: &Tensor, new: KeyValues| self.attend(layer, &rows, q_tnd, &new, scale);
-        let hidden_rh =
-            model.infer(&tokens_t, &positions_t, Outputs::Rows(&last_r), adapters, stop, &mut attend)?;
+        let hidden_rh = model.infer(&tokens_t, &positions_t, Outputs::Rows(&last_r), adapters, stop, &mut attend)?;
         self.grow(&lengths);
         Some(hidden_rh)
     }
@@ -135,9 +134,7 @@ impl<'a> Cache<'a> {
         let own = &self.layers[layer];
         let prefix = self.prefix.map(|prefix| (&prefix.layers[layer], prefix.lengths[0]));
         match rows {
-            Rows::Kernel(rows) => {
-                decode::cached_attention([q_tnd, &new.keys, &new.values], rows, own, prefix, scale)
-            }
+            Rows::Kernel(rows) => decode::cached_attention([q_tnd, &new.keys, &new.values], rows, own, prefix, scale),
             Rows::Plain(rows) => rows.attend(own, prefix, q_tnd, new, scale),
         }
     }
@@ -241,13 +238,7 @@ impl PlainRows {
 }
 
 impl Group {
-    fn attend(
-        &self,
-        own: &KeysAndValues,
-        prefix: Option<(&KeysAndValues, i64)>,
-        q_tnd: &Tensor,
-        scale: f64,
-    ) -> Tensor {
+    fn attend(&self, own: &KeysAndValues, prefix: Option<(&KeysAndValues, i64)>, q_tnd: &Tensor, scale: f64) -> Tensor {
         let &Self { rows, width, columns, .. } = self;
         let (kv_heads, head_size) = (own.0.size()[2], own.0.size()[3]);
         let group = q_tnd.size()[1] / kv_heads;

@@ -150,7 +150,8 @@ mod tests {
         let row = Tensor::arange(200, (Kind::Float, Device::Cpu)).unsqueeze(1);
         check_in_both(&(cpu::noise(2, &[200, 176]) * (&row / 5.0) + row * 10.0), |logits| {
             let labels = Tensor::arange(200, (Kind::Int64, Device::Cpu)).remainder(176);
-            let exact = logits.to_kind(Kind::Double).log_softmax(-1, Kind::Double).gather(1, &labels.unsqueeze(1), false);
+            let exact =
+                logits.to_kind(Kind::Double).log_softmax(-1, Kind::Double).gather(1, &labels.unsqueeze(1), false);
             let (losses, _) = score(logits, &labels);
             let distance = cpu::distance(&losses, &-exact.squeeze_dim(1));
             assert!(distance < 1e-6, "{distance:e}");
@@ -177,7 +178,8 @@ mod tests {
         let attend = |tokens: i64, kv_tokens: i64, rows: &[i32], prefix_length: i64| {
             refused(&|| {
                 let (q, kv) = (zeros(&[tokens, 4, 32]), zeros(&[kv_tokens, 2, 32]));
-                let [cache, prefix] = [3, 1].map(|slots| empty_cache([slots, 2, 16, 32], (Kind::BFloat16, Device::Cpu)));
+                let [cache, prefix] =
+                    [3, 1].map(|slots| empty_cache([slots, 2, 16, 32], (Kind::BFloat16, Device::Cpu)));
                 let rows = Tensor::from_slice(rows).view([-1, 4]);
                 let _ = cached_attention([&q, &kv, &kv], &rows, &cache, Some((&prefix, prefix_length)), 1.0);
             })
