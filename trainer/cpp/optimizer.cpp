@@ -13,7 +13,9 @@
 #include "guard.h"
 
 #if defined(__x86_64__)
+#include <immintrin.h>
 #define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#define AVX512 __attribute__((target("avx512f")))
 #else
 #define CLONES
 #endif
@@ -21,15 +23,12 @@
 namespace {
 
 constexpr int64_t BLOCK = 256;
-// Buckets are the upper half of a number's bits: KEYS of them from FIRST_KEY, 2^-23, to 1, for each sign.
-constexpr int32_t FIRST_KEY = (127 - 23) << 7, KEYS = (127 << 7) - FIRST_KEY + 1;
 constexpr float SMALLEST_SCALE = 1e-12f;
 
-// Codes 0 to 255 stand for the values, which ascend. A number belongs to the highest code whose threshold it reaches; the
-// threshold between a code and the next stands at the code. A bucket holds the code of its lowest number.
+// Codes 0 to 255 stand for the values, which ascend. A number belongs to the highest code whose threshold it reaches. Thresholds
+// stand in a tree, from its root at 1: below node n are 2 n and 2 n + 1, for numbers under the threshold of n and for the others.
 struct Codec {
-  const float *values, *thresholds;
-  const uint8_t *buckets;
+  const float *values, *tree;
 };
 
 struct Moment {
@@ -42,10 +41,86 @@ struct Constants {
   float decay, one_minus_beta1, one_minus_beta2, eps, step_size, root;
 };
 
-CLONES void decode(const uint8_t *codes, float scale, const float *values, float *out, int64_t count) {
+void decode_each(const uint8_t *codes, float scale, const float *values, float *out, int64_t count) {
   for (int64_t i = 0; i < count; i++) {
     out[i] = values[codes[i]] * scale;
   }
+}
+
+void encode_each(const float *numbers, float scale, const float *tree, uint8_t *codes, int64_t count) {
+  for (int64_t i = 0; i < count; i++) {
+    const float number = numbers[i] / scale;
+    int32_t node = 1;
+    while (node < 256) {
+      node = 2 * node + (number >= tree[node]);
+    }
+    codes[i] = static_cast<uint8_t>(node - 256);
+  }
+}
+
+#if defined(__x86_64__)
+#define INLINE AVX512 inline __attribute__((always_inline))
+
+// table[index] of a table of 2^BITS numbers, which lies in registers: a gather would read them one by one.
+template <int BITS> INLINE __m512 look_up(const float *table, __m512i index) {
+  if constexpr (BITS <= 4) {
+    return _mm512_permutexvar_ps(index, _mm512_loadu_ps(table));
+  } else if constexpr (BITS == 5) {
+    return _mm512_permutex2var_ps(_mm512_loadu_ps(table), index, _mm512_loadu_ps(table + 16));
+  } else {
+    constexpr int HALF = 1 << (BITS - 1);
+    const __mmask16 upper = _mm512_test_epi32_mask(index, _mm512_set1_epi32(HALF));
+    return _mm512_mask_blend_ps(upper, look_up<BITS - 1>(table, index), look_up<BITS - 1>(table + HALF, index));
+  }
+}
+
+// From a node's place in its level of the tree to that of the leaf below it.
+template <int LEVEL> INLINE __m512i descend(__m512 numbers, const float *tree, __m512i place) {
+  if constexpr (LEVEL == 8) {
+    return place;
+  } else {
+    const __mmask16 reached = _mm512_cmp_ps_mask(numbers, look_up<LEVEL>(tree + (1 << LEVEL), place), _CMP_GE_OQ);
+    const __m512i left = _mm512_add_epi32(place, place);
+    return descend<LEVEL + 1>(numbers, tree, _mm512_mask_add_epi32(left, reached, left, _mm512_set1_epi32(1)));
+  }
+}
+
+AVX512 void decode_vectors(const uint8_t *codes, float scale, const float *values, float *out, int64_t count) {
+  for (int64_t i = 0; i < count; i += 16) {
+    const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(codes + i)));
+    _mm512_storeu_ps(out + i, _mm512_mul_ps(look_up<8>(values, index), _mm512_set1_ps(scale)));
+  }
+}
+
+AVX512 void encode_vectors(const float *numbers, float scale, const float *tree, uint8_t *codes, int64_t count) {
+  for (int64_t i = 0; i < count; i += 16) {
+    const __m512 number = _mm512_div_ps(_mm512_loadu_ps(numbers + i), _mm512_set1_ps(scale));
+    const __m512i code = descend<0>(number, tree, _mm512_setzero_si512());
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(codes + i), _mm512_cvtepi32_epi8(code));
+  }
+}
+
+// How many of so many numbers vectors take; the rest is taken one by one.
+int64_t in_vectors(int64_t count) {
+  static const bool has_avx512 = __builtin_cpu_supports("avx512f");
+  return has_avx512 ? count - count % 16 : 0;
+}
+#else
+int64_t in_vectors(int64_t) { return 0; }
+void decode_vectors(const uint8_t *, float, const float *, float *, int64_t) {}
+void encode_vectors(const float *, float, const float *, uint8_t *, int64_t) {}
+#endif
+
+void decode(const uint8_t *codes, float scale, const float *values, float *out, int64_t count) {
+  const int64_t whole = in_vectors(count);
+  decode_vectors(codes, scale, values, out, whole);
+  decode_each(codes + whole, scale, values, out + whole, count - whole);
+}
+
+void encode(const float *numbers, float scale, const float *tree, uint8_t *codes, int64_t count) {
+  const int64_t whole = in_vectors(count);
+  encode_vectors(numbers, scale, tree, codes, whole);
+  encode_each(numbers + whole, scale, tree, codes + whole, count - whole);
 }
 
 CLONES void update(float *parameter, const float *gradient, float *exp_avg, float *exp_avg_sq, int64_t count,
@@ -73,17 +148,6 @@ CLONES float largest(const float *numbers, int64_t count) {
   return std::max(result, SMALLEST_SCALE);
 }
 
-CLONES void encode(const float *numbers, float scale, Codec codec, uint8_t *codes, int64_t count) {
-  for (int64_t i = 0; i < count; i++) {
-    const float number = numbers[i] / scale;
-    uint32_t bits;
-    std::memcpy(&bits, &number, 4);
-    const int32_t key = std::clamp(static_cast<int32_t>((bits & 0x7fffffff) >> 16) - FIRST_KEY, 0, KEYS - 1);
-    const uint8_t code = codec.buckets[key + static_cast<int32_t>(bits >> 31) * KEYS];
-    codes[i] = code + (number >= codec.thresholds[code]);
-  }
-}
-
 void update_blocks(float *parameter, const float *gradient, Moment exp_avg, Moment exp_avg_sq, int64_t count,
                    const Constants &constants) {
   float m[BLOCK], v[BLOCK];
@@ -94,8 +158,8 @@ void update_blocks(float *parameter, const float *gradient, Moment exp_avg, Mome
     update(parameter + start, gradient + start, m, v, length, constants);
     exp_avg.scales[block] = largest(m, length);
     exp_avg_sq.scales[block] = largest(v, length);
-    encode(m, exp_avg.scales[block], exp_avg.codec, exp_avg.codes + start, length);
-    encode(v, exp_avg_sq.scales[block], exp_avg_sq.codec, exp_avg_sq.codes + start, length);
+    encode(m, exp_avg.scales[block], exp_avg.codec.tree, exp_avg.codes + start, length);
+    encode(v, exp_avg_sq.scales[block], exp_avg_sq.codec.tree, exp_avg_sq.codes + start, length);
   }
 }
 
@@ -106,9 +170,8 @@ template <typename T> T *data(void *handle, at::ScalarType type, int64_t count, 
   return static_cast<T *>(held.data_ptr());
 }
 
-Codec codec(void *values, void *thresholds, void *buckets) {
-  return {data<float>(values, at::kFloat, 256, "values"), data<float>(thresholds, at::kFloat, 256, "thresholds"),
-          data<uint8_t>(buckets, at::kByte, 2 * KEYS, "buckets")};
+Codec codec(void *values, void *tree) {
+  return {data<float>(values, at::kFloat, 256, "values"), data<float>(tree, at::kFloat, 256, "tree")};
 }
 
 } // namespace
@@ -116,7 +179,7 @@ Codec codec(void *values, void *thresholds, void *buckets) {
 extern "C" {
 
 // One step over a range that begins with a block. `rates` has step size and root of the second bias correction, fp32. Where
-// `found_inf` (fp32 scalar) is 1 nothing moves. A moment is its codes, its scales, and the codec's three tables.
+// `found_inf` (fp32 scalar) is 1 nothing moves. A moment is its codes, its scales, and the codec's two tables.
 int ft_cpu_adamw_8bit(void *parameter, void *gradient, void *const *exp_avg, void *const *exp_avg_sq, void *rates,
                       void *found_inf, double decay, double one_minus_beta1, double one_minus_beta2, double eps) {
   return recorded("finetune::adamw_8bit", {parameter, gradient}, [&] {
@@ -128,7 +191,7 @@ int ft_cpu_adamw_8bit(void *parameter, void *gradient, void *const *exp_avg, voi
     const auto *g = data<float>(gradient, at::kFloat, count, "gradient");
     const auto moment = [&](void *const *parts) {
       return Moment{data<uint8_t>(parts[0], at::kByte, count, "codes"), data<float>(parts[1], at::kFloat, blocks, "scales"),
-                    codec(parts[2], parts[3], parts[4])};
+                    codec(parts[2], parts[3])};
     };
     const Moment m = moment(exp_avg), v = moment(exp_avg_sq);
     const float *rate = data<float>(rates, at::kFloat, 2, "rates");

@@ -15,10 +15,6 @@ pub const BLOCK: i64 = 256;
 const CHUNK: i64 = 1 << 22;
 /// Scales are at least this, so that a block of zeros can be divided by its own.
 const SMALLEST_SCALE: f64 = 1e-12;
-/// The first bucket of magnitudes, 2^-23, as the upper half of its bits, and how many there are up to 1.
-const FIRST_KEY: u32 = (127 - 23) << 7;
-const KEYS: u32 = (127 << 7) - FIRST_KEY + 1;
-
 /// From numbers to codes and back. Codes ascend with their values.
 #[derive(Debug)]
 pub struct Codec {
@@ -26,9 +22,9 @@ pub struct Codec {
     values: Tensor,
     /// The number from which on the next code is nearer, fp32 `[256]`; none is for the last.
     thresholds: Tensor,
-    /// The code of the lowest number of each bucket, first for numbers without a sign, on the CPU: where the kernel begins to
-    /// look.
-    buckets: Tensor,
+    /// The same as a tree, which the kernel descends: its root at 1, those for smaller numbers below node n at 2 n, for others at
+    /// 2 n + 1.
+    tree: Tensor,
 }
 
 /// The values of the dynamic map with 7 exponents: of each power of ten twice as many as of the one before, linearly apart.
@@ -73,18 +69,23 @@ fn threshold(below: f32, above: f32) -> f32 {
     number
 }
 
+/// Sorted thresholds, of which the last is not needed, in the order of a tree.
+fn tree(thresholds: &[f32]) -> Vec<f32> {
+    let of_node = |node: usize| {
+        let (level, leaves) = (node.ilog2(), thresholds.len());
+        let step = leaves >> (level + 1);
+        thresholds[2 * step * (node - (1 << level)) + step - 1]
+    };
+    std::iter::once(0.0).chain((1..thresholds.len()).map(of_node)).collect()
+}
+
 impl Codec {
     fn new(signed: bool, device: Device) -> Self {
         let values = dynamic_map(signed);
         let mut thresholds: Vec<f32> = values.windows(2).map(|pair| threshold(pair[0], pair[1])).collect();
-        let code = |number: f32| thresholds.partition_point(|threshold| *threshold <= number) as u8;
-        let without_sign = |key: u32| if key == 0 { 0.0 } else { f32::from_bits((key + FIRST_KEY) << 16) };
-        let with_sign = |key: u32| -f32::from_bits(((key + FIRST_KEY) << 16) | 0xffff);
-        let buckets: Vec<u8> =
-            (0..KEYS).map(|key| code(without_sign(key))).chain((0..KEYS).map(|key| code(with_sign(key)))).collect();
         thresholds.push(f32::INFINITY);
         let upload = |numbers: &[f32]| Tensor::from_slice(numbers).to_device(device);
-        Self { values: upload(&values), thresholds: upload(&thresholds), buckets: Tensor::from_slice(&buckets) }
+        Self { values: upload(&values), thresholds: upload(&thresholds), tree: upload(&tree(&thresholds)) }
     }
 
     /// Codes and scales `[b, 1]` of whole blocks `[b, n]`.
@@ -127,8 +128,8 @@ impl Moment {
         }
     }
 
-    fn parts<'a>(&'a self, part: &'a Part) -> [&'a Tensor; 5] {
-        [&part.codes, &part.scales, &self.codec.values, &self.codec.thresholds, &self.codec.buckets]
+    fn parts<'a>(&'a self, part: &'a Part) -> [&'a Tensor; 4] {
+        [&part.codes, &part.scales, &self.codec.values, &self.codec.tree]
     }
 }
 
@@ -237,22 +238,18 @@ mod tests {
     }
 
     #[test]
-    fn a_bucket_holds_one_threshold_at_most() {
+    fn the_tree_leads_to_the_highest_threshold_that_is_reached() {
         for signed in [true, false] {
             let codec = Codec::new(signed, Device::Cpu);
-            let [values, thresholds] =
-                [&codec.values, &codec.thresholds].map(|table| Vec::<f32>::try_from(table).expect("a vector of fp32"));
-            assert_eq!((values.len(), thresholds.len()), (256, 256));
+            let [values, thresholds, tree] = [&codec.values, &codec.thresholds, &codec.tree]
+                .map(|table| Vec::<f32>::try_from(table).expect("a vector of fp32"));
+            assert_eq!((values.len(), thresholds.len(), tree.len()), (256, 256, 256));
             assert!(values.is_sorted_by(|a, b| a < b) && thresholds.is_sorted_by(|a, b| a < b));
-            let buckets = Vec::<u8>::try_from(&codec.buckets).expect("a vector of bytes");
-            let code = |number: f32| thresholds.partition_point(|threshold| *threshold <= number);
-            for (index, bucket) in buckets.into_iter().enumerate() {
-                let (key, negative) = (index as u32 % KEYS, index as u32 >= KEYS);
-                let from = if key == 0 { 0.0 } else { f32::from_bits((key + FIRST_KEY) << 16) };
-                let to = f32::from_bits(((key + FIRST_KEY) << 16) | 0xffff);
-                let (lowest, highest) = if negative { (-to, -from) } else { (from, to) };
-                assert_eq!(code(lowest), usize::from(bucket));
-                assert!(code(highest) <= code(lowest) + 1, "{signed} {lowest:e} {highest:e}");
+            for (code, threshold) in thresholds.iter().take(255).enumerate() {
+                for (number, expected) in [(threshold.next_down(), code), (*threshold, code + 1)] {
+                    let leaf = (0..8).fold(1, |node, _| 2 * node + usize::from(number >= tree[node]));
+                    assert_eq!(leaf - 256, expected, "{signed} {number:e}");
+                }
             }
         }
     }

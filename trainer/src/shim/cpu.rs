@@ -175,12 +175,12 @@ pub struct Adamw8BitConstants {
 }
 
 /// One AdamW step over a flat fp32 range that begins with a block, on any CPU. Each moment is codes, scales, and its codec's
-/// values, thresholds and buckets; `rates` (fp32 `[2]`) has step size and root of the second bias correction; where `found_inf`
+/// values and tree of thresholds; `rates` (fp32 `[2]`) has step size and root of the second bias correction; where `found_inf`
 /// (fp32 scalar) is 1 nothing moves.
 pub fn adamw_8bit(
     parameter: &Tensor,
     gradient: &Tensor,
-    moments: [[&Tensor; 5]; 2],
+    moments: [[&Tensor; 4]; 2],
     rates: &Tensor,
     found_inf: &Tensor,
     constants: Adamw8BitConstants,
