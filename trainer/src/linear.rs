@@ -65,8 +65,8 @@ pub type Saved = Option<Tensor>;
 
 /// A mask on the input of an adapter, already scaled by `1 / (1 - p)`; `None` without dropout.
 pub trait InputMask {
-    /// The mask for `site`, shaped like `x` `[t, in]`; the same on every call.
-    fn mask(&self, site: u64, x_ti: &Tensor) -> Option<Tensor>;
+    /// The mask `[tokens, in]` for `site`, with width, dtype and device of its input `x`; the same on every call.
+    fn mask(&self, site: u64, tokens: i64, x: &Tensor) -> Option<Tensor>;
 }
 
 impl Linear {
@@ -76,7 +76,7 @@ impl Linear {
         let Some(adapter) = self.adapter.as_ref().filter(|_| adapters == Adapters::On) else {
             return (y_to, None);
         };
-        let projected_tr = match dropout.mask(adapter.site, x_ti) {
+        let projected_tr = match dropout.mask(adapter.site, x_ti.size()[0], x_ti) {
             Some(mask_ti) => (x_ti * mask_ti).matmul(&adapter.a.value.tr()),
             None => x_ti.matmul(&adapter.a.value.tr()),
         };
@@ -99,7 +99,7 @@ impl Linear {
             add_product(&weight_gradient, &gradient_to.tr(), x_ti);
         }
         let adapter = self.adapter.as_ref().zip(saved.as_ref()).map(|(adapter, projected_tr)| {
-            let mask_ti = dropout.mask(adapter.site, x_ti);
+            let mask_ti = dropout.mask(adapter.site, x_ti.size()[0], x_ti);
             let gradient_tr = gradient_to.matmul(&adapter.b.value) * adapter.scale;
             if let Some(gradient) = adapter.b.gradient() {
                 add_product(&gradient, &gradient_to.tr(), projected_tr);

@@ -5,6 +5,7 @@
 
 use tch::Tensor;
 
+use crate::linear::Weight;
 use crate::ops::accumulate_kind;
 use crate::shim::{cpu, decode, fused};
 
@@ -19,15 +20,6 @@ pub fn chunk_rows(vocabulary: i64, accelerator: bool) -> i64 {
     (bytes / (4 * vocabulary)).clamp(16, 4096)
 }
 
-/// The output projection.
-#[derive(Debug)]
-pub struct Head {
-    /// `[v, h]`
-    pub weight: Tensor,
-    /// fp32 `[v, h]` that the backward pass adds to; `None` where the head is frozen.
-    pub gradient: Option<Tensor>,
-}
-
 /// Loss and hits of each trained token, on the device.
 #[derive(Debug)]
 pub struct Scored {
@@ -37,24 +29,24 @@ pub struct Scored {
     pub correct_n: Tensor,
 }
 
-fn chunks(hidden_nh: &Tensor, head: &Head) -> impl Iterator<Item = (i64, i64)> + use<> {
-    let (rows, chunk) = (hidden_nh.size()[0], chunk_rows(head.weight.size()[0], hidden_nh.device().is_cuda()));
+fn chunks(hidden_nh: &Tensor, head_vh: &Weight) -> impl Iterator<Item = (i64, i64)> + use<> {
+    let (rows, chunk) = (hidden_nh.size()[0], chunk_rows(head_vh.value.size()[0], hidden_nh.device().is_cuda()));
     (0..rows).step_by(chunk as usize).map(move |start| (start, chunk.min(rows - start)))
 }
 
 /// `scale * sum(NLL)` over all rows, and its gradient with respect to `hidden` `[n, h]`; adds the head's gradient where it
 /// is trained. With `scale = 1 / N`, N the trained tokens of the whole step, the sum over micro-batches is the mean.
-pub fn cross_entropy(hidden_nh: &Tensor, labels_n: &Tensor, head: &Head, scale: f64) -> (Tensor, Tensor) {
+pub fn cross_entropy(hidden_nh: &Tensor, labels_n: &Tensor, head_vh: &Weight, scale: f64) -> (Tensor, Tensor) {
     let kind = accumulate_kind(hidden_nh.kind());
     let mut loss = Tensor::zeros([], (kind, hidden_nh.device()));
     let gradient_nh = hidden_nh.empty_like();
-    for (start, rows) in chunks(hidden_nh, head) {
+    for (start, rows) in chunks(hidden_nh, head_vh) {
         let hidden_ch = hidden_nh.narrow(0, start, rows);
         let labels_c = labels_n.narrow(0, start, rows);
-        let logits_cv = hidden_ch.matmul(&head.weight.tr());
+        let logits_cv = hidden_ch.matmul(&head_vh.value.tr());
         if let Some(losses_c) = fused::cross_entropy(&logits_cv, &labels_c, scale) {
             loss += losses_c.sum(kind) * scale;
-            add_gradients(&logits_cv, &hidden_ch, head, &gradient_nh.narrow(0, start, rows));
+            add_gradients(&logits_cv, &hidden_ch, head_vh, &gradient_nh.narrow(0, start, rows));
             continue;
         }
         let labels_c1 = labels_c.unsqueeze(1);
@@ -66,26 +58,26 @@ pub fn cross_entropy(hidden_nh: &Tensor, labels_n: &Tensor, head: &Head, scale: 
         let minus_one_c1 = Tensor::full([rows, 1], -1.0, (kind, hidden_nh.device()));
         let _ = logits_cv.scatter_add_(1, &labels_c1, &minus_one_c1).g_mul_scalar_(scale);
         let d_logits_cv = logits_cv.to_kind(hidden_nh.kind());
-        add_gradients(&d_logits_cv, &hidden_ch, head, &gradient_nh.narrow(0, start, rows));
+        add_gradients(&d_logits_cv, &hidden_ch, head_vh, &gradient_nh.narrow(0, start, rows));
     }
     (loss, gradient_nh)
 }
 
 /// From the gradient of a chunk's logits that of its hidden states, which is written, and the head's, which is added to.
-fn add_gradients(d_logits_cv: &Tensor, hidden_ch: &Tensor, head: &Head, d_hidden_ch: &Tensor) {
-    if let Some(gradient) = &head.gradient {
-        add_product(gradient, &d_logits_cv.tr(), hidden_ch);
+fn add_gradients(d_logits_cv: &Tensor, hidden_ch: &Tensor, head_vh: &Weight, d_hidden_ch: &Tensor) {
+    if let Some(gradient_vh) = head_vh.gradient() {
+        add_product(&gradient_vh, &d_logits_cv.tr(), hidden_ch);
     }
-    d_hidden_ch.shallow_clone().copy_(&d_logits_cv.matmul(&head.weight));
+    d_hidden_ch.shallow_clone().copy_(&d_logits_cv.matmul(&head_vh.value));
 }
 
 /// Loss and hits of at least one trained token, without gradients.
-pub fn score(hidden_nh: &Tensor, labels_n: &Tensor, head: &Head) -> Scored {
+pub fn score(hidden_nh: &Tensor, labels_n: &Tensor, head_vh: &Weight) -> Scored {
     let kind = accumulate_kind(hidden_nh.kind());
     let (mut losses, mut correct) = (Vec::new(), Vec::new());
-    for (start, rows) in chunks(hidden_nh, head) {
+    for (start, rows) in chunks(hidden_nh, head_vh) {
         let labels_c = labels_n.narrow(0, start, rows);
-        let logits_cv = hidden_nh.narrow(0, start, rows).matmul(&head.weight.tr());
+        let logits_cv = hidden_nh.narrow(0, start, rows).matmul(&head_vh.value.tr());
         if cpu::fits(&[&logits_cv], cpu::ROW_WIDTH) {
             let (losses_c, correct_c) = decode::score(&logits_cv, &labels_c);
             losses.push(losses_c);
@@ -116,6 +108,7 @@ mod tests {
     use tch::{Device, Kind};
 
     use super::*;
+    use crate::optim::{OptimizerConfig, ParameterInit, Parameters};
 
     #[test]
     fn the_fused_loss_is_the_one_that_is_written_out() {
@@ -124,10 +117,12 @@ mod tests {
         let weight = (cpu::noise(2, &[96, 32]) / 2).to_kind(Kind::BFloat16);
         let labels = (Tensor::arange(19, (Kind::Int64, Device::Cpu)) * 37).remainder(96);
         let all = |kind: Kind| {
-            let head =
-                Head { weight: weight.to_kind(kind), gradient: Some(Tensor::zeros([96, 32], (kind, Device::Cpu))) };
+            let init = ParameterInit { name: "head".to_owned(), value: weight.shallow_clone(), group: 0 };
+            let parameters = Parameters::new(vec![init], kind, Device::Cpu, OptimizerConfig::default());
+            let slot = &parameters.slots()[0];
+            let head = Weight { value: parameters.working(slot), gradient: Some(parameters.gradient(slot)) };
             let (loss, gradient) = cross_entropy(&hidden.to_kind(kind), &labels, &head, 1.0 / 19.0);
-            [loss, gradient, head.gradient.expect("it is trained")].map(|tensor| tensor.to_kind(Kind::Double))
+            [loss, gradient, head.gradient().expect("it is trained")].map(|tensor| tensor.to_kind(Kind::Double))
         };
         for (kind, most) in [(Kind::BFloat16, 1e-2), (Kind::Float, 1e-6)] {
             for (place, (ours, exact)) in all(kind).iter().zip(&all(Kind::Double)).enumerate() {
@@ -146,8 +141,7 @@ mod tests {
         let labels = hidden.matmul(&weight.tr()).to_kind(Kind::Float).argmax(-1, false);
         // Half of the labels are the largest.
         let labels = labels.where_self(&labels.remainder(2).eq(0), &Tensor::zeros_like(&labels));
-        let score =
-            |kind: Kind| score(&hidden.to_kind(kind), &labels, &Head { weight: weight.to_kind(kind), gradient: None });
+        let score = |kind: Kind| score(&hidden.to_kind(kind), &labels, &Weight::frozen(weight.to_kind(kind)));
         let exact = score(Kind::Double);
         let [ours, _] = [Kind::BFloat16, Kind::Float].map(|kind| {
             let ours = score(kind);

@@ -97,6 +97,8 @@ pub struct Parameters {
     slots: Vec<Slot>,
     runs: Vec<Run>,
     in_backward: bool,
+    /// Whether the step that is made has begun to move weights.
+    is_moving: bool,
     master: Tensor,
     working: Tensor,
     gradients: Gradients,
@@ -165,7 +167,17 @@ impl Parameters {
         let working = if working_kind == Kind::Float { master.shallow_clone() } else { master.to_kind(working_kind) };
         let gradients = Gradients::new(lengths, config.in_backward, device);
         let updates = Tensor::zeros([], (Kind::Float, device));
-        Self { slots, runs, in_backward: config.in_backward, master, working, gradients, moments, updates }
+        Self {
+            slots,
+            runs,
+            in_backward: config.in_backward,
+            is_moving: false,
+            master,
+            working,
+            gradients,
+            moments,
+            updates,
+        }
     }
 
     /// The trained tensors' places.
@@ -231,6 +243,11 @@ impl Parameters {
         Ok(())
     }
 
+    /// Whether the step that was begun last has moved weights, so that it cannot be made again.
+    pub fn is_moving(&self) -> bool {
+        self.is_moving
+    }
+
     /// Forgets the gradients of the last step; those of layers give their memory back.
     pub fn forget_gradients(&mut self) {
         self.gradients.begin_step();
@@ -245,6 +262,7 @@ impl Parameters {
     /// One AdamW step of a group's tensors from its gradients; where `found_inf` is 1 nothing moves. `updates` already counts
     /// this step.
     fn update_group(&mut self, group: usize, found_inf: &Tensor, constants: &StepConstants) -> Result<(), shim::Error> {
+        self.is_moving = true;
         let gradient = self.gradients.of(group);
         for run in self.runs.iter().filter(|run| run.group == group) {
             let part = |flat: &Tensor| flat.narrow(0, run.offset, run.length);

@@ -13,6 +13,8 @@ use crate::model::{Config, Recompute, base_elements, layer_elements, lora_parame
 /// Resident bytes of the process before a model is there: libtorch, its threads, the binary and the prepared rows, as
 /// measured on x86-64.
 const RUNTIME_BYTES: i64 = 220 << 20;
+/// The CUDA context and the libraries' workspaces: 0.6 to 1.4 GB, by card and driver.
+const CUDA_CONTEXT_BYTES: i64 = 1 << 30;
 /// What allocators hold beyond what is asked for, as a share of what is allocated and freed again in every step: rows of
 /// ever new lengths leave holes.
 const ALLOCATOR_SLACK: f64 = 0.8;
@@ -21,6 +23,9 @@ const STEP_EFFICIENCY: f64 = 0.4;
 /// Tokens computed at once where memory allows more: beyond it matrix products no longer gain.
 const MICRO_BATCH_TOKENS_CPU: i64 = 2048;
 const MICRO_BATCH_TOKENS_GPU: i64 = 16_384;
+/// With fewer tokens at once matrix products are no longer bound by arithmetic.
+const ENOUGH_TOKENS_CPU: i64 = 512;
+const ENOUGH_TOKENS_GPU: i64 = 2048;
 
 /// What the plan is made from.
 #[derive(Debug)]
@@ -130,22 +135,26 @@ pub fn estimate(inputs: &Inputs, method: &Method) -> Estimate {
     let in_backward = is_in_backward(method);
     let largest = if in_backward { inputs.step_tokens } else { wanted.min(inputs.step_tokens) };
     let smallest = if in_backward { largest } else { inputs.longest };
-    // On a CPU keeping norms and SwiGLU products too takes half as much memory again and saves 1 % of a step.
-    let modes: &[Recompute] = if inputs.accelerator {
-        &[Recompute::Nothing, Recompute::Pointwise, Recompute::Layer]
-    } else {
-        &[Recompute::Pointwise, Recompute::Layer]
-    };
-    let mut tokens = largest.max(inputs.longest);
+    let largest = largest.max(inputs.longest);
+    let enough = if inputs.accelerator { ENOUGH_TOKENS_GPU } else { ENOUGH_TOKENS_CPU }.clamp(smallest, largest);
+    // Smaller micro-batches cost less than a third forward pass as long as they keep matrix products busy. On a CPU keeping norms and
+    // SwiGLU products too takes half as much memory again and saves 1 % of a step.
+    let keep = inputs.accelerator.then_some((Recompute::Nothing, largest));
+    let cheap = halvings(largest, enough).map(|tokens| (Recompute::Pointwise, tokens));
+    let whole = halvings(largest, smallest).map(|tokens| (Recompute::Layer, tokens));
+    let choices = keep.into_iter().chain(cheap).chain(whole);
+    let mut estimates = choices.map(|(recompute, tokens)| estimate_at(inputs, method, tokens, recompute)).peekable();
     loop {
-        for &recompute in modes {
-            let estimate = estimate_at(inputs, method, tokens, recompute);
-            if estimate.fits || (tokens <= smallest && recompute == Recompute::Layer) {
-                return estimate;
-            }
+        let estimate = estimates.next().expect("the last one is taken");
+        if estimate.fits || estimates.peek().is_none() {
+            return estimate;
         }
-        tokens = (tokens / 2).max(smallest);
     }
+}
+
+/// `from`, half of it, and so on, none below `to`, which is the last.
+fn halvings(from: i64, to: i64) -> impl Iterator<Item = i64> {
+    std::iter::successors(Some(from), move |&tokens| (tokens > to).then_some((tokens / 2).max(to)))
 }
 
 fn is_in_backward(method: &Method) -> bool {
@@ -204,14 +213,15 @@ fn estimate_at(inputs: &Inputs, method: &Method, tokens: i64, recompute: Recompu
     let caches = inputs.cache_tokens * layers * 2 * keys * element;
     let whole_model = if full || inputs.config.output.format == OutputFormat::Merged { base * 4 } else { 0 };
     let transient = (activations + logits).max(caches).max(whole_model);
-    let slack = if inputs.accelerator { 0.05 } else { ALLOCATOR_SLACK };
+    let (slack, runtime) =
+        if inputs.accelerator { (0.05, CUDA_CONTEXT_BYTES) } else { (ALLOCATOR_SLACK, RUNTIME_BYTES) };
     let mut memory = MemoryEstimate {
         // In full fine-tuning the mapped files are read once into the masters and need not stay resident.
         weights: if full { 0 } else { base * element },
         parameters: trainable * copies,
         optimizer: gradients + layer_gradients + moments,
         activations: transient,
-        workspace: (transient as f64 * slack) as i64 + RUNTIME_BYTES,
+        workspace: (transient as f64 * slack) as i64 + runtime,
         total: 0,
     };
     memory.total = memory.weights + memory.parameters + memory.optimizer + memory.activations + memory.workspace;
@@ -269,58 +279,52 @@ pub fn other_method(method: &Method) -> Method {
     }
 }
 
-/// The least change that makes the run fit: moments in 8 bits or a smaller step where it is whole, LoRA instead of full
-/// fine-tuning, then shorter sequences.
+/// The least change that makes the run fit: moments in 8 bits, updates in the backward pass or a smaller step where it is whole,
+/// LoRA instead of full fine-tuning, then shorter sequences.
 fn cheapest_that_fits(inputs: &Inputs) -> Option<String> {
-    let words = |change: String, needs: i64| {
-        Some(format!("the cheapest change that fits is {change}: {}", display_bytes(needs)))
+    let words = |change: &str, inputs: &Inputs, method: &Method| {
+        let estimate = estimate(inputs, method);
+        let needs = display_bytes(estimate.memory.total);
+        estimate.fits.then(|| format!("the cheapest change that fits is {change}: {needs}"))
     };
-    let mut config = inputs.config.clone();
-    if matches!(config.method, Method::Full { .. }) {
-        config.hyperparameters.optimizer = Optimizer::AdamW8Bit;
-        let smaller = estimate(&Inputs { config: &config, ..*inputs }, &config.method);
-        if smaller.fits {
-            return words("hyperparameters.optimizer: AdamW8Bit".into(), smaller.memory.total);
-        }
-    }
-    let mut batch_size = config.hyperparameters.batch_size / 2;
-    while is_in_backward(&config.method) && batch_size > 0 {
-        let step_tokens = inputs.step_tokens.min(inputs.longest * batch_size);
-        let smaller = estimate(&Inputs { step_tokens, ..*inputs }, &config.method);
-        if smaller.fits {
-            return words(format!("hyperparameters.batchSize: {batch_size}"), smaller.memory.total);
-        }
-        batch_size /= 2;
-    }
-    let candidates = [
-        matches!(inputs.config.method, Method::Full { .. })
-            .then(|| (other_method(&inputs.config.method), "method.type: LoRA")),
-        Some((inputs.config.method.clone(), "")),
-    ];
-    for (method, words) in candidates.into_iter().flatten() {
-        let mut longest = inputs.longest;
-        while longest >= 64 {
-            let examples = if is_in_backward(&method) { inputs.config.hyperparameters.batch_size } else { 1 };
+    let method = &inputs.config.method;
+    let mut small_moments = inputs.config.clone();
+    small_moments.hyperparameters.optimizer = Optimizer::AdamW8Bit;
+    let small_moments = Inputs { config: &small_moments, ..*inputs };
+    let in_full = || {
+        words("hyperparameters.optimizer: AdamW8Bit", &small_moments, method).or_else(|| {
+            let change = "hyperparameters.optimizer: AdamW8Bit with method.full.optimizerInBackward: true and \
+                          hyperparameters.maxGradNorm: \"0\"";
+            words(change, &small_moments, &Method::Full { optimizer_in_backward: true })
+        })
+    };
+    let smaller_step = || {
+        halvings(inputs.config.hyperparameters.batch_size / 2, 1).filter(|&size| size > 0).find_map(|batch_size| {
+            let step_tokens = inputs.step_tokens.min(inputs.longest * batch_size);
+            let smaller = Inputs { step_tokens, ..*inputs };
+            words(&format!("hyperparameters.batchSize: {batch_size}"), &smaller, method)
+        })
+    };
+    let shorter = |method: &Method, also: &str| {
+        halvings(inputs.longest, 64).find_map(|longest| {
+            let examples = if is_in_backward(method) { inputs.config.hyperparameters.batch_size } else { 1 };
             let shorter = Inputs { longest, step_tokens: inputs.step_tokens.min(longest * examples), ..*inputs };
-            let estimate = estimate(&shorter, &method);
-            if estimate.fits {
-                let needs = display_bytes(estimate.memory.total);
-                return Some(match (words, longest == inputs.longest) {
-                    (words, true) => format!("the cheapest change that fits is {words}: {needs}"),
-                    ("", false) => {
-                        format!(
-                            "the cheapest change that fits is hyperparameters.maxSequenceLength: {longest}: {needs}"
-                        )
-                    }
-                    (words, false) => format!(
-                        "the cheapest change that fits is {words} with hyperparameters.maxSequenceLength: {longest}: {needs}"
-                    ),
-                });
-            }
-            longest /= 2;
-        }
+            let length = (longest != inputs.longest).then(|| format!("hyperparameters.maxSequenceLength: {longest}"));
+            let change = match (also, length.as_deref()) {
+                ("", None) => return None,
+                (change, None) | ("", Some(change)) => change.to_owned(),
+                (also, Some(length)) => format!("{also} with {length}"),
+            };
+            words(&change, &shorter, method)
+        })
+    };
+    match method {
+        Method::Full { optimizer_in_backward } => in_full()
+            .or_else(|| optimizer_in_backward.then(smaller_step).flatten())
+            .or_else(|| shorter(&other_method(method), "method.type: LoRA"))
+            .or_else(|| shorter(method, "")),
+        Method::LoRA { .. } | Method::QLoRA { .. } => shorter(method, ""),
     }
-    None
 }
 
 #[cfg(test)]

@@ -300,16 +300,19 @@ fn step(
             },
             Err(message) => {
                 let longest = micro_batches.iter().map(|batch| batch.tokens.len() as i64).max().unwrap_or(0);
+                // Where weights have moved this state is never saved, the next attempt begins at the last checkpoint.
+                let has_moved = parameters.is_moving();
                 let (why, remedy) = if plan.in_backward {
-                    // Some layers may have moved: this state is never saved, the next attempt begins at the last checkpoint.
                     (
                         "the whole step, as method.full.optimizerInBackward asks for",
                         "lower hyperparameters.batchSize or maxSequenceLength",
                     )
+                } else if has_moved {
+                    ("in the optimizer's update", "lower method.lora.rank where there is one")
                 } else {
                     ("the longest example of the step", "lower hyperparameters.maxSequenceLength")
                 };
-                if plan.in_backward || micro_batches.len() >= ids.len() {
+                if plan.in_backward || has_moved || micro_batches.len() >= ids.len() {
                     return Err(Error::OutOfMemory { tokens: longest, why, remedy, message });
                 }
                 // Which examples make up the step does not change, so the update is the same beyond rounding.

@@ -107,9 +107,8 @@ struct SelectedMask<'a> {
 }
 
 impl InputMask for SelectedMask<'_> {
-    fn mask(&self, site: u64, x_ri: &Tensor) -> Option<Tensor> {
-        let all_ti = x_ri.new_empty([self.tokens, x_ri.size()[1]], (x_ri.kind(), x_ri.device()));
-        self.all.mask(site, &all_ti).map(|mask_ti| self.outputs.select(&mask_ti))
+    fn mask(&self, site: u64, _rows: i64, x_ri: &Tensor) -> Option<Tensor> {
+        self.all.mask(site, self.tokens, x_ri).map(|mask_ti| self.outputs.select(&mask_ti))
     }
 }
 

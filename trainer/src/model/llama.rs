@@ -9,7 +9,7 @@ use super::layer::{Around, Below, KeyValues, Layer, LayerSaved, Outputs, Pass, R
 use crate::attention::{self, Segments};
 use crate::data::pack::PackedBatch;
 use crate::linear::{Adapters, InputMask, Weight};
-use crate::loss::{self, Head, Scored};
+use crate::loss::{self, Scored};
 use crate::ops::{Rope, rms_norm, rms_norm_backward};
 use crate::random::seed64;
 use crate::shim::{self, cpu, decode};
@@ -23,7 +23,7 @@ pub struct Llama {
     pub(super) embedding: Weight,
     pub(super) layers: Vec<Layer>,
     pub(super) norm: Weight,
-    pub(super) head: Head,
+    pub(super) head: Weight,
     pub(super) rope: Rope,
     pub(super) kind: Kind,
     pub(super) device: Device,
@@ -84,11 +84,11 @@ struct StepDropout<'a> {
 }
 
 impl InputMask for StepDropout<'_> {
-    fn mask(&self, site: u64, x_ti: &Tensor) -> Option<Tensor> {
+    fn mask(&self, site: u64, tokens: i64, x: &Tensor) -> Option<Tensor> {
         if self.probability == 0.0 {
             return None;
         }
-        let mask_ti = x_ti.empty_like();
+        let mask_ti = x.new_empty([tokens, x.size()[1]], (x.kind(), x.device()));
         for &(example, start, length) in self.examples {
             tch::manual_seed(seed64(self.noise.seed, "drop", &[self.noise.step as u64, example, site]) as i64);
             let _ = mask_ti.narrow(0, start, length).bernoulli_float_(1.0 - self.probability);
@@ -101,7 +101,7 @@ impl InputMask for StepDropout<'_> {
 pub(super) struct NoDropout;
 
 impl InputMask for NoDropout {
-    fn mask(&self, _site: u64, _x_ti: &Tensor) -> Option<Tensor> {
+    fn mask(&self, _site: u64, _tokens: i64, _x: &Tensor) -> Option<Tensor> {
         None
     }
 }
@@ -261,7 +261,7 @@ impl Llama {
 
     /// Logits `[rows, v]` of some rows of final hidden states.
     fn logits(&self, hidden_rh: &Tensor) -> Tensor {
-        rms_norm(hidden_rh, &self.norm.value, self.config.rms_norm_eps).matmul(&self.head.weight.tr())
+        rms_norm(hidden_rh, &self.norm.value, self.config.rms_norm_eps).matmul(&self.head.value.tr())
     }
 
     /// The likeliest next token of some rows of final hidden states, int64 `[rows]`.

@@ -10,7 +10,6 @@ use tch::{Device, Kind, Tensor};
 use super::layer::{Layer, LayerShape};
 use super::{Config, Error, Llama};
 use crate::linear::{Adapter, Linear, Weight};
-use crate::loss::Head;
 use crate::ops::Rope;
 use crate::optim::{OptimizerConfig, ParameterInit, Parameters, Slot};
 use crate::random::generator;
@@ -62,16 +61,17 @@ pub fn build(source: &Source) -> Result<Built, Error> {
     let config = Config::read(source.folder)?;
     let files = WeightFiles::open(source.folder)?;
     let loader = Loader { source, config: &config, files: &files };
-    let mut base = loader.read_base()?;
-    let (lora, trained) = match source.method {
-        Some(Method::LoRA { lora } | Method::QLoRA { lora, .. }) => (Some(lora), loader.adapter_inits(lora)?),
-        None => (None, Vec::new()),
+    let (lora, trained, base) = match source.method {
+        Some(Method::LoRA { lora } | Method::QLoRA { lora, .. }) => {
+            (Some(lora), loader.adapter_inits(lora)?, loader.frozen_base()?)
+        }
+        None => (None, Vec::new(), loader.frozen_base()?),
         Some(Method::Full { .. }) => {
-            let copies = base.drain(..).map(|(name, value)| {
+            let copies = loader.base()?.into_iter().map(|(name, value)| {
                 let group = gradient_group(&name);
                 ParameterInit { name, value, group }
             });
-            (None, copies.collect())
+            (None, copies.collect(), Vec::new())
         }
     };
     let in_backward = matches!(source.method, Some(Method::Full { optimizer_in_backward: true }));
@@ -225,14 +225,21 @@ pub fn target_linears(lora: &Lora) -> Result<Vec<&'static str>, Error> {
 }
 
 impl Loader<'_> {
-    /// All tensors of the base on the device in the model's dtype, checked for shape and finiteness.
-    fn read_base(&self) -> Result<Vec<(String, Tensor)>, Error> {
+    /// All tensors of the base on the device in the dtype that they are stored in.
+    fn base(&self) -> Result<Vec<(String, Tensor)>, Error> {
         base_shapes(self.config)
             .into_iter()
             .map(|(name, shape)| Ok((name.clone(), self.read(&name, &shape)?)))
             .collect()
     }
 
+    /// The same in the dtype that the model computes in.
+    fn frozen_base(&self) -> Result<Vec<(String, Tensor)>, Error> {
+        let in_kind = |(name, stored): (String, Tensor)| (name, stored.to_kind(self.source.kind));
+        Ok(self.base()?.into_iter().map(in_kind).collect())
+    }
+
+    /// One tensor, checked for shape and finiteness.
     fn read(&self, name: &str, expected: &[i64]) -> Result<Tensor, Error> {
         let folder = || self.source.folder.to_path_buf();
         let mapped = self.files.tensor(name)?;
@@ -255,7 +262,7 @@ impl Loader<'_> {
         if !stored.sum(sum_kind).double_value(&[]).is_finite() {
             return Err(Error::NonFiniteWeight { folder: folder(), name: name.into() });
         }
-        Ok(stored.to_device(self.source.device).to_kind(self.source.kind))
+        Ok(stored.to_device(self.source.device))
     }
 
     /// A ~ U(-1/sqrt(in), 1/sqrt(in)), keyed by the linear's name; B = 0: the tuned model starts as the base.
@@ -338,7 +345,7 @@ impl Assembler<'_> {
             embedding,
             layers,
             norm: self.weight("model.norm.weight"),
-            head: Head { gradient: head.gradient(), weight: head.value },
+            head,
             kind: source.kind,
             device: source.device,
             lora_dropout: self.lora.map_or(0.0, |lora| lora.dropout),

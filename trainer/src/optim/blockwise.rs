@@ -45,7 +45,7 @@ fn dynamic_map(signed: bool) -> Vec<f32> {
             }
         };
         for index in 0..intervals {
-            let mean = (bound(index) + bound(index + 1)) / 2.0 * power;
+            let mean = f32::midpoint(bound(index), bound(index + 1)) * power;
             values.push(mean);
             if signed {
                 values.push(-mean);

@@ -48,6 +48,7 @@ impl Parameters {
             !self.in_backward || constants.max_grad_norm == 0.0,
             "what is updated in the backward pass is not clipped"
         );
+        self.is_moving = false;
         self.gradients.begin_step();
         let norms = (0..self.gradients.num_groups()).map(|_| None).collect();
         Step { parameters: self, constants, norms, finite: None }
@@ -105,6 +106,7 @@ impl Step<'_> {
         }
         let gradient_norm = self.global_norm();
         let finite = (loss + &gradient_norm).isfinite().to_kind(Kind::Float);
+        self.parameters.is_moving = true;
         self.parameters.updates += &finite;
         let found_inf: Tensor = 1.0 - &finite;
         let max_norm = self.constants.max_grad_norm;

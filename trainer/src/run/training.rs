@@ -31,6 +31,18 @@ impl Meter {
     }
 }
 
+/// A resumed run keeps its micro-batches, which keeps it exact to the bit, unless memory asks for smaller ones now. Returns what
+/// to say where the plan has others.
+fn resumed_micro_batch(planned: i64, state: &mut TrainState) -> String {
+    let before = state.micro_batch_tokens;
+    state.micro_batch_tokens = before.min(planned);
+    if planned < before {
+        format!("micro-batches have {planned} tokens from here on and had {before}: the result differs by rounding")
+    } else {
+        format!("micro-batches go on with {before} tokens, as the checkpoint was made, not the {planned} of the plan")
+    }
+}
+
 /// Trains to the end and judges the result.
 pub(super) fn train_stage(
     config: &RunConfig,
@@ -55,7 +67,12 @@ pub(super) fn train_stage(
             observer.observe(&Event::Warning(warning)).map_err(&write)?;
         }
         if let Some(stored) = stored {
+            let planned = state.micro_batch_tokens;
             state = saving::restore(&stored, &mut parameters, context.stop)?;
+            if planned != state.micro_batch_tokens {
+                let text = resumed_micro_batch(planned, &mut state);
+                observer.observe(&Event::Warning(text)).map_err(&write)?;
+            }
             let inexact_because = store.inexact_because(&stored);
             observer.observe(&Event::Resumed { step: state.step, inexact_because }).map_err(&write)?;
         }

@@ -29,10 +29,11 @@ const LINEARS: [(&str, i64, i64); 7] = [
 struct Masks;
 
 impl InputMask for Masks {
-    fn mask(&self, site: u64, x_ti: &Tensor) -> Option<Tensor> {
-        assert_eq!(x_ti.size()[0], TOKENS, "masks are drawn for all tokens");
+    fn mask(&self, site: u64, tokens: i64, x: &Tensor) -> Option<Tensor> {
+        assert_eq!(tokens, TOKENS, "masks are drawn for all tokens");
         tch::manual_seed(site as i64);
-        Some(x_ti.empty_like().bernoulli_float_(0.7) / 0.7)
+        let mut mask = Tensor::empty([tokens, x.size()[1]], (x.kind(), x.device()));
+        Some(mask.bernoulli_float_(0.7) / 0.7)
     }
 }
 
@@ -80,7 +81,7 @@ fn layer(parameters: &Parameters) -> Layer {
 fn written_out(x_th: &Tensor, leaves: &BTreeMap<String, Tensor>, rope: &RopeRows, bounds: &[i32]) -> Tensor {
     let linear = |index: usize, x_ti: &Tensor| {
         let (name, ..) = LINEARS[index];
-        let masked = x_ti * Masks.mask(index as u64, x_ti).expect("a mask");
+        let masked = x_ti * Masks.mask(index as u64, TOKENS, x_ti).expect("a mask");
         let adapted = masked.matmul(&leaves[&format!("{name}.a")].tr()).matmul(&leaves[&format!("{name}.b")].tr());
         x_ti.matmul(&leaves[name].tr()) + adapted * ADAPTER_SCALE
     };
