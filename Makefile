@@ -65,7 +65,10 @@ compat: build base-model ## golden files from the Python peers, and our outputs 
 	@tests/golden/compat.sh $(TRAINER)
 
 bench: build base-model ## tokens/s, memory and start beside transformers + PEFT and TRL
-	@$$(tools/peers-env.sh) tests/bench/bench.py $(TRAINER)
+	@python=$$(tools/peers-env.sh)
+	$$python tests/bench/profile_step.py $(TRAINER)
+	$$python tests/bench/checkpoints.py $(TRAINER)
+	$$python tests/bench/bench.py $(TRAINER)
 
 gate: build base-model ## fail if the trainer is over 10 % slower than that of the commit in tests/bench/base
 	@tests/bench/gate.sh $(TRAINER)

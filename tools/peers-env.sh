@@ -21,8 +21,8 @@ pip=("$env/bin/pip" install --quiet --disable-pip-version-check)
 "${pip[@]}" filelock typing-extensions 'setuptools<82' sympy networkx jinja2 fsspec 'numpy<2.5'
 # --no-deps keeps pip from fetching torch's CUDA libraries; these are the dependencies that the four really import.
 "${pip[@]}" transformers==5.23.0 tokenizers safetensors huggingface-hub packaging pyyaml regex requests tqdm psutil
-"${pip[@]}" --no-deps peft==0.21.2 accelerate trl==1.16.0
-"${pip[@]}" datasets
+"${pip[@]}" --no-deps peft==0.21.2 accelerate==1.15.0 trl==1.16.0
+"${pip[@]}" datasets==5.2.0
 # The release for this torch; its 8-bit AdamW is Python and needs nothing but torch. In a folder of its own: transformers and
 # PEFT import torchao where they find it, and would start later for it in the benchmarks.
 "${pip[@]}" --no-deps --target "$env/torchao" torchao==0.17.0

@@ -80,6 +80,12 @@ def processor():
     return platform.machine()
 
 
+def commit():
+    """What was measured: the checkout's commit, and whether it has changes that are not in it."""
+    git = lambda *arguments: subprocess.run(["git", "-C", str(HERE), *arguments], check=True, capture_output=True, text=True).stdout
+    return git("rev-parse", "HEAD").strip() + (" with changes" if git("status", "--porcelain", "--", ":/trainer") else "")
+
+
 def medians(values):
     return {key: statistics.median(run[key] for run in values) for key in values[0]}
 
@@ -122,7 +128,7 @@ def record(name, runs, rounds, steps):
     length = "" if workload.method == "Generate" else f", {steps} steps"
     versions = {package: importlib.metadata.version(package) for package in ("torch", "transformers", "peft", "trl")}
     return {"workload": f"{name}: {workload.precision.lower()}, {method}{workload.description}{length}", "rounds": rounds,
-            "cores": os.cpu_count(), "processor": processor(), "versions": versions,
+            "commit": commit(), "cores": os.cpu_count(), "processor": processor(), "versions": versions,
             "median": {program: medians(values) if values else None for program, values in runs.items()}}
 
 

@@ -18,7 +18,7 @@ import tempfile
 
 import ours
 import page
-from bench import RESULTS, processor
+from bench import RESULTS, commit, processor
 from workloads import WORKLOADS
 
 EVERY, STEPS = 50, 110
@@ -65,7 +65,7 @@ def main():
     parser.add_argument("--print-only", action="store_true", help="write neither results nor page")
     arguments = parser.parse_args()
     if arguments.trainer:
-        result = {"every": EVERY, "processor": processor(),
+        result = {"every": EVERY, "commit": commit(), "processor": processor(),
                   "workloads": {name: measure(arguments.trainer, name) for name in ("dense-4x256", "full-4x256")}}
         print("\n".join(table(result)))
         if not arguments.print_only:

@@ -18,6 +18,8 @@ from peers import WARM_STEPS
 from workloads import WORKLOADS
 
 MOST = 1.10
+# What a gain takes, that is worth keeping.
+GAIN = 0.95
 
 
 def seconds_per_token(builds, workload, pairs, steps):
@@ -51,6 +53,8 @@ def main():
         print(f"{workload}: the new build needs {ratio:.3f} times the base build's time for a token, at most {MOST:.2f} is allowed.")
         if ratio > MOST:
             slower.append(workload)
+        if ratio < GAIN:
+            print(f"{workload}: faster; name this commit in tests/bench/base, so that the gain is not lost unseen.")
     if slower:
         sys.exit(f"Slower on {', '.join(slower)}. Find out where with `finetune-trainer profile FILE` on both builds, or run again "
                  "if the machine was busy. Where the time is well spent, name the commit in tests/bench/base.")

@@ -5,6 +5,7 @@ source "$(dirname "$0")/../../tools/common.sh"
 
 new=${1:?usage: gate.sh TRAINER}
 commit=$(cat "$REPO/tests/bench/base")
+git -C "$REPO" cat-file -e "$commit^{commit}" 2>/dev/null || git -C "$REPO" fetch --quiet --depth 1 origin "$commit" 2>/dev/null || true
 if ! git -C "$REPO" cat-file -e "$commit^{commit}" 2>/dev/null; then
   say "speed is not compared: this clone does not have $commit, which tests/bench/base names; \`git fetch --unshallow\` gets it"
   exit

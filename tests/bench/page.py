@@ -1,12 +1,65 @@
 """Puts benchmark results into docs/benchmarks.md, between their marks, and draws docs/benchmarks.svg."""
 
+import json
+import re
+
 from chart import draw
 from workloads import REPOSITORY
 
 PAGE, CHART = REPOSITORY / "docs/benchmarks.md", REPOSITORY / "docs/benchmarks.svg"
 MARKS = ("<!-- results -->", "<!-- end of results -->")
+STANDING_MARKS = ("<!-- standing -->", "<!-- end of standing -->")
+PROFILE_MARKS = ("<!-- profile -->", "<!-- end of profile -->")
 CHECKPOINT_MARKS = ("<!-- checkpoint results -->", "<!-- end of checkpoint results -->")
 LADDER_MARKS = ("<!-- ladder results -->", "<!-- end of ladder results -->")
+
+
+RESULTS = REPOSITORY / "tests/bench/results"
+# What is aimed at: measure, workload, key, and by peer the bound and the aim, as times the peer's value.
+AIMS = (
+    ("tokens/s, dense rows, bf16", "dense-4x256", "tokensPerSecond", {"trl": (1.7, 2.0), "peft": (1.3, 1.5)}),
+    ("tokens/s, mixed conversations", "chat-mixed", "tokensPerSecond", {"trl": (3.0, 4.0), "trl-packed": (1.7, 2.0)}),
+    ("tokens/s, the demo's conversations", "demo-rows", "tokensPerSecond", {"trl": (3.0, 4.0), "trl-packed": (1.7, 2.0)}),
+    ("tokens/s, dense rows, fp32", "dense-4x256-fp32", "tokensPerSecond", {"peft": (1.15, 1.3)}),
+    ("tokens/s, full fine-tuning", "full-4x256", "tokensPerSecond", {"trl": (1.3, 1.6)}),
+    ("new tokens/s, answers", "generation", "tokensPerSecond", {"transformers-generate": (2.0, 3.0)}),
+    ("peak memory, dense rows, bf16", "dense-4x256", "peakBytes", {"peft": (0.45, 0.35)}),
+    ("peak memory, full fine-tuning", "full-4x256", "peakBytes", {"trl": (0.6, 0.5)}),
+)
+MOST_START_SECONDS, MOST_WAITED = (0.5, 0.3), (0.01, 0.0)
+LEAST_PRODUCTS = (0.6, 0.7)
+
+
+def verdict(value, bound, aim, at_most):
+    """Whether a value is within its bound and within its aim."""
+    within = [value <= limit if at_most else value >= limit for limit in (bound, aim)]
+    return "missed" if not within[0] else "reached" if within[1] else "within the bound"
+
+
+def standing(results):
+    """Lines of the table of what is aimed at; what was not measured yet says so."""
+    lines = ["| measure | against | bound | aim | measured | |", "|---|---|---|---|---|---|"]
+    for measure, workload, key, peers in AIMS:
+        at_most = key == "peakBytes"
+        for peer, (bound, aim) in peers.items():
+            ratio = results.get(workload, {}).get("oursAgainst", {}).get(peer)
+            cells = f"{ratio[key]:.2f}× | {verdict(ratio[key], bound, aim, at_most)}" if ratio else "not measured yet | "
+            lines.append(f"| {measure} | {peer} | {'≤' if at_most else '≥'} {bound}× | {aim}× | {cells} |")
+    if dense := results.get("dense-4x256"):
+        start = dense["median"]["ours"]["startSeconds"]
+        bound, aim = MOST_START_SECONDS
+        lines.append(f"| start, dense rows | | ≤ {bound} s | {aim} s | {start:.3f} s | {verdict(start, bound, aim, True)} |")
+    if (path := RESULTS / "profile.txt").exists():
+        share = float(re.search(r"over the whole step: ([\d.]+) % of that rate", path.read_text())[1]) / 100
+        bound, aim = LEAST_PRODUCTS
+        lines.append(f"| matrix products over a whole step, of the machine's bf16 rate | | ≥ {bound:.0%} | {aim:.0%} | {share:.0%} "
+                     f"| {verdict(share, bound, aim, False)} |")
+    if (path := RESULTS / "checkpoints.json").exists():
+        bound, aim = MOST_WAITED
+        for name, values in json.loads(path.read_text())["workloads"].items():
+            lines.append(f"| waiting for checkpoints, {name} | | ≤ {bound:.0%} | {aim:.0%} | {values['waited']:.2%} "
+                         f"| {verdict(values['waited'], bound, aim, True)} |")
+    return lines
 
 
 def table(results):
@@ -34,10 +87,9 @@ def equal_answers(name, result):
 
 
 def machine(result):
-    """Where and how often a workload was measured; results of older runs do not tell versions."""
-    versions = ", ".join(f"{package} {version}" for package, version in result.get("versions", {}).items())
-    return (f"measured on {result['cores']} cores of an {result['processor']}, medians of {result['rounds']} rounds"
-            + (f"; {versions}" if versions else ""))
+    """Where and how often a workload was measured, with which versions."""
+    versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
+    return f"measured on {result['cores']} cores of an {result['processor']}, medians of {result['rounds']} rounds; {versions}"
 
 
 def write(results):
@@ -50,12 +102,15 @@ def write(results):
     measured = [f"{', '.join(names)}: {sentence}." for sentence, names in named.items()]
     measured += [line for name, result in results.items() for line in equal_answers(name, result)]
     put(MARKS, [*table(results), "", *measured])
+    put(STANDING_MARKS, standing(results))
     CHART.write_text(draw(results))
 
 
 def put(marks, lines):
     """Writes lines between two marks of the page."""
-    before, rest = PAGE.read_text().split(marks[0])
+    text = PAGE.read_text()
+    assert text.count(marks[0]) == text.count(marks[1]) == 1, f"{PAGE} must have {marks[0]} and {marks[1]} once each"
+    before, rest = text.split(marks[0])
     after = rest.split(marks[1])[1]
     PAGE.write_text("\n".join([before + marks[0], *lines, marks[1] + after]))
 
