@@ -293,3 +293,23 @@ fn memory_that_runs_out_halves_the_micro_batch_and_the_result_stays() {
         assert!((free - limited).abs() / free < 1e-5, "{free} {limited}");
     }
 }
+
+#[test]
+fn a_profile_tells_where_the_time_of_a_step_goes_and_leaves_no_run() {
+    let job = Job::new();
+    let outcome = succeed(&job, &["profile", "job.yaml"]);
+    let first = outcome.stdout.lines().next().expect("a line");
+    // a step of T tokens, N of them trained: S ms, R tokens/s (…)
+    let numbers: Vec<f64> = first.split([' ', ',']).filter_map(|word| word.parse().ok()).collect();
+    let [tokens, trained, milliseconds, rate, _] = numbers[..] else { panic!("{first}") };
+    assert!(0.0 < trained && trained < tokens, "{first}");
+    // Tenths of a millisecond are printed.
+    assert!((tokens / rate * 1e3 - milliseconds).abs() < 0.1, "{first}");
+    for word in ["this machine:", "addmm", "Chrome trace"] {
+        assert!(outcome.stdout.contains(word), "{word}\n{}", outcome.stdout);
+    }
+    let trace = fs::read(job.path("runs/tiny/profile.json")).expect("a trace");
+    let trace: serde_json::Value = serde_json::from_slice(&trace).expect("JSON");
+    assert!(trace["traceEvents"].as_array().is_some_and(|events| !events.is_empty()));
+    assert!(job.checkpoints().is_empty() && !job.path("runs/tiny/report.json").exists());
+}
