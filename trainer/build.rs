@@ -25,14 +25,11 @@ fn compile_shim() {
         println!("cargo:rerun-if-changed={file}");
     }
     let mut build = cc::Build::new();
-    build
-        .cpp(true)
-        .std("c++17")
-        .warnings(false)
-        .opt_level(3)
-        .include(&include)
-        .include(include.join("torch/csrc/api/include"))
-        .define("_GLIBCXX_USE_CXX11_ABI", "1");
+    build.cpp(true).std("c++17").opt_level(3).define("_GLIBCXX_USE_CXX11_ABI", "1");
+    // Warnings are of our code: libtorch's headers have their own.
+    for folder in [include.join("torch/csrc/api/include"), include] {
+        build.flag("-isystem").flag(folder);
+    }
     // Rounds after each operation, as torch does; nobody reads errno after a root.
     build.clone().flag("-ffp-contract=off").flag("-fno-math-errno").file(optimizer).compile("ftoptim");
     build.files(files).compile("ftshim");

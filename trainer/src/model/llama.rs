@@ -241,15 +241,11 @@ impl Llama {
     }
 
     fn hidden(&self, batch: &DeviceBatch, outputs: Outputs, adapters: Adapters, stop: &Stop) -> Option<Tensor> {
+        let scale = attention::scale(self.config.head_size());
         let attend = &mut |_, q_tnd: &Tensor, KeyValues { keys, values }: KeyValues| {
-            attention::attention(q_tnd, &keys, &values, &batch.segments, self.attention_scale()).out
+            attention::attention(q_tnd, &keys, &values, &batch.segments, scale).out
         };
         self.infer(&batch.tokens_t, &batch.positions_t, outputs, adapters, stop, attend)
-    }
-
-    /// What attention scores are multiplied by.
-    pub(crate) fn attention_scale(&self) -> f64 {
-        1.0 / (self.config.head_size() as f64).sqrt()
     }
 
     /// Loss and hits of each of the batch's trained tokens; `None` if a stop was asked for meanwhile.

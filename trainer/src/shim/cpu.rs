@@ -1,12 +1,12 @@
-//! Our kernels for bf16 and fp32 on CPUs with AVX512-BF16 (`cpp/attention.cpp`, `cpp/pointwise.cpp`). Like tch's own functions they panic
-//! with libtorch's message where arguments do not belong together; [`fits`] says beforehand whether they can be used.
+//! Our kernels for bf16 and fp32 on CPUs with AVX512-BF16 (`cpp/attention.cpp`, `cpp/pointwise.cpp`). Like tch's own functions
+//! they panic with libtorch's message where arguments do not belong together; [`fits`] says beforehand whether they can be used.
 
 use std::ffi::{c_int, c_void};
 use std::sync::OnceLock;
 
 use tch::{Device, Kind, Tensor};
 
-use super::{check, handle};
+use super::{check, done, handle};
 
 unsafe extern "C" {
     fn ft_cpu_kernels_are_supported() -> c_int;
@@ -72,8 +72,8 @@ fn is_supported() -> bool {
     *SUPPORTED.get_or_init(|| unsafe { ft_cpu_kernels_are_supported() != 0 })
 }
 
-/// Whether the kernels take these tensors: all bf16 or all fp32, on a CPU that has the instructions, contiguous, the last dimension a multiple
-/// of `width`.
+/// Whether the kernels take these tensors: all bf16 or all fp32, on a CPU that has the instructions, contiguous, the last
+/// dimension a multiple of `width`.
 pub fn fits(tensors: &[&Tensor], width: i64) -> bool {
     let Some(kind) = tensors.first().map(|tensor| tensor.kind()) else { return false };
     let one_fits = |tensor: &&Tensor| {
@@ -89,10 +89,6 @@ pub fn fits(tensors: &[&Tensor], width: i64) -> bool {
 pub const HEAD_WIDTH: i64 = 32;
 /// What the others need of a row.
 pub const ROW_WIDTH: i64 = 16;
-
-fn done(status: c_int) {
-    check(status).unwrap_or_else(|error| panic!("{error}"));
-}
 
 /// Causal attention over packed examples: q `[t, n, d]`, k and v `[t, k, d]`; `bounds` int32 `[examples + 1]`. Returns the
 /// output `[t, n, d]` and the log-sum-exp of the scores, fp32 `[n, t]`.
@@ -238,3 +234,13 @@ pub fn distance(ours: &Tensor, exact: &Tensor) -> f64 {
     let [ours, exact] = [ours, exact].map(|tensor| tensor.to_kind(Kind::Double));
     (ours - &exact).norm().double_value(&[]) / exact.norm().double_value(&[])
 }
+
+/// What a kernel says of arguments that it refuses.
+#[cfg(test)]
+pub fn refusal(work: impl FnOnce()) -> String {
+    let payload = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).expect_err("refused");
+    *payload.downcast::<String>().expect("a message")
+}
+
+#[cfg(test)]
+mod tests;
