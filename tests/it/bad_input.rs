@@ -218,12 +218,7 @@ fn the_weights() {
         65,
         "model: tensor model.norm.weight is missing",
     );
-    check(
-        "misshapen tensor",
-        halve_norm,
-        65,
-        "model: tensor model.norm.weight has shape [32], config.json says [64]",
-    );
+    check("misshapen tensor", halve_norm, 65, "model: tensor model.norm.weight has shape [32], config.json says [64]");
     let nan: &'static [u8] = Box::leak([f32::NAN.to_le_bytes(); 64].concat().into_boxed_slice());
     check(
         "non-finite tensor",

@@ -146,7 +146,10 @@ fn what_does_not_belong_together_is_refused() {
         (&|| drop(KERNELS.rotate(&x, &table, &table, 1.0)), "expected"),
         (&|| drop(KERNELS.cross_entropy(&logits, &labels.to_kind(Kind::Int), 1.0)), "(Int, [2], Cpu, true)"),
         (&|| drop(KERNELS.cross_entropy(&logits, &labels.narrow(0, 0, 1), 1.0)), "(Int64, [1], Cpu, true)"),
-        (&|| drop(KERNELS.cross_entropy(&logits, &labels.narrow(0, 0, 1).expand([2], false), 1.0)), "(Int64, [2], Cpu, false)"),
+        (
+            &|| drop(KERNELS.cross_entropy(&logits, &labels.narrow(0, 0, 1).expand([2], false), 1.0)),
+            "(Int64, [2], Cpu, false)",
+        ),
     ];
     for (work, expected) in cases {
         let refused = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).expect_err(expected);

@@ -27,7 +27,10 @@ fn rows_that_do_not_belong_together_are_refused() {
     check_refusals(&[
         (&|| drop(swiglu(&x, &fewer)), "up must be contiguous BFloat16 [6, 32] on the CPU, found BFloat16 [5, 32]"),
         (&|| drop(swiglu(&fewer, &x)), "up must be contiguous BFloat16 [5, 32] on the CPU, found BFloat16 [6, 32]"),
-        (&|| drop(swiglu(&x, &fp32(&[6, 32]))), "up must be contiguous BFloat16 [6, 32] on the CPU, found Float [6, 32]"),
+        (
+            &|| drop(swiglu(&x, &fp32(&[6, 32]))),
+            "up must be contiguous BFloat16 [6, 32] on the CPU, found Float [6, 32]",
+        ),
         (&|| drop(swiglu(&x, &turned)), "up must be contiguous"),
         (&|| drop(swiglu(&wider, &wider)), "gate must be a multiple of 16 wide, found [6, 33]"),
         (&|| drop(swiglu(&zeros(&[6, 0]), &x)), "gate must be a multiple of 16 wide, found [6, 0]"),
@@ -43,7 +46,10 @@ fn rows_that_do_not_belong_together_are_refused() {
         (&|| drop(rotate(&x, &zeros(&[0, 1, 32]), &table, 1.0)), "cos must be contiguous BFloat16 [6, 1, 32]"),
         (&|| drop(rotate(&x, &table, &zeros(&[5, 1, 32]), 1.0)), "sin must be"),
         (&|| drop(rotate(&x, &zeros(&[6, 1, 16]), &table, 1.0)), "cos must be"),
-        (&|| drop(rotate(&zeros(&[6, 32]), &table, &table, 1.0)), "x must be [t, n, d], d a multiple of 32, found [6, 32]"),
+        (
+            &|| drop(rotate(&zeros(&[6, 32]), &table, &table, 1.0)),
+            "x must be [t, n, d], d a multiple of 32, found [6, 32]",
+        ),
         (&|| drop(rotate(&zeros(&[6, 2, 48]), &table, &table, 1.0)), "x must be [t, n, d], d a multiple of 32"),
     ]);
     let labels = |labels: &[i64]| drop(cross_entropy(&zeros(&[2, 16]), &Tensor::from_slice(labels), 1.0));
