@@ -26,6 +26,8 @@ fn compile_shim() {
     }
     let mut build = cc::Build::new();
     build.cpp(true).std("c++17").opt_level(3).define("_GLIBCXX_USE_CXX11_ABI", "1");
+    // Without it at::parallel_for is a loop of one thread.
+    build.flag("-fopenmp");
     // Warnings are of our code: libtorch's headers have their own.
     for folder in [include.join("torch/csrc/api/include"), include] {
         build.flag("-isystem").flag(folder);
@@ -36,6 +38,8 @@ fn compile_shim() {
     println!("cargo:rustc-link-search=native={lib}");
     println!("cargo:rustc-link-lib=torch_cpu");
     println!("cargo:rustc-link-lib=c10");
+    // libtorch's own: a second one would have other threads, and another number of them.
+    println!("cargo:rustc-link-lib=dylib:+verbatim=libgomp.so.1");
     println!("cargo:rustc-link-arg=-Wl,-rpath,{lib}");
 }
 

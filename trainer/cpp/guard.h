@@ -12,6 +12,10 @@
 #include <new>
 #include <vector>
 
+#ifndef _OPENMP
+#error "without OpenMP at::parallel_for is a loop of one thread"
+#endif
+
 extern "C" void ft_set_error(const char *message);
 
 template <typename F> int guarded(F body) {
