@@ -234,8 +234,8 @@ fn first_step(
 fn a_step_in_bf16_is_that_in_fp32_but_for_rounding() {
     for case in read_golden::<Vec<StepsCase>>("steps.json") {
         let config = StepConfig { max_grad_norm: 1e30, ..step_config(0.0, &case, Recompute::Pointwise) };
-        let [(exact_stats, exact), (stats, ours)] = [Kind::Float, Kind::BFloat16]
-            .map(|kind| first_step(&case, &case.method.method(), kind, 4096, &config));
+        let [(exact_stats, exact), (stats, ours)] =
+            [Kind::Float, Kind::BFloat16].map(|kind| first_step(&case, &case.method.method(), kind, 4096, &config));
         let losses = [&stats, &exact_stats].map(|stats| stats.loss.double_value(&[]));
         assert!(relative(losses[0], losses[1]) <= 1e-2, "{}: losses {losses:?}", case.name);
         assert_eq!(ours.slots(), exact.slots());
