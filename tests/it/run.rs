@@ -301,11 +301,11 @@ fn a_profile_tells_where_the_time_of_a_step_goes_and_leaves_no_run() {
     let first = outcome.stdout.lines().next().expect("a line");
     // a step of T tokens, N of them trained: S ms, R tokens/s (…)
     let numbers: Vec<f64> = first.split([' ', ',']).filter_map(|word| word.parse().ok()).collect();
-    let [tokens, trained, milliseconds, rate, _] = numbers[..] else { panic!("{first}") };
+    let [tokens, trained, milliseconds, rate] = numbers[..] else { panic!("{first}") };
     assert!(0.0 < trained && trained < tokens, "{first}");
     // Tenths of a millisecond are printed.
     assert!((tokens / rate * 1e3 - milliseconds).abs() < 0.1, "{first}");
-    for word in ["this machine:", "addmm", "Chrome trace"] {
+    for word in ["this machine:", "mm fp32", "Chrome trace"] {
         assert!(outcome.stdout.contains(word), "{word}\n{}", outcome.stdout);
     }
     let trace = fs::read(job.path("runs/tiny/profile.json")).expect("a trace");
