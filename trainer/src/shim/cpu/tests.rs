@@ -107,7 +107,7 @@ fn threads_change_no_bit() {
         tch::set_num_threads(threads);
         let rows = |seed| noise(seed, &[300, 192]).to_kind(kind);
         let (a, b, c, weight) = (rows(1), rows(2), rows(3), noise(4, &[192]).to_kind(kind));
-        let heads = |x: &Tensor, heads| x.narrow(1, 0, heads * 64).reshape([300, heads, 64]);
+        let heads = |x: &Tensor, heads| x.narrow(1, 0, heads * 64).reshape([300, heads, 64]).contiguous();
         let (q, k, v, table) = (heads(&a, 3), heads(&b, 1), heads(&c, 1), heads(&c, 1));
         if !fits(&[&q], HEAD_WIDTH) {
             return Vec::new();
