@@ -5,7 +5,7 @@
 
 use tch::Tensor;
 
-use crate::ops::accumulate_kind;
+use crate::ops::{accumulate_kind, linear};
 use crate::shim::{cpu, decode, fused};
 
 /// Bytes of one chunk's logits in the accumulation dtype. Every chunk reads the whole head: an accelerator needs a thousand rows
@@ -51,7 +51,7 @@ pub fn cross_entropy(hidden_nh: &Tensor, labels_n: &Tensor, head: &Head, scale: 
     for (start, rows) in chunks(hidden_nh, head) {
         let hidden_ch = hidden_nh.narrow(0, start, rows);
         let labels_c = labels_n.narrow(0, start, rows);
-        let logits_cv = hidden_ch.matmul(&head.weight.tr());
+        let logits_cv = linear(&hidden_ch, &head.weight);
         if let Some(losses_c) = fused::cross_entropy(&logits_cv, &labels_c, scale) {
             loss += losses_c.sum(kind) * scale;
             add_gradients(&logits_cv, &hidden_ch, head, &gradient_nh.narrow(0, start, rows));
@@ -85,7 +85,7 @@ pub fn score(hidden_nh: &Tensor, labels_n: &Tensor, head: &Head) -> Scored {
     let (mut losses, mut correct) = (Vec::new(), Vec::new());
     for (start, rows) in chunks(hidden_nh, head) {
         let labels_c = labels_n.narrow(0, start, rows);
-        let logits_cv = hidden_nh.narrow(0, start, rows).matmul(&head.weight.tr());
+        let logits_cv = linear(&hidden_nh.narrow(0, start, rows), &head.weight);
         if cpu::fits(&[&logits_cv], cpu::ROW_WIDTH) {
             let (losses_c, correct_c) = decode::score(&logits_cv, &labels_c);
             losses.push(losses_c);
