@@ -10,7 +10,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <memory>
 
 #include "product.h"
 
@@ -66,9 +65,12 @@ INLINE void transpose(__m512 (&m)[LANES]) {
 // x [rows, words] in tiles of TILE rows, each [word][row]; rows of the last tile are padded with zeros to whole vectors.
 struct Lanes {
   int64_t rows, words;
-  std::unique_ptr<uint32_t[]> data;
+  at::Tensor memory;
+  uint32_t *data;
 
-  Lanes(const uint32_t *x, int64_t rows, int64_t words) : rows(rows), words(words), data(new uint32_t[padded(rows) * words]) {
+  Lanes(const uint32_t *x, int64_t rows, int64_t words)
+      : rows(rows), words(words), memory(at::empty({padded(rows) * words}, at::kInt)),
+        data(static_cast<uint32_t *>(memory.data_ptr())) {
     const int64_t vectors = padded(rows) / LANES;
     at::parallel_for(0, vectors, std::max<int64_t>(1, LEAST_VECTORS / words), [&](int64_t first, int64_t last) {
       for (int64_t vector = first; vector < last; ++vector) {
@@ -77,7 +79,7 @@ struct Lanes {
     });
   }
   int64_t width(int64_t tile) const { return std::min(TILE, padded(rows) - tile * TILE); }
-  uint32_t *tile(int64_t index) const { return data.get() + index * TILE * words; }
+  uint32_t *tile(int64_t index) const { return data + index * TILE * words; }
 
 private:
   AVX512 void order(const uint32_t *x, int64_t row) {
