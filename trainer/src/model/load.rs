@@ -137,8 +137,8 @@ pub fn lora_parameters(config: &Config, lora: &Lora) -> i64 {
 }
 
 /// Puts the base model's weights in the place of what full fine-tuning made of them: it has no adapter to switch off, and
-/// its baselines are measured so. No second copy of the weights is made. Reading them takes a while, and `stop` is told that
-/// it goes on.
+/// its baselines are measured so. No second copy of the weights is made, nor do the files stay in memory. Reading them takes a
+/// while, and `stop` is told that it goes on.
 pub fn restore_base(source: &Source, parameters: &mut Parameters, stop: &Stop) -> Result<(), Error> {
     let config = Config::read(source.folder)?;
     let files = WeightFiles::open(source.folder)?;
@@ -147,6 +147,7 @@ pub fn restore_base(source: &Source, parameters: &mut Parameters, stop: &Stop) -
     parameters.set_masters(|slot, master| {
         stop.alive();
         master.shallow_clone().copy_(&loader.read(&slot.name, &shapes[&slot.name])?);
+        files.release(&slot.name);
         Ok(())
     })
 }
