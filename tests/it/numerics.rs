@@ -18,8 +18,9 @@ use trainer::weights::MappedFile;
 
 /// Relative tolerance of losses and gradient norms over ten steps.
 const STEP_TOLERANCE: f64 = 1e-4;
-/// Largest distance of a gradient in bf16 from that in fp32, of its norm.
-const BF16_TOLERANCE: f64 = 3e-2;
+/// Largest distance of a gradient in bf16 from that in fp32, of its norm: an operation rounds by up to 0.4 %, a gradient of two
+/// layers has tens behind it. The largest of a right one is 4.3 %.
+const BF16_TOLERANCE: f64 = 6e-2;
 /// Absolute tolerance of fp32 logits.
 const LOGIT_TOLERANCE: f64 = 2e-4;
 
