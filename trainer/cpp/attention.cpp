@@ -45,7 +45,7 @@ template <typename D> struct Rows {
 };
 
 // to[word of columns][row], columns of `to` padded with zeros to whole vectors: rows become lanes.
-template <typename D> void pack_columns(Rows<D> from, int64_t length, int64_t size, std::vector<uint32_t> &to) {
+template <typename D> void pack_columns(Rows<D> from, int64_t length, int64_t size, Numbers<uint32_t> &to) {
   const int64_t stride = padded(length), words = size / D::PER_WORD;
   to.assign(words * stride, 0);
   for (int64_t row = 0; row < length; ++row) {
@@ -57,7 +57,7 @@ template <typename D> void pack_columns(Rows<D> from, int64_t length, int64_t si
 }
 
 // to[word of rows][column]; rows are padded with zeros to whole vectors.
-AVX512 void pack_rows(Rows<Bf16> from, int64_t length, int64_t size, std::vector<uint32_t> &to) {
+AVX512 void pack_rows(Rows<Bf16> from, int64_t length, int64_t size, Numbers<uint32_t> &to) {
   to.resize(padded(length) / 2 * size);
   for (int64_t pair = 0; pair < padded(length) / 2; ++pair) {
     for (int64_t column = 0; column < size; column += LANES) {
@@ -75,7 +75,7 @@ AVX512 void pack_rows(Rows<Bf16> from, int64_t length, int64_t size, std::vector
   }
 }
 
-void pack_rows(Rows<Fp32> from, int64_t length, int64_t size, std::vector<uint32_t> &to) {
+void pack_rows(Rows<Fp32> from, int64_t length, int64_t size, Numbers<uint32_t> &to) {
   to.assign(padded(length) * size, 0);
   for (int64_t row = 0; row < length; ++row) {
     std::memcpy(to.data() + row * size, from.row(row), size * sizeof(float));
@@ -116,9 +116,9 @@ struct Shape {
 };
 
 template <typename D> struct ForwardSpace {
-  std::vector<uint32_t> keys, values;
-  std::vector<float> scores, sums;
-  std::vector<typename D::Element> probabilities;
+  Numbers<uint32_t> keys, values;
+  Numbers<float> scores, sums;
+  Numbers<typename D::Element> probabilities;
 };
 
 // One example and one key-value head; `query`, `out` and `logsumexp` are of the first query head of the group.
@@ -173,13 +173,13 @@ AVX512 void forward(const Shape &s, Rows<D> query, Rows<D> key, Rows<D> value, R
 }
 
 struct BackwardSpace {
-  std::vector<uint32_t> query_columns, query_rows, gradient_columns, gradient_rows, key_rows;
-  std::vector<float> logsumexp, shares, d_query, d_key, d_value;
+  Numbers<uint32_t> query_columns, query_rows, gradient_columns, gradient_rows, key_rows;
+  Numbers<float> logsumexp, shares, d_query, d_key, d_value;
 };
 
 // Writes fp32 sums [length, size] in the dtype.
 template <typename D>
-AVX512 void round_rows(const std::vector<float> &from, Rows<D> to, int64_t length, int64_t size) {
+AVX512 void round_rows(const Numbers<float> &from, Rows<D> to, int64_t length, int64_t size) {
   for (int64_t row = 0; row < length; ++row) {
     for (int64_t at = 0; at < size; at += LANES) {
       D::store(to.row(row) + at, _mm512_loadu_ps(from.data() + row * size + at));

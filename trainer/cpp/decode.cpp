@@ -65,8 +65,8 @@ void append(uint32_t *keys, uint32_t *values, const Element<D> *key, const Eleme
 }
 
 template <typename D> struct Space {
-  std::vector<Element<D>> queries, probabilities;
-  std::vector<float> scores, sums;
+  Numbers<Element<D>> queries, probabilities;
+  Numbers<float> scores, sums;
 };
 
 // Probabilities of one query, not yet divided by their sum, which is returned. It sees the columns below `prefix`, and

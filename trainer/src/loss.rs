@@ -6,7 +6,7 @@
 use tch::{Device, Tensor};
 
 use crate::linear::Weight;
-use crate::ops::accumulate_kind;
+use crate::ops::{accumulate_kind, linear};
 use crate::shim::{cpu, decode, fused};
 
 /// Bytes of one chunk's logits in the accumulation dtype. Every chunk reads the whole head: an accelerator needs a thousand rows
@@ -46,7 +46,7 @@ pub fn cross_entropy(hidden_nh: &Tensor, labels_n: &Tensor, head_vh: &Weight, sc
     for (start, rows) in chunks(hidden_nh, head_vh) {
         let hidden_ch = hidden_nh.narrow(0, start, rows);
         let labels_c = labels_n.narrow(0, start, rows);
-        let logits_cv = hidden_ch.matmul(&head_vh.value.tr());
+        let logits_cv = linear(&hidden_ch, &head_vh.value);
         if let Some(losses_c) = fused::cross_entropy(&logits_cv, &labels_c, scale) {
             loss += losses_c.sum(kind) * scale;
             add_gradients(&logits_cv, &hidden_ch, head_vh, &gradient_nh.narrow(0, start, rows));
@@ -80,7 +80,7 @@ pub fn score(hidden_nh: &Tensor, labels_n: &Tensor, head_vh: &Weight) -> Scored 
     let (mut losses, mut correct) = (Vec::new(), Vec::new());
     for (start, rows) in chunks(hidden_nh, head_vh) {
         let labels_c = labels_n.narrow(0, start, rows);
-        let logits_cv = hidden_nh.narrow(0, start, rows).matmul(&head_vh.value.tr());
+        let logits_cv = linear(&hidden_nh.narrow(0, start, rows), &head_vh.value);
         if cpu::fits(&[&logits_cv], cpu::ROW_WIDTH) {
             let (losses_c, correct_c) = decode::score(&logits_cv, &labels_c);
             losses.push(losses_c);

@@ -10,7 +10,7 @@ use crate::attention::{self, Segments};
 use crate::data::pack::PackedBatch;
 use crate::linear::{Adapters, InputMask, Weight};
 use crate::loss::{self, Scored};
-use crate::ops::{Rope, rms_norm, rms_norm_backward};
+use crate::ops::{Rope, linear, rms_norm, rms_norm_backward};
 use crate::random::seed64;
 use crate::shim::{self, cpu, decode};
 use crate::signal::Stop;
@@ -257,7 +257,7 @@ impl Llama {
 
     /// Logits `[rows, v]` of some rows of final hidden states.
     fn logits(&self, hidden_rh: &Tensor) -> Tensor {
-        rms_norm(hidden_rh, &self.norm.value, self.config.rms_norm_eps).matmul(&self.head.value.tr())
+        linear(&rms_norm(hidden_rh, &self.norm.value, self.config.rms_norm_eps), &self.head.value)
     }
 
     /// The likeliest next token of some rows of final hidden states, int64 `[rows]`.

@@ -62,6 +62,7 @@ unsafe extern "C" {
         one_minus_beta2: f64,
         eps: f64,
     ) -> c_int;
+    fn ft_cpu_linear(x: *mut c_void, weight: *mut c_void, out: *mut c_void, add: c_int) -> c_int;
     fn ft_cpu_cross_entropy(logits: *mut c_void, labels: *mut c_void, scale: f64, losses: *mut c_void) -> c_int;
 }
 
@@ -89,6 +90,8 @@ pub fn fits(tensors: &[&Tensor], width: i64) -> bool {
 pub const HEAD_WIDTH: i64 = 32;
 /// What the others need of a row.
 pub const ROW_WIDTH: i64 = 16;
+/// Up to so many rows our product is faster than libtorch's.
+const FEW_ROWS: i64 = 256;
 
 /// Causal attention over packed examples: q `[t, n, d]`, k and v `[t, k, d]`; `bounds` int32 `[examples + 1]`. Returns the
 /// output `[t, n, d]` and the log-sum-exp of the scores, fp32 `[n, t]`.
@@ -206,6 +209,25 @@ pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor, sign: f64) -> Tensor {
     // SAFETY: as above.
     done(unsafe { ft_cpu_rotate(handle(x), handle(cos), handle(sin), sign, handle(&out)) });
     out
+}
+
+/// Whether [`linear`] and [`add_linear`] take these matrices and are faster than libtorch's product.
+pub fn fits_linear(x: &Tensor, weight: &Tensor) -> bool {
+    x.dim() == 2 && x.size()[0] <= FEW_ROWS && fits(&[x, weight], 2)
+}
+
+/// x `[t, in]` times `weight` `[out, in]` transposed: `[t, out]`.
+pub fn linear(x: &Tensor, weight: &Tensor) -> Tensor {
+    let out = x.new_empty([x.size()[0], weight.size()[0]], (x.kind(), x.device()));
+    // SAFETY: as above.
+    done(unsafe { ft_cpu_linear(handle(x), handle(weight), handle(&out), 0) });
+    out
+}
+
+/// Adds [`linear`] to `sum` `[t, out]`, rounded once.
+pub fn add_linear(sum: &Tensor, x: &Tensor, weight: &Tensor) {
+    // SAFETY: as above.
+    done(unsafe { ft_cpu_linear(handle(x), handle(weight), handle(sum), 1) });
 }
 
 /// Negative log-likelihoods of `labels` (int64 `[n]`), fp32 `[n]`. The logits `[n, v]` become `scale * (softmax - onehot)`.
