@@ -19,7 +19,14 @@ fn compile_shim() {
     let lib =
         std::env::var("DEP_TCH_LIBTORCH_LIB").expect("torch-sys is a direct dependency and names its library folder");
     let include = Path::new(&lib).parent().expect("the library folder has a parent").join("include");
-    let files = ["cpp/shim.cpp", "cpp/profiler.cpp", "cpp/attention.cpp", "cpp/pointwise.cpp", "cpp/decode.cpp", "cpp/linear.cpp"];
+    let files = [
+        "cpp/shim.cpp",
+        "cpp/profiler.cpp",
+        "cpp/attention.cpp",
+        "cpp/pointwise.cpp",
+        "cpp/decode.cpp",
+        "cpp/linear.cpp",
+    ];
     let optimizer = "cpp/optimizer.cpp";
     for file in files.into_iter().chain([optimizer, "cpp/guard.h", "cpp/avx512.h", "cpp/product.h"]) {
         println!("cargo:rerun-if-changed={file}");

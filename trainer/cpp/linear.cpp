@@ -163,19 +163,16 @@ extern "C" {
 int ft_cpu_linear(void *x, void *weight, void *out, int add) {
   return recorded_by_dtype("finetune::linear", {x, weight}, [&](auto dtype) {
     using D = decltype(dtype);
-    for (void *matrix : {x, weight, out}) {
-      TORCH_CHECK(tensor(matrix).scalar_type() == D::KIND && tensor(matrix).is_contiguous() && tensor(matrix).dim() == 2,
-                  "x, weight and out must be contiguous matrices of ", D::KIND);
-    }
+    TORCH_CHECK(tensor(x).dim() == 2 && tensor(weight).dim() == 2, "x and weight must be matrices, found ", tensor(x).sizes(),
+                " and ", tensor(weight).sizes());
     const int64_t rows = tensor(x).size(0), inputs = tensor(x).size(1), outputs = tensor(weight).size(0);
-    TORCH_CHECK(tensor(weight).size(1) == inputs && tensor(out).size(0) == rows && tensor(out).size(1) == outputs &&
-                    inputs > 0 && inputs % D::PER_WORD == 0,
-                "x ", tensor(x).sizes(), ", weight ", tensor(weight).sizes(), " and out ", tensor(out).sizes(),
-                ", inputs a multiple of ", D::PER_WORD);
+    TORCH_CHECK(inputs > 0 && inputs % D::PER_WORD == 0, "x must be a multiple of ", D::PER_WORD, " wide, found ",
+                tensor(x).sizes());
+    const auto *from = elements<const uint32_t>(x, "x", D::KIND, {rows, inputs});
+    const auto *w = elements<const uint32_t>(weight, "weight", D::KIND, {outputs, inputs});
+    auto *o = elements<Element<D>>(out, "out", D::KIND, {rows, outputs});
     const int64_t words = inputs / D::PER_WORD;
-    const Lanes lanes(static_cast<const uint32_t *>(tensor(x).data_ptr()), rows, words);
-    const auto *w = static_cast<const uint32_t *>(tensor(weight).data_ptr());
-    auto *o = static_cast<Element<D> *>(tensor(out).data_ptr());
+    const Lanes lanes(from, rows, words);
     at::parallel_for(0, (outputs + OUTPUTS - 1) / OUTPUTS, 1, [&](int64_t first, int64_t last) {
       for (int64_t output = first * OUTPUTS; output < std::min(last * OUTPUTS, outputs); output += OUTPUTS) {
         some_outputs<D>(lanes, w + output * words, std::min(OUTPUTS, outputs - output), o + output, outputs, add != 0);

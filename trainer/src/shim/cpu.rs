@@ -218,7 +218,7 @@ pub fn fits_linear(x: &Tensor, weight: &Tensor) -> bool {
 
 /// x `[t, in]` times `weight` `[out, in]` transposed: `[t, out]`.
 pub fn linear(x: &Tensor, weight: &Tensor) -> Tensor {
-    let out = x.new_empty([x.size()[0], weight.size()[0]], (x.kind(), x.device()));
+    let out = Tensor::empty([x.size()[0], weight.size()[0]], (x.kind(), x.device()));
     // SAFETY: as above.
     done(unsafe { ft_cpu_linear(handle(x), handle(weight), handle(&out), 0) });
     out
