@@ -10,7 +10,7 @@ export CARGO_TARGET_DIR ?= $(CACHE)/target
 PREFIX ?= $(HOME)/.local
 TRAINER = $(CARGO_TARGET_DIR)/release/finetune-trainer
 
-.PHONY: help libtorch nvcc base-model build install demo test test-data lint golden compat bench gate bench-operator build-all images cluster-tools cluster demo-cluster
+.PHONY: help libtorch nvcc base-model build install demo test test-data lint golden compat bench ladder gate bench-operator build-all images cluster-tools cluster demo-cluster
 help: ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -69,6 +69,9 @@ bench: build base-model ## tokens/s, memory and start beside transformers + PEFT
 	$$python tests/bench/profile_step.py $(TRAINER)
 	$$python tests/bench/checkpoints.py $(TRAINER)
 	$$python tests/bench/bench.py $(TRAINER)
+
+ladder: build base-model ## full fine-tuning beside TRL, with every option that takes less memory; about 20 minutes
+	@$$(tools/peers-env.sh) tests/bench/ladder.py $(TRAINER)
 
 gate: build base-model ## fail if the trainer is over 10 % slower than that of the commit in tests/bench/base
 	@tests/bench/gate.sh $(TRAINER)

@@ -19,26 +19,35 @@ fn compile_shim() {
     let lib =
         std::env::var("DEP_TCH_LIBTORCH_LIB").expect("torch-sys is a direct dependency and names its library folder");
     let include = Path::new(&lib).parent().expect("the library folder has a parent").join("include");
-    let files = ["cpp/shim.cpp", "cpp/profiler.cpp", "cpp/attention.cpp", "cpp/pointwise.cpp", "cpp/decode.cpp"];
+    let files = [
+        "cpp/shim.cpp",
+        "cpp/profiler.cpp",
+        "cpp/attention.cpp",
+        "cpp/pointwise.cpp",
+        "cpp/decode.cpp",
+        "cpp/linear.cpp",
+    ];
     let optimizer = "cpp/optimizer.cpp";
     for file in files.into_iter().chain([optimizer, "cpp/guard.h", "cpp/avx512.h", "cpp/product.h"]) {
         println!("cargo:rerun-if-changed={file}");
     }
     let mut build = cc::Build::new();
-    build
-        .cpp(true)
-        .std("c++17")
-        .warnings(false)
-        .opt_level(3)
-        .include(&include)
-        .include(include.join("torch/csrc/api/include"))
-        .define("_GLIBCXX_USE_CXX11_ABI", "1");
+    build.cpp(true).std("c++17").opt_level(3).define("_GLIBCXX_USE_CXX11_ABI", "1");
+    // Without it at::parallel_for is a loop of one thread.
+    build.flag("-fopenmp");
+    // Warnings are of our code: libtorch's headers have their own, and gcc's for AVX-512 leave what is not used unset.
+    build.flag_if_supported("-Wno-uninitialized").flag_if_supported("-Wno-maybe-uninitialized");
+    for folder in [include.join("torch/csrc/api/include"), include] {
+        build.flag("-isystem").flag(folder);
+    }
     // Rounds after each operation, as torch does; nobody reads errno after a root.
     build.clone().flag("-ffp-contract=off").flag("-fno-math-errno").file(optimizer).compile("ftoptim");
     build.files(files).compile("ftshim");
     println!("cargo:rustc-link-search=native={lib}");
     println!("cargo:rustc-link-lib=torch_cpu");
     println!("cargo:rustc-link-lib=c10");
+    // libtorch's own: a second one would have other threads, and another number of them.
+    println!("cargo:rustc-link-lib=dylib:+verbatim=libgomp.so.1");
     println!("cargo:rustc-link-arg=-Wl,-rpath,{lib}");
 }
 

@@ -39,14 +39,23 @@ pub use arguments::Arguments;
 pub use error::Error;
 pub use outcome::ERROR_EXIT;
 
-/// Carries out a command; returns the exit code.
-pub fn run(arguments: Arguments) -> Result<u8, Error> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let runtime = runtime.map_err(|error| Error::Broken(format!("no runtime: {error}")))?;
-    runtime.block_on(carry_out(arguments.command, &arguments.target))
+/// What the environment says; read in `main` only.
+#[derive(Clone, Copy, Debug)]
+pub struct Environment {
+    /// `NO_COLOR` is there and not empty.
+    pub no_color: bool,
 }
 
-async fn carry_out(command: Command, target: &Target) -> Result<u8, Error> {
+/// Carries out a command; returns the exit code.
+pub fn run(arguments: Arguments, environment: Environment) -> Result<u8, Error> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(|error| Error::Broken(format!("no runtime: {error}")))?;
+    let colour = std::io::stdout().is_terminal() && !environment.no_color;
+    let paint = if colour { Paint::Colour } else { Paint::Plain };
+    runtime.block_on(carry_out(arguments.command, &arguments.target, paint))
+}
+
+async fn carry_out(command: Command, target: &Target, paint: Paint) -> Result<u8, Error> {
     match command {
         Command::Run { file, detach, force_conflicts } => {
             let document = submit::read(&file)?;
@@ -59,7 +68,7 @@ async fn carry_out(command: Command, target: &Target) -> Result<u8, Error> {
             }
             let (outcome, job) = Box::pin(follow(&cluster, job, Until::End, None, Shown::on(is_terminal()))).await?;
             if matches!(outcome, Outcome::Succeeded | Outcome::Failed | Outcome::ValidationFailed) {
-                print(format!("\n{}", page::page(&job, Timestamp::now(), paint())))?;
+                print(format!("\n{}", page::page(&job, Timestamp::now(), paint)))?;
             }
             return Ok(outcome.exit_code());
         }
@@ -77,7 +86,7 @@ async fn carry_out(command: Command, target: &Target) -> Result<u8, Error> {
         }
         Command::Status { name, output } => {
             let job = Cluster::connect(target).await?.job(&name).await?;
-            show(output, || page::page(&job, Timestamp::now(), paint()), &job)?;
+            show(output, || page::page(&job, Timestamp::now(), paint), &job)?;
         }
         Command::Watch { name } => {
             let cluster = Cluster::connect(target).await?;
@@ -204,9 +213,4 @@ fn show(output: Output, text: impl FnOnce() -> String, value: &impl Serialize) -
 
 fn is_terminal() -> bool {
     std::io::stdout().is_terminal() && std::io::stderr().is_terminal()
-}
-
-fn paint() -> Paint {
-    let refused = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
-    if std::io::stdout().is_terminal() && !refused { Paint::Colour } else { Paint::Plain }
 }

@@ -126,6 +126,39 @@ fn nothing_is_started_for_no_rows_and_nothing_is_loaded_for_the_cpu() {
 }
 
 #[test]
+fn what_does_not_belong_together_is_refused() {
+    let (x, fewer, narrower, weight) = (random(&[6, 32]), random(&[5, 32]), random(&[6, 16]), random(&[32]));
+    let (heads, table) = (random(&[6, 2, 32]), random(&[6, 1, 32]));
+    let (logits, labels) = (random(&[2, 9]), Tensor::from_slice(&[0i64, 8]));
+    let displaced = random(&[6 * 32 + 8]).narrow(0, 1, 6 * 32).view([6, 32]);
+    let cases: [(&dyn Fn(), &str); 15] = [
+        (&|| drop(KERNELS.swiglu(&x, &fewer)), "([5, 32], Cpu)"),
+        (&|| drop(KERNELS.swiglu(&x, &wide(&x))), "must be contiguous and aligned bf16, a multiple of 8 wide"),
+        (&|| drop(KERNELS.swiglu(&x, &random(&[32, 6]).tr())), "must be contiguous and aligned bf16"),
+        (&|| drop(KERNELS.swiglu(&displaced, &x)), "must be contiguous and aligned bf16"),
+        (&|| drop(KERNELS.swiglu(&random(&[6, 9]), &random(&[6, 9]))), "must be contiguous and aligned bf16"),
+        (&|| drop(KERNELS.swiglu_backward(&narrower, &x, &x)), "([6, 16], Cpu)"),
+        (&|| drop(KERNELS.rms_norm(&x, &random(&[16]), 1e-5)), "([16], Cpu)"),
+        (&|| drop(KERNELS.rms_norm_backward(&fewer, &x, &weight, 1e-5, &x)), "([5, 32], Cpu)"),
+        (&|| drop(KERNELS.rms_norm_backward(&x, &x, &weight, 1e-5, &narrower)), "([6, 16], Cpu)"),
+        (&|| drop(KERNELS.rotate(&heads, &random(&[0, 1, 32]), &table, 1.0)), "([0, 1, 32], Cpu)"),
+        (&|| drop(KERNELS.rotate(&heads, &table, &random(&[6, 1, 16]), 1.0)), "([6, 1, 16], Cpu)"),
+        (&|| drop(KERNELS.rotate(&x, &table, &table, 1.0)), "expected"),
+        (&|| drop(KERNELS.cross_entropy(&logits, &labels.to_kind(Kind::Int), 1.0)), "(Int, [2], Cpu, true)"),
+        (&|| drop(KERNELS.cross_entropy(&logits, &labels.narrow(0, 0, 1), 1.0)), "(Int64, [1], Cpu, true)"),
+        (
+            &|| drop(KERNELS.cross_entropy(&logits, &labels.narrow(0, 0, 1).expand([2], false), 1.0)),
+            "(Int64, [2], Cpu, false)",
+        ),
+    ];
+    for (work, expected) in cases {
+        let refused = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).expect_err(expected);
+        let message = *refused.downcast::<String>().expect("a message");
+        assert!(message.contains(expected), "{message} is not {expected}");
+    }
+}
+
+#[test]
 fn a_missing_driver_is_named() {
     let error = Kernels::load(Path::new("/nowhere/libcuda.so.1")).err().expect("there is none").to_string();
     assert!(error.starts_with("/nowhere/libcuda.so.1: ") && error.contains("No such file"), "{error}");

@@ -102,12 +102,13 @@ fn full_fine_tuning_with_early_stopping_judges_the_same_checkpoint_after_kills()
     let disturbed = job();
     for steps in [3, 9, 14] {
         let mut child = disturbed.start();
-        if wait_for(&mut child, || disturbed.logged_steps() > steps) {
-            child.kill().expect("a child of ours");
-        }
-        child.wait().expect("a child of ours");
+        assert!(wait_for(&mut child, || disturbed.logged_steps() > steps), "it ended before {steps} steps");
+        child.kill().expect("a child of ours");
+        assert_eq!(child.wait().expect("a child of ours").code(), None, "it ended by itself");
     }
-    assert_eq!(disturbed.run().code, Some(0));
+    let outcome = disturbed.run();
+    assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
+    assert!(outcome.stderr.contains("resumed at step"), "{}", outcome.stderr);
     assert_eq!(record(&disturbed), expected, "no step and no evaluation is there twice or missing");
     let report = disturbed.report();
     assert_eq!(untimed_validation(&report), untimed_validation(&expected_report));
@@ -118,7 +119,8 @@ fn full_fine_tuning_with_early_stopping_judges_the_same_checkpoint_after_kills()
 }
 
 /// The forms of full fine-tuning: `method.full`, and what `hyperparameters` says.
-const FORMS: [(&str, &str); 3] = [
+const FORMS: [(&str, &str); 4] = [
+    ("", "optimizer: AdamW"),
     ("", "optimizer: AdamW8Bit"),
     (", full: {optimizerInBackward: true}", "maxGradNorm: \"0\""),
     (", full: {optimizerInBackward: true}", "maxGradNorm: \"0\", optimizer: AdamW8Bit"),

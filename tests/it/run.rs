@@ -4,7 +4,7 @@ use std::fs;
 use std::io::{Read, Write};
 
 use crds::report::{Progress, Stage, Verdict};
-use harness::{Job, Outcome};
+use harness::{Job, Outcome, wait_for};
 
 const STEPS: &str = "  hyperparameters: {maxSteps: 40, batchSize: 8, learningRate: \"1e-2\", precision: FP32}\n";
 
@@ -216,7 +216,7 @@ fn a_running_trainer_tells_how_far_it_is() {
 fn dropout_and_noise_do_not_depend_on_packing_and_survive_a_kill() {
     let spec = |tokens: i64| {
         format!(
-            "  hyperparameters: {{maxSteps: 12, batchSize: 8, microBatchTokens: {tokens}, neftuneAlpha: \"5\", learningRate: \"1e-3\", precision: FP32}}\n"
+            "  checkpoint: {{everySteps: 4}}\n  hyperparameters: {{maxSteps: 60, batchSize: 8, microBatchTokens: {tokens}, neftuneAlpha: \"5\", learningRate: \"1e-3\", precision: FP32}}\n"
         )
     };
     let losses = |job: &Job| -> Vec<f64> {
@@ -224,19 +224,33 @@ fn dropout_and_noise_do_not_depend_on_packing_and_survive_a_kill() {
         let entries = text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).expect("JSON"));
         entries.filter_map(|entry| entry["loss"].as_f64()).collect()
     };
-    let run = |tokens: i64, dropout: &str| {
+    let job = |tokens: i64, dropout: &str| {
         let job = Job::new();
         job.write_spec(&spec(tokens));
         job.edit("lora: {rank: 4}", &format!("lora: {{rank: 4, dropout: \"{dropout}\"}}"));
-        succeed(&job, &["run", "job.yaml"]);
-        losses(&job)
+        job
     };
-    let (whole, split, without) = (run(4096, "0.3"), run(60, "0.3"), run(4096, "0"));
-    assert_eq!(whole.len(), 12);
+    let run = |tokens: i64, dropout: &str| {
+        let job = job(tokens, dropout);
+        succeed(&job, &["run", "job.yaml"]);
+        (losses(&job), job.adapter_digest())
+    };
+    let ((whole, digest), (split, _), (without, _)) = (run(4096, "0.3"), run(60, "0.3"), run(4096, "0"));
+    assert_eq!(whole.len(), 60);
     for (step, (a, b)) in whole.iter().zip(&split).enumerate() {
         assert!((a - b).abs() / a < 1e-4, "step {step}: {a} in one micro-batch, {b} in several");
     }
     assert!(whole.iter().zip(&without).any(|(a, b)| (a - b).abs() / a > 1e-3), "dropout has no effect");
+    let disturbed = job(4096, "0.3");
+    for steps in [5, 11] {
+        let mut child = disturbed.start();
+        assert!(wait_for(&mut child, || disturbed.logged_steps() > steps), "it ended before {steps} steps");
+        child.kill().expect("a child of ours");
+        assert_eq!(child.wait().expect("a child of ours").code(), None, "it ended by itself");
+    }
+    let outcome = succeed(&disturbed, &["run", "job.yaml"]);
+    assert!(outcome.stderr.contains("resumed at step"), "{}", outcome.stderr);
+    assert_eq!((losses(&disturbed), disturbed.adapter_digest()), (whole, digest));
 }
 
 #[test]
@@ -278,4 +292,24 @@ fn memory_that_runs_out_halves_the_micro_batch_and_the_result_stays() {
     for (free, limited) in losses("free").iter().zip(losses(&format!("limited-{kib}"))) {
         assert!((free - limited).abs() / free < 1e-5, "{free} {limited}");
     }
+}
+
+#[test]
+fn a_profile_tells_where_the_time_of_a_step_goes_and_leaves_no_run() {
+    let job = Job::new();
+    let outcome = succeed(&job, &["profile", "job.yaml"]);
+    let first = outcome.stdout.lines().next().expect("a line");
+    // a step of T tokens, N of them trained: S ms, R tokens/s (…)
+    let numbers: Vec<f64> = first.split([' ', ',']).filter_map(|word| word.parse().ok()).collect();
+    let [tokens, trained, milliseconds, rate] = numbers[..] else { panic!("{first}") };
+    assert!(0.0 < trained && trained < tokens, "{first}");
+    // Tenths of a millisecond are printed.
+    assert!((tokens / rate * 1e3 - milliseconds).abs() < 0.1, "{first}");
+    for word in ["this machine:", "mm fp32", "Chrome trace"] {
+        assert!(outcome.stdout.contains(word), "{word}\n{}", outcome.stdout);
+    }
+    let trace = fs::read(job.path("runs/tiny/profile.json")).expect("a trace");
+    let trace: serde_json::Value = serde_json::from_slice(&trace).expect("JSON");
+    assert!(trace["traceEvents"].as_array().is_some_and(|events| !events.is_empty()));
+    assert!(job.checkpoints().is_empty() && !job.path("runs/tiny/report.json").exists());
 }

@@ -45,7 +45,7 @@ template <typename D> struct Rows {
 };
 
 // to[word of columns][row], columns of `to` padded with zeros to whole vectors: rows become lanes.
-template <typename D> void pack_columns(Rows<D> from, int64_t length, int64_t size, std::vector<uint32_t> &to) {
+template <typename D> void pack_columns(Rows<D> from, int64_t length, int64_t size, Numbers<uint32_t> &to) {
   const int64_t stride = padded(length), words = size / D::PER_WORD;
   to.assign(words * stride, 0);
   for (int64_t row = 0; row < length; ++row) {
@@ -57,7 +57,7 @@ template <typename D> void pack_columns(Rows<D> from, int64_t length, int64_t si
 }
 
 // to[word of rows][column]; rows are padded with zeros to whole vectors.
-AVX512 void pack_rows(Rows<Bf16> from, int64_t length, int64_t size, std::vector<uint32_t> &to) {
+AVX512 void pack_rows(Rows<Bf16> from, int64_t length, int64_t size, Numbers<uint32_t> &to) {
   to.resize(padded(length) / 2 * size);
   for (int64_t pair = 0; pair < padded(length) / 2; ++pair) {
     for (int64_t column = 0; column < size; column += LANES) {
@@ -75,7 +75,7 @@ AVX512 void pack_rows(Rows<Bf16> from, int64_t length, int64_t size, std::vector
   }
 }
 
-void pack_rows(Rows<Fp32> from, int64_t length, int64_t size, std::vector<uint32_t> &to) {
+void pack_rows(Rows<Fp32> from, int64_t length, int64_t size, Numbers<uint32_t> &to) {
   to.assign(padded(length) * size, 0);
   for (int64_t row = 0; row < length; ++row) {
     std::memcpy(to.data() + row * size, from.row(row), size * sizeof(float));
@@ -88,13 +88,26 @@ template <typename D> struct Packed {
   int64_t heads;
   int64_t size;
 
-  Packed(const at::Tensor &tensor, const char *name)
-      : data(static_cast<typename D::Element *>(tensor.data_ptr())), heads(tensor.size(1)), size(tensor.size(2)) {
-    TORCH_CHECK(tensor.scalar_type() == D::KIND && tensor.is_contiguous() && tensor.dim() == 3 &&
-                    tensor.size(2) % (2 * LANES) == 0,
-                name, " must be contiguous ", D::KIND, " [t, heads, d], d a multiple of 32");
-  }
+  Packed(void *handle, const char *name, at::IntArrayRef shape)
+      : data(elements<typename D::Element>(handle, name, D::KIND, shape)), heads(shape[1]), size(shape[2]) {}
   Rows<D> head(int64_t token, int64_t index) const { return {data + (token * heads + index) * size, heads * size}; }
+};
+
+// Packed examples: the shapes that a call's tensors agree on, and where each example begins.
+struct Examples {
+  at::IntArrayRef query, key;
+  int64_t tokens, count;
+  const int32_t *starts;
+
+  Examples(void *q, void *k, void *bounds) : query(tensor(q).sizes()), key(tensor(k).sizes()) {
+    TORCH_CHECK(query.size() == 3 && key.size() == 3 && query[0] == key[0] && query[2] == key[2] && query[2] % (2 * LANES) == 0 &&
+                    key[1] > 0 && query[1] % key[1] == 0,
+                "query ", query, " and key ", key, " must be [t, n, d] and [t, k, d], n a multiple of k, d of 32");
+    const int64_t all = tensor(bounds).numel();
+    tokens = query[0], count = all - 1, starts = elements<int32_t>(bounds, "bounds", at::kInt, {all});
+    TORCH_CHECK(all > 0 && starts[0] == 0 && starts[count] == tokens && std::is_sorted(starts, starts + all),
+                "bounds must ascend from 0 to ", tokens, ", found ", at::ArrayRef<int32_t>(starts, all));
+  }
 };
 
 struct Shape {
@@ -103,9 +116,9 @@ struct Shape {
 };
 
 template <typename D> struct ForwardSpace {
-  std::vector<uint32_t> keys, values;
-  std::vector<float> scores, sums;
-  std::vector<typename D::Element> probabilities;
+  Numbers<uint32_t> keys, values;
+  Numbers<float> scores, sums;
+  Numbers<typename D::Element> probabilities;
 };
 
 // One example and one key-value head; `query`, `out` and `logsumexp` are of the first query head of the group.
@@ -160,13 +173,13 @@ AVX512 void forward(const Shape &s, Rows<D> query, Rows<D> key, Rows<D> value, R
 }
 
 struct BackwardSpace {
-  std::vector<uint32_t> query_columns, query_rows, gradient_columns, gradient_rows, key_rows;
-  std::vector<float> logsumexp, shares, d_query, d_key, d_value;
+  Numbers<uint32_t> query_columns, query_rows, gradient_columns, gradient_rows, key_rows;
+  Numbers<float> logsumexp, shares, d_query, d_key, d_value;
 };
 
 // Writes fp32 sums [length, size] in the dtype.
 template <typename D>
-AVX512 void round_rows(const std::vector<float> &from, Rows<D> to, int64_t length, int64_t size) {
+AVX512 void round_rows(const Numbers<float> &from, Rows<D> to, int64_t length, int64_t size) {
   for (int64_t row = 0; row < length; ++row) {
     for (int64_t at = 0; at < size; at += LANES) {
       D::store(to.row(row) + at, _mm512_loadu_ps(from.data() + row * size + at));
@@ -269,17 +282,17 @@ template <typename Space, typename F> void for_each_task(int64_t examples, int64
 extern "C" {
 
 // query, out [t, n, d] and key, value [t, k, d], bf16 or fp32; logsumexp fp32 [n, t]; bounds int32
-// [examples + 1], from 0 to t, on the CPU.
+// [examples + 1], ascending from 0 to t.
 int ft_cpu_attention(void *query, void *key, void *value, void *bounds, double scale, void *out, void *logsumexp) {
   return recorded_by_dtype("finetune::attention", {query, key, value}, [&](auto dtype) {
     using D = decltype(dtype);
-    const int32_t *starts = tensor(bounds).data_ptr<int32_t>();
-    const int64_t examples = tensor(bounds).size(0) - 1;
-    const Packed<D> q(tensor(query), "query"), k(tensor(key), "key"), v(tensor(value), "value"), o(tensor(out), "out");
-    float *levels = tensor(logsumexp).data_ptr<float>();
-    const int64_t tokens = tensor(query).size(0), group = q.heads / k.heads;
-    for_each_task<ForwardSpace<D>>(examples, k.heads, [&](int64_t example, int64_t head, ForwardSpace<D> &space) {
-      const int64_t start = starts[example], length = starts[example + 1] - start;
+    const Examples examples(query, key, bounds);
+    const Packed<D> q(query, "query", examples.query), k(key, "key", examples.key);
+    const Packed<D> v(value, "value", examples.key), o(out, "out", examples.query);
+    const int64_t tokens = examples.tokens, group = q.heads / k.heads;
+    auto *levels = elements<float>(logsumexp, "logsumexp", at::kFloat, {q.heads, tokens});
+    for_each_task<ForwardSpace<D>>(examples.count, k.heads, [&](int64_t example, int64_t head, ForwardSpace<D> &space) {
+      const int64_t start = examples.starts[example], length = examples.starts[example + 1] - start;
       const Shape shape{length, group, q.size, tokens, static_cast<float>(scale)};
       forward<D>(shape, q.head(start, head * group), k.head(start, head), v.head(start, head), o.head(start, head * group),
               levels + head * group * tokens + start, space);
@@ -292,15 +305,15 @@ int ft_cpu_attention_backward(void *gradient, void *query, void *key, void *valu
                               void *bounds, double scale, void *d_query, void *d_key, void *d_value) {
   return recorded_by_dtype("finetune::attention_backward", {gradient, query, key, value}, [&](auto dtype) {
     using D = decltype(dtype);
-    const int32_t *starts = tensor(bounds).data_ptr<int32_t>();
-    const int64_t examples = tensor(bounds).size(0) - 1;
-    const Packed<D> g(tensor(gradient), "gradient"), q(tensor(query), "query"), k(tensor(key), "key");
-    const Packed<D> v(tensor(value), "value"), o(tensor(out), "out");
-    const Packed<D> dq(tensor(d_query), "d_query"), dk(tensor(d_key), "d_key"), dv(tensor(d_value), "d_value");
-    const float *levels = tensor(logsumexp).data_ptr<float>();
-    const int64_t tokens = tensor(query).size(0), group = q.heads / k.heads;
-    for_each_task<BackwardSpace>(examples, k.heads, [&](int64_t example, int64_t head, BackwardSpace &space) {
-      const int64_t start = starts[example], length = starts[example + 1] - start;
+    const Examples examples(query, key, bounds);
+    const Packed<D> q(query, "query", examples.query), k(key, "key", examples.key), v(value, "value", examples.key);
+    const Packed<D> o(out, "out", examples.query), g(gradient, "gradient", examples.query);
+    const Packed<D> dq(d_query, "d_query", examples.query);
+    const Packed<D> dk(d_key, "d_key", examples.key), dv(d_value, "d_value", examples.key);
+    const int64_t tokens = examples.tokens, group = q.heads / k.heads;
+    const auto *levels = elements<float>(logsumexp, "logsumexp", at::kFloat, {q.heads, tokens});
+    for_each_task<BackwardSpace>(examples.count, k.heads, [&](int64_t example, int64_t head, BackwardSpace &space) {
+      const int64_t start = examples.starts[example], length = examples.starts[example + 1] - start;
       const Shape shape{length, group, q.size, tokens, static_cast<float>(scale)};
       backward<D>(shape, g.head(start, head * group), q.head(start, head * group), k.head(start, head), v.head(start, head),
                o.head(start, head * group), levels + head * group * tokens + start, dq.head(start, head * group),

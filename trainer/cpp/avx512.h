@@ -68,6 +68,21 @@ struct Fp32 {
 
 template <typename D> using Element = typename D::Element;
 
+// A contiguous tensor as rows of its last dimension, a multiple of 16 wide.
+template <typename D> struct Matrix {
+  Element<D> *data;
+  at::IntArrayRef shape;
+  int64_t columns, rows;
+
+  Matrix(void *handle, const char *name) : Matrix(handle, name, tensor(handle).sizes()) {}
+  Matrix(void *handle, const char *name, at::IntArrayRef expected)
+      : data(elements<Element<D>>(handle, name, D::KIND, expected)), shape(tensor(handle).sizes()), columns(shape.back()) {
+    TORCH_CHECK(columns > 0 && columns % LANES == 0, name, " must be a multiple of 16 wide, found ", shape);
+    rows = tensor(handle).numel() / columns;
+  }
+  Element<D> *row(int64_t index) const { return data + index * columns; }
+};
+
 // Work that the profiler shows by this name: body(Bf16{}) or body(Fp32{}), as the first of its inputs is.
 template <typename F> int recorded_by_dtype(const char *name, std::initializer_list<void *> inputs, F body) {
   return recorded(name, inputs, [&] {

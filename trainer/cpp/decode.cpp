@@ -65,8 +65,8 @@ void append(uint32_t *keys, uint32_t *values, const Element<D> *key, const Eleme
 }
 
 template <typename D> struct Space {
-  std::vector<Element<D>> queries, probabilities;
-  std::vector<float> scores, sums;
+  Numbers<Element<D>> queries, probabilities;
+  Numbers<float> scores, sums;
 };
 
 // Probabilities of one query, not yet divided by their sum, which is returned. It sees the columns below `prefix`, and
@@ -178,26 +178,6 @@ AVX512 float negative_log_likelihood(const Element<D> *logits, int64_t label, fl
   return std::log(_mm512_reduce_add_ps(sum)) + (peak - logit);
 }
 
-template <typename D> struct Logits {
-  const Element<D> *data;
-  int64_t rows, columns;
-
-  explicit Logits(const at::Tensor &tensor)
-      : data(static_cast<const Element<D> *>(tensor.data_ptr())), rows(tensor.size(0)), columns(tensor.size(1)) {
-    TORCH_CHECK(tensor.scalar_type() == D::KIND && tensor.is_contiguous() && tensor.dim() == 2 && columns > 0 &&
-                    columns % LANES == 0,
-                "logits must be contiguous ", D::KIND, " [rows, a multiple of 16]");
-  }
-  const Element<D> *row(int64_t index) const { return data + index * columns; }
-
-  // The data of a tensor that has a number for each row.
-  template <typename T> T *of_each_row(void *handle, const char *name) const {
-    TORCH_CHECK(tensor(handle).is_contiguous() && tensor(handle).dim() == 1 && tensor(handle).size(0) == rows, name,
-                " must be contiguous [", rows, "]");
-    return tensor(handle).data_ptr<T>();
-  }
-};
-
 } // namespace
 
 extern "C" {
@@ -269,8 +249,8 @@ int ft_cpu_cached_attention(void *query, void *key, void *value, void *rows, voi
 int ft_cpu_argmax(void *logits, void *places) {
   return recorded_by_dtype("finetune::argmax", {logits}, [&](auto dtype) {
     using D = decltype(dtype);
-    const Logits<D> l(tensor(logits));
-    int64_t *found = l.template of_each_row<int64_t>(places, "places");
+    const Matrix<D> l(logits, "logits");
+    int64_t *found = elements<int64_t>(places, "places", at::kLong, {l.rows});
     at::parallel_for(0, l.rows, 1, [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row) {
         found[row] = place_of<D>(largest<D>(l.row(row), l.columns), l.row(row));
@@ -284,10 +264,10 @@ int ft_cpu_argmax(void *logits, void *places) {
 int ft_cpu_score(void *logits, void *labels, void *losses, void *correct) {
   return recorded_by_dtype("finetune::score", {logits, labels}, [&](auto dtype) {
     using D = decltype(dtype);
-    const Logits<D> l(tensor(logits));
-    const int64_t *targets = l.template of_each_row<int64_t>(labels, "labels");
-    float *loss = l.template of_each_row<float>(losses, "losses");
-    bool *hit = l.template of_each_row<bool>(correct, "correct");
+    const Matrix<D> l(logits, "logits");
+    const int64_t *targets = elements<int64_t>(labels, "labels", at::kLong, {l.rows});
+    float *loss = elements<float>(losses, "losses", at::kFloat, {l.rows});
+    bool *hit = elements<bool>(correct, "correct", at::kBool, {l.rows});
     at::parallel_for(0, l.rows, 1, [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row) {
         TORCH_CHECK(targets[row] >= 0 && targets[row] < l.columns, "label ", targets[row], " of ", l.columns);

@@ -9,7 +9,12 @@
 
 #include <exception>
 #include <initializer_list>
+#include <new>
 #include <vector>
+
+#ifndef _OPENMP
+#error "without OpenMP at::parallel_for is a loop of one thread"
+#endif
 
 extern "C" void ft_set_error(const char *message);
 
@@ -18,6 +23,10 @@ template <typename F> int guarded(F body) {
     c10::AutoGradMode no_grad(false);
     body();
     return 0;
+  } catch (const std::bad_alloc &) {
+    // As libtorch's own allocators call it; what() is "std::bad_alloc".
+    ft_set_error("out of memory");
+    return 1;
   } catch (const std::exception &error) {
     ft_set_error(error.what());
     return 1;
@@ -29,6 +38,14 @@ template <typename F> int guarded(F body) {
 
 // The tensor of a handle, which stays the caller's.
 inline at::Tensor &tensor(void *handle) { return *static_cast<at::Tensor *>(handle); }
+
+// The elements of a tensor on the CPU, which has to be contiguous and of this dtype and shape.
+template <typename T> T *elements(void *handle, const char *name, at::ScalarType type, at::IntArrayRef shape) {
+  const at::Tensor &held = tensor(handle);
+  TORCH_CHECK(held.is_cpu() && held.is_contiguous() && held.scalar_type() == type && held.sizes() == shape, name,
+              " must be contiguous ", type, " ", shape, " on the CPU, found ", held.scalar_type(), " ", held.sizes());
+  return static_cast<T *>(held.data_ptr());
+}
 
 // Work that the profiler shows by this name, with the shapes of its inputs.
 template <typename F> int recorded(const char *name, std::initializer_list<void *> inputs, F body) {

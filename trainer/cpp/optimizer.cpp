@@ -163,15 +163,8 @@ void update_blocks(float *parameter, const float *gradient, Moment exp_avg, Mome
   }
 }
 
-template <typename T> T *data(void *handle, at::ScalarType type, int64_t count, const char *name) {
-  const at::Tensor &held = tensor(handle);
-  TORCH_CHECK(held.scalar_type() == type && held.is_contiguous() && held.device().is_cpu() && held.numel() == count, name,
-              " must be a contiguous ", type, " tensor of ", count, " elements on the CPU");
-  return static_cast<T *>(held.data_ptr());
-}
-
 Codec codec(void *values, void *tree) {
-  return {data<float>(values, at::kFloat, 256, "values"), data<float>(tree, at::kFloat, 256, "tree")};
+  return {elements<float>(values, "values", at::kFloat, {256}), elements<float>(tree, "tree", at::kFloat, {256})};
 }
 
 } // namespace
@@ -183,18 +176,18 @@ extern "C" {
 int ft_cpu_adamw_8bit(void *parameter, void *gradient, void *const *exp_avg, void *const *exp_avg_sq, void *rates,
                       void *found_inf, double decay, double one_minus_beta1, double one_minus_beta2, double eps) {
   return recorded("finetune::adamw_8bit", {parameter, gradient}, [&] {
-    if (*data<float>(found_inf, at::kFloat, 1, "found_inf") != 0.0f) {
+    if (*elements<float>(found_inf, "found_inf", at::kFloat, {}) != 0.0f) {
       return;
     }
     const int64_t count = tensor(parameter).numel(), blocks = (count + BLOCK - 1) / BLOCK;
-    auto *p = data<float>(parameter, at::kFloat, count, "parameter");
-    const auto *g = data<float>(gradient, at::kFloat, count, "gradient");
+    auto *p = elements<float>(parameter, "parameter", at::kFloat, {count});
+    const auto *g = elements<float>(gradient, "gradient", at::kFloat, {count});
     const auto moment = [&](void *const *parts) {
-      return Moment{data<uint8_t>(parts[0], at::kByte, count, "codes"), data<float>(parts[1], at::kFloat, blocks, "scales"),
-                    codec(parts[2], parts[3])};
+      return Moment{elements<uint8_t>(parts[0], "codes", at::kByte, {count}),
+                    elements<float>(parts[1], "scales", at::kFloat, {blocks}), codec(parts[2], parts[3])};
     };
     const Moment m = moment(exp_avg), v = moment(exp_avg_sq);
-    const float *rate = data<float>(rates, at::kFloat, 2, "rates");
+    const float *rate = elements<float>(rates, "rates", at::kFloat, {2});
     const Constants constants{static_cast<float>(decay),           static_cast<float>(one_minus_beta1),
                               static_cast<float>(one_minus_beta2), static_cast<float>(eps), rate[0], rate[1]};
     at::parallel_for(0, blocks, 64, [&](int64_t first, int64_t last) {

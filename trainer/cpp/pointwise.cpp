@@ -1,7 +1,5 @@
-// The pointwise parts of a decoder layer and the loss, fused, on CPUs with AVX512-BF16: each reads its inputs and writes its outputs
-// once. Arithmetic is fp32; where transformers rounds to bf16 in between, so do these.
-//
-// Rows are contiguous, a multiple of 16 wide.
+// The pointwise parts of a decoder layer and the loss, fused, on CPUs with AVX512-BF16: each reads its inputs and writes its
+// outputs once. Arithmetic is fp32; where transformers rounds to bf16 in between, so do these.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -13,19 +11,6 @@
 #include "avx512.h"
 
 namespace {
-
-// A contiguous tensor as rows of its last dimension.
-template <typename D> struct Matrix {
-  typename D::Element *data;
-  int64_t rows, columns;
-
-  Matrix(const at::Tensor &tensor, const char *name)
-      : data(static_cast<typename D::Element *>(tensor.data_ptr())), rows(tensor.numel() / tensor.size(-1)), columns(tensor.size(-1)) {
-    TORCH_CHECK(tensor.scalar_type() == D::KIND && tensor.is_contiguous() && columns % LANES == 0, name,
-                " must be contiguous ", D::KIND, ", a multiple of 16 wide");
-  }
-  typename D::Element *row(int64_t index) const { return data + index * columns; }
-};
 
 INLINE __m512 sigmoid(__m512 x) {
   const __m512 one = _mm512_set1_ps(1.0f);
@@ -39,7 +24,8 @@ template <typename D> AVX512 void swiglu(const Element<D> *gate, const Element<D
   }
 }
 
-template <typename D> AVX512 void swiglu_backward(const Element<D> *gradient, const Element<D> *gate, const Element<D> *up, Element<D> *d_gate,
+template <typename D>
+AVX512 void swiglu_backward(const Element<D> *gradient, const Element<D> *gate, const Element<D> *up, Element<D> *d_gate,
                             Element<D> *d_up, int64_t count) {
   const __m512 one = _mm512_set1_ps(1.0f);
   for (int64_t at = 0; at < count; at += LANES) {
@@ -60,7 +46,8 @@ template <typename D> AVX512 float inverse_rms(const Element<D> *x, int64_t colu
   return 1.0f / std::sqrt(_mm512_reduce_add_ps(sum) / static_cast<float>(columns) + static_cast<float>(eps));
 }
 
-template <typename D> AVX512 void rms_norm(const Element<D> *x, const Element<D> *weight, Element<D> *out, int64_t columns, double eps) {
+template <typename D>
+AVX512 void rms_norm(const Element<D> *x, const Element<D> *weight, Element<D> *out, int64_t columns, double eps) {
   const __m512 inverse = _mm512_set1_ps(inverse_rms<D>(x, columns, eps));
   for (int64_t at = 0; at < columns; at += LANES) {
     D::store(out + at, _mm512_mul_ps(D::rounded(_mm512_mul_ps(D::load(x + at), inverse)), D::load(weight + at)));
@@ -68,8 +55,9 @@ template <typename D> AVX512 void rms_norm(const Element<D> *x, const Element<D>
 }
 
 // out = residual + d(rms_norm)/dx, the norm's share rounded before the sum.
-template <typename D> AVX512 void rms_norm_backward(const Element<D> *gradient, const Element<D> *x, const Element<D> *weight, const Element<D> *residual,
-                              Element<D> *out, int64_t columns, double eps) {
+template <typename D>
+AVX512 void rms_norm_backward(const Element<D> *gradient, const Element<D> *x, const Element<D> *weight,
+                              const Element<D> *residual, Element<D> *out, int64_t columns, double eps) {
   const float inverse = inverse_rms<D>(x, columns, eps);
   const __m512 inverses = _mm512_set1_ps(inverse);
   __m512 sum = _mm512_setzero_ps();
@@ -87,7 +75,8 @@ template <typename D> AVX512 void rms_norm_backward(const Element<D> *gradient, 
 }
 
 // Rotates the halves of one head: out = x * cos + swap(x) * sin, where sin's first half is negated; `sign` -1 turns back.
-template <typename D> AVX512 void rotate(const Element<D> *x, const Element<D> *cos, const Element<D> *sin, Element<D> *out, int64_t size, float sign) {
+template <typename D>
+AVX512 void rotate(const Element<D> *x, const Element<D> *cos, const Element<D> *sin, Element<D> *out, int64_t size, float sign) {
   const int64_t half = size / 2;
   const __m512 signs = _mm512_set1_ps(sign);
   for (int64_t at = 0; at < size; at += LANES) {
@@ -125,7 +114,7 @@ template <typename D> AVX512 float cross_entropy(Element<D> *logits, int64_t lab
 // Elements that are worth a thread of their own.
 constexpr int64_t LEAST = 16384;
 
-int64_t least_rows(int64_t columns) { return std::max<int64_t>(1, LEAST / columns); }
+int64_t least_rows(int64_t columns) { return LEAST / std::clamp<int64_t>(columns, 1, LEAST); }
 
 } // namespace
 
@@ -140,7 +129,7 @@ int ft_cpu_kernels_are_supported() {
 int ft_cpu_swiglu(void *gate, void *up, void *out) {
   return recorded_by_dtype("finetune::swiglu", {gate, up}, [&](auto dtype) {
     using D = decltype(dtype);
-    const Matrix<D> g(tensor(gate), "gate"), u(tensor(up), "up"), o(tensor(out), "out");
+    const Matrix<D> g(gate, "gate"), u(up, "up", g.shape), o(out, "out", g.shape);
     at::parallel_for(0, g.rows, least_rows(g.columns), [&](int64_t first, int64_t last) {
       swiglu<D>(g.row(first), u.row(first), o.row(first), (last - first) * g.columns);
     });
@@ -150,8 +139,8 @@ int ft_cpu_swiglu(void *gate, void *up, void *out) {
 int ft_cpu_swiglu_backward(void *gradient, void *gate, void *up, void *d_gate, void *d_up) {
   return recorded_by_dtype("finetune::swiglu_backward", {gradient, gate, up}, [&](auto dtype) {
     using D = decltype(dtype);
-    const Matrix<D> d(tensor(gradient), "gradient"), g(tensor(gate), "gate"), u(tensor(up), "up");
-    const Matrix<D> dg(tensor(d_gate), "d_gate"), du(tensor(d_up), "d_up");
+    const Matrix<D> g(gate, "gate"), u(up, "up", g.shape), d(gradient, "gradient", g.shape);
+    const Matrix<D> dg(d_gate, "d_gate", g.shape), du(d_up, "d_up", g.shape);
     at::parallel_for(0, g.rows, least_rows(g.columns), [&](int64_t first, int64_t last) {
       swiglu_backward<D>(d.row(first), g.row(first), u.row(first), dg.row(first), du.row(first), (last - first) * g.columns);
     });
@@ -161,7 +150,7 @@ int ft_cpu_swiglu_backward(void *gradient, void *gate, void *up, void *d_gate, v
 int ft_cpu_rms_norm(void *x, void *weight, double eps, void *out) {
   return recorded_by_dtype("finetune::rms_norm", {x, weight}, [&](auto dtype) {
     using D = decltype(dtype);
-    const Matrix<D> input(tensor(x), "x"), w(tensor(weight), "weight"), o(tensor(out), "out");
+    const Matrix<D> input(x, "x"), w(weight, "weight", {input.columns}), o(out, "out", input.shape);
     at::parallel_for(0, input.rows, least_rows(input.columns), [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row) {
         rms_norm<D>(input.row(row), w.data, o.row(row), input.columns, eps);
@@ -174,8 +163,8 @@ int ft_cpu_rms_norm(void *x, void *weight, double eps, void *out) {
 int ft_cpu_rms_norm_backward(void *gradient, void *x, void *weight, double eps, void *residual, void *out) {
   return recorded_by_dtype("finetune::rms_norm_backward", {gradient, x, weight, residual}, [&](auto dtype) {
     using D = decltype(dtype);
-    const Matrix<D> g(tensor(gradient), "gradient"), input(tensor(x), "x"), w(tensor(weight), "weight");
-    const Matrix<D> r(tensor(residual), "residual"), o(tensor(out), "out");
+    const Matrix<D> input(x, "x"), w(weight, "weight", {input.columns}), g(gradient, "gradient", input.shape);
+    const Matrix<D> r(residual, "residual", input.shape), o(out, "out", input.shape);
     at::parallel_for(0, input.rows, least_rows(input.columns), [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row) {
         rms_norm_backward<D>(g.row(row), input.row(row), w.data, r.row(row), o.row(row), input.columns, eps);
@@ -188,10 +177,12 @@ int ft_cpu_rms_norm_backward(void *gradient, void *x, void *weight, double eps, 
 int ft_cpu_rotate(void *x, void *cos, void *sin, double sign, void *out) {
   return recorded_by_dtype("finetune::rotate", {x, cos, sin}, [&](auto dtype) {
     using D = decltype(dtype);
-    const Matrix<D> input(tensor(x), "x"), c(tensor(cos), "cos"), s(tensor(sin), "sin"), o(tensor(out), "out");
-    TORCH_CHECK(input.columns % (2 * LANES) == 0, "x must be a multiple of 32 wide");
-    const int64_t heads = input.rows / c.rows;
-    at::parallel_for(0, c.rows, least_rows(heads * input.columns), [&](int64_t first, int64_t last) {
+    const Matrix<D> input(x, "x"), o(out, "out", input.shape);
+    TORCH_CHECK(input.shape.size() == 3 && input.columns % (2 * LANES) == 0, "x must be [t, n, d], d a multiple of 32, found ",
+                input.shape);
+    const int64_t tokens = input.shape[0], heads = input.shape[1];
+    const Matrix<D> c(cos, "cos", {tokens, 1, input.columns}), s(sin, "sin", c.shape);
+    at::parallel_for(0, tokens, least_rows(heads * input.columns), [&](int64_t first, int64_t last) {
       for (int64_t row = first * heads; row < last * heads; ++row) {
         rotate<D>(input.row(row), c.row(row / heads), s.row(row / heads), o.row(row), input.columns, static_cast<float>(sign));
       }
@@ -203,9 +194,9 @@ int ft_cpu_rotate(void *x, void *cos, void *sin, double sign, void *out) {
 int ft_cpu_cross_entropy(void *logits, void *labels, double scale, void *losses) {
   return recorded_by_dtype("finetune::cross_entropy", {logits, labels}, [&](auto dtype) {
     using D = decltype(dtype);
-    const Matrix<D> l(tensor(logits), "logits");
-    const int64_t *targets = tensor(labels).data_ptr<int64_t>();
-    float *found = tensor(losses).data_ptr<float>();
+    const Matrix<D> l(logits, "logits");
+    const auto *targets = elements<int64_t>(labels, "labels", at::kLong, {l.rows});
+    auto *found = elements<float>(losses, "losses", at::kFloat, {l.rows});
     at::parallel_for(0, l.rows, 1, [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row) {
         TORCH_CHECK(targets[row] >= 0 && targets[row] < l.columns, "label ", targets[row], " of ", l.columns);

@@ -86,6 +86,11 @@ fn sum_groups(x_tnd: &Tensor, kv_heads: i64) -> Tensor {
     x_tnd.view([size[0], kv_heads, size[1] / kv_heads, size[2]]).sum_dim_intlist([2i64].as_slice(), false, None)
 }
 
+/// What scores are multiplied by.
+pub fn scale(head_size: i64) -> f64 {
+    1.0 / (head_size as f64).sqrt()
+}
+
 fn uses_flash(q: &Tensor) -> bool {
     q.device().is_cuda() && matches!(q.kind(), Kind::BFloat16 | Kind::Half)
 }

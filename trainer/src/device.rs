@@ -30,7 +30,7 @@ pub struct Chosen {
 
 /// Settings that libtorch's libraries read from the environment when they are loaded, where the user made none. Must run
 /// before [`load_cuda`], in a process of one thread.
-pub fn set_library_defaults() {
+pub fn set_library_defaults(is_set: impl Fn(&str) -> bool) {
     for (names, value) in [
         // cuBLAS is deterministic with workspaces of its own only.
         (&["CUBLAS_WORKSPACE_CONFIG"][..], ":4096:8"),
@@ -42,7 +42,7 @@ pub fn set_library_defaults() {
         // 1024.
         (&["ONEDNN_PRIMITIVE_CACHE_CAPACITY"], "128"),
     ] {
-        if names.iter().all(|name| std::env::var_os(name).is_none()) {
+        if !names.iter().any(|name| is_set(name)) {
             // SAFETY: no other thread reads the environment yet.
             unsafe { std::env::set_var(names[0], value) };
         }

@@ -123,9 +123,10 @@ impl Question<'_> {
     }
 }
 
-/// Does `work` for all rows, given their ascending widths: so many rows, in so many slots of the cache as `cache_tokens`
-/// allow at the widest of them, at least one. Where memory runs out, the same rows go on with half the slots; where it does
-/// not suffice for one, libtorch's panic goes on.
+/// Does `work` for all rows, given their ascending widths: so many rows, in at most so many slots of the cache as `cache_tokens`
+/// allow at the widest of them, at least one. Slots are as many as keep them all busy until the end, if all rows take equally
+/// long. Where memory runs out, the same rows go on with half the slots; where it does not suffice for one, libtorch's panic
+/// goes on.
 fn in_batches(
     widths: &[i64],
     mut cache_tokens: i64,
@@ -135,7 +136,8 @@ fn in_batches(
     while done < widths.len() {
         let rows = widths[done..].iter().take_while(|&&width| width <= WIDEST * widths[done]).count();
         let widest = widths[done + rows - 1];
-        let slots = rows.min(MAX_ROWS).min((cache_tokens / widest).max(1) as usize);
+        let most = MAX_ROWS.min((cache_tokens / widest).max(1) as usize);
+        let slots = rows.div_ceil(rows.div_ceil(most));
         match guard_memory(|| work(done..done + rows, slots)) {
             Ok(finished) => {
                 finished?;
@@ -242,7 +244,7 @@ mod tests {
             in_batches(&[10, 10, 10, 20, 21, 30, 30], cache_tokens, &mut work).map(|()| done)
         };
         assert_eq!(batches(9, 1000), Some(vec![(4, 4), (3, 7)]));
-        assert_eq!(batches(9, 65), Some(vec![(3, 4), (2, 7)]));
+        assert_eq!(batches(9, 65), Some(vec![(2, 4), (2, 7)]));
         assert_eq!(batches(2, 1000), Some(vec![(2, 4), (1, 7)]));
         assert_eq!(batches(1, 1000), Some(vec![(1, 4), (1, 7)]));
         assert!(std::panic::catch_unwind(|| batches(0, 1000)).is_err());

@@ -6,6 +6,7 @@
 use tch::Tensor;
 
 use crate::loss::add_product;
+use crate::ops::{add_linear, linear};
 use crate::optim::Gradient;
 
 /// A tensor that the model computes with, and where its gradient is summed if it is trained.
@@ -72,16 +73,16 @@ pub trait InputMask {
 impl Linear {
     /// `y` `[t, out]`, and what the backward pass needs.
     pub fn forward(&self, x_ti: &Tensor, adapters: Adapters, dropout: &dyn InputMask) -> (Tensor, Saved) {
-        let mut y_to = x_ti.matmul(&self.weight.value.tr());
+        let mut y_to = linear(x_ti, &self.weight.value);
         let Some(adapter) = self.adapter.as_ref().filter(|_| adapters == Adapters::On) else {
             return (y_to, None);
         };
         let projected_tr = match dropout.mask(adapter.site, x_ti.size()[0], x_ti) {
-            Some(mask_ti) => (x_ti * mask_ti).matmul(&adapter.a.value.tr()),
-            None => x_ti.matmul(&adapter.a.value.tr()),
+            Some(mask_ti) => linear(&(x_ti * mask_ti), &adapter.a.value),
+            None => linear(x_ti, &adapter.a.value),
         };
         let projected_tr = projected_tr * adapter.scale;
-        let _ = y_to.addmm_(&projected_tr, &adapter.b.value.tr());
+        add_linear(&mut y_to, &projected_tr, &adapter.b.value);
         (y_to, Some(projected_tr))
     }
 

@@ -3,16 +3,19 @@
 //!
 //! Shapes: n trained tokens, h hidden size, v vocabulary.
 
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use crate::linear::Weight;
-use crate::ops::accumulate_kind;
+use crate::ops::{accumulate_kind, linear};
 use crate::shim::{cpu, decode, fused};
 
 /// Bytes of one chunk's logits in the accumulation dtype. Every chunk reads the whole head: an accelerator needs a thousand rows
 /// before its products are bound by arithmetic.
 const CHUNK_BYTES_CPU: i64 = 32 << 20;
 const CHUNK_BYTES_GPU: i64 = 512 << 20;
+/// Elements of a product in bf16 that exist before they are added to fp32: libtorch on CPUs makes fp32 of all of them first, which
+/// for a head is more than its logits take.
+const PRODUCT_ELEMENTS_CPU: i64 = 2 << 20;
 
 /// Rows of logits that exist at once.
 pub fn chunk_rows(vocabulary: i64, accelerator: bool) -> i64 {
@@ -43,7 +46,7 @@ pub fn cross_entropy(hidden_nh: &Tensor, labels_n: &Tensor, head_vh: &Weight, sc
     for (start, rows) in chunks(hidden_nh, head_vh) {
         let hidden_ch = hidden_nh.narrow(0, start, rows);
         let labels_c = labels_n.narrow(0, start, rows);
-        let logits_cv = hidden_ch.matmul(&head_vh.value.tr());
+        let logits_cv = linear(&hidden_ch, &head_vh.value);
         if let Some(losses_c) = fused::cross_entropy(&logits_cv, &labels_c, scale) {
             loss += losses_c.sum(kind) * scale;
             add_gradients(&logits_cv, &hidden_ch, head_vh, &gradient_nh.narrow(0, start, rows));
@@ -77,7 +80,7 @@ pub fn score(hidden_nh: &Tensor, labels_n: &Tensor, head_vh: &Weight) -> Scored 
     let (mut losses, mut correct) = (Vec::new(), Vec::new());
     for (start, rows) in chunks(hidden_nh, head_vh) {
         let labels_c = labels_n.narrow(0, start, rows);
-        let logits_cv = hidden_nh.narrow(0, start, rows).matmul(&head_vh.value.tr());
+        let logits_cv = linear(&hidden_nh.narrow(0, start, rows), &head_vh.value);
         if cpu::fits(&[&logits_cv], cpu::ROW_WIDTH) {
             let (losses_c, correct_c) = decode::score(&logits_cv, &labels_c);
             losses.push(losses_c);
@@ -95,17 +98,21 @@ pub fn score(hidden_nh: &Tensor, labels_n: &Tensor, head_vh: &Weight) -> Scored 
 
 /// `target += a @ b` where the target may be fp32 and the factors bf16.
 pub fn add_product(target: &Tensor, a: &Tensor, b: &Tensor) {
-    let mut target = target.shallow_clone();
     if target.kind() == a.kind() {
-        let _ = target.addmm_(a, b);
-    } else {
-        let _ = target.g_add_(&a.matmul(b));
+        let _ = target.shallow_clone().addmm_(a, b);
+        return;
+    }
+    let size = target.size();
+    let rows = if target.device() == Device::Cpu { (PRODUCT_ELEMENTS_CPU / size[1]).max(1) } else { size[0] };
+    for start in (0..size[0]).step_by(rows as usize) {
+        let part = |tensor: &Tensor| tensor.narrow(0, start, rows.min(size[0] - start));
+        let _ = part(target).g_add_(&part(a).matmul(b));
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use tch::{Device, Kind};
+    use tch::Kind;
 
     use super::*;
     use crate::optim::{OptimizerConfig, ParameterInit, Parameters};

@@ -1,6 +1,7 @@
 //! A causal language model with an explicit forward and backward pass, chosen by `config.json`.
 //!
-//! It knows tensors and packed batches; nothing of files other than weights, of optimizers, or of the loop around it.
+//! It knows tensors and packed batches; nothing of files other than weights, or of the loop around it. Of the optimizer only
+//! `load.rs` knows, which builds the parameters that one updates.
 
 use std::path::PathBuf;
 

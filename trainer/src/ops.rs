@@ -66,6 +66,18 @@ pub fn residual_norm_backward(
     residual_th + rms_norm_backward(gradient_th, x_th, weight_h, eps, weight_gradient)
 }
 
+/// `x W^T` of x `[t, in]` and W `[out, in]`.
+pub fn linear(x_ti: &Tensor, weight_oi: &Tensor) -> Tensor {
+    fused::linear(x_ti, weight_oi).unwrap_or_else(|| x_ti.matmul(&weight_oi.tr()))
+}
+
+/// Adds [`linear`] to `sum` `[t, out]`.
+pub fn add_linear(sum_to: &mut Tensor, x_ti: &Tensor, weight_oi: &Tensor) {
+    if !fused::add_linear(sum_to, x_ti, weight_oi) {
+        let _ = sum_to.addmm_(x_ti, &weight_oi.tr());
+    }
+}
+
 /// `silu(gate) * up`, `[t, m]`.
 pub fn swiglu(gate_tm: &Tensor, up_tm: &Tensor) -> Tensor {
     fused::swiglu(gate_tm, up_tm).unwrap_or_else(|| gate_tm.silu() * up_tm)
@@ -184,6 +196,31 @@ mod tests {
             for rotation in [Rotation::Forward, Rotation::Backward] {
                 let rows = |kind| Rope::new(&inverse, 64, kind, Device::Cpu).at(&positions);
                 check("rope", &rows(kind).rotate(&x, rotation), &rows(Kind::Double).rotate(&wide(&x), rotation));
+            }
+        }
+    }
+
+    /// Rows and outputs that fill no tile, and several; sums are added to and rounded once.
+    #[test]
+    fn few_rows_times_a_weight_are_the_product() {
+        tch::set_num_threads(1);
+        for (kind, most) in [(Kind::BFloat16, 3e-3), (Kind::Float, 1e-6)] {
+            for (rows, inputs, outputs) in
+                [(1, 576, 192), (3, 2, 50), (16, 8, 48), (22, 200, 97), (64, 194, 8), (150, 1536, 64), (256, 18, 33)]
+            {
+                let random = |seed, shape: &[i64]| cpu::noise(seed, shape).to_kind(kind);
+                let (x, weight, sum) =
+                    (random(1, &[rows, inputs]), random(2, &[outputs, inputs]), random(3, &[rows, outputs]));
+                let check = |what: &str, ours: &Tensor, exact: &Tensor| {
+                    let distance = cpu::distance(ours, exact);
+                    assert!(distance < most, "{kind:?} {rows} {inputs} {outputs} {what}: {distance:e}");
+                };
+                let wide = |tensor: &Tensor| tensor.to_kind(Kind::Double);
+                let exact = wide(&x).matmul(&wide(&weight).tr());
+                check("product", &linear(&x, &weight), &exact);
+                let mut added = sum.copy();
+                add_linear(&mut added, &x, &weight);
+                check("sum", &added, &(wide(&sum) + exact));
             }
         }
     }

@@ -13,7 +13,7 @@ use tch::{Device, Kind, Tensor};
 
 use self::blockwise::{BLOCK, Blockwise, Rates, num_blocks};
 pub use self::gradients::Gradient;
-use self::gradients::Gradients;
+use self::gradients::{Gradients, Layout, Place};
 pub use self::step::{Step, StepConstants, Update};
 use crate::shim::{self, AdamwStep};
 
@@ -42,9 +42,7 @@ pub struct Slot {
     pub shape: Vec<i64>,
     /// First element in the flat buffers.
     pub offset: i64,
-    group: usize,
-    /// First element among the gradients of its group.
-    gradient_offset: i64,
+    gradient: Place,
 }
 
 impl Slot {
@@ -76,9 +74,9 @@ pub struct OptimizerConfig {
 /// Tensors of a group that are neighbours and are updated in one go.
 #[derive(Debug)]
 struct Run {
-    group: usize,
     offset: i64,
-    gradient_offset: i64,
+    /// Of its first tensor.
+    gradient: Place,
     length: i64,
     is_decayed: bool,
     /// Of the moments' blocks.
@@ -120,8 +118,8 @@ fn runs(slots: &[Slot], optimizer: Optimizer) -> Vec<Run> {
         let is_decayed = is_decayed(&slot.name);
         match runs.last_mut() {
             Some(run)
-                if (run.group, run.is_decayed) == (slot.group, is_decayed)
-                    && run.gradient_offset + run.length == slot.gradient_offset
+                if run.is_decayed == is_decayed
+                    && Place { offset: run.gradient.offset + run.length, ..run.gradient } == slot.gradient
                     && (optimizer == Optimizer::AdamW || run.length % BLOCK == 0) =>
             {
                 blocks -= num_blocks(run.length);
@@ -129,9 +127,8 @@ fn runs(slots: &[Slot], optimizer: Optimizer) -> Vec<Run> {
                 blocks += num_blocks(run.length);
             }
             _ => {
-                let (group, offset, gradient_offset, length) =
-                    (slot.group, slot.offset, slot.gradient_offset, slot.len());
-                runs.push(Run { group, offset, gradient_offset, length, is_decayed, first_block: blocks });
+                let (offset, gradient, length) = (slot.offset, slot.gradient, slot.len());
+                runs.push(Run { offset, gradient, length, is_decayed, first_block: blocks });
                 blocks += num_blocks(length);
             }
         }
@@ -146,13 +143,13 @@ impl Parameters {
         let total = decayed_tensors.iter().chain(&others).map(|init| init.value.numel() as i64).sum::<i64>();
         let groups = decayed_tensors.iter().chain(&others).map(|init| init.group + 1).max().unwrap_or(1);
         let master = Tensor::zeros([total], (Kind::Float, device));
-        let (mut slots, mut offset, mut lengths) = (Vec::new(), 0, vec![0; groups]);
+        let (mut slots, mut offset, mut layout) = (Vec::new(), 0, Layout::new(groups));
         for init in decayed_tensors.into_iter().chain(others) {
             let ParameterInit { name, value, group } = init;
-            let slot = Slot { name, shape: value.size(), offset, group, gradient_offset: lengths[group] };
+            let gradient = layout.place(group, value.numel() as i64);
+            let slot = Slot { name, shape: value.size(), offset, gradient };
             slot.view(&master).copy_(&value);
             offset += slot.len();
-            lengths[group] += slot.len();
             slots.push(slot);
         }
         let runs = runs(&slots, config.optimizer);
@@ -165,7 +162,7 @@ impl Parameters {
             }
         };
         let working = if working_kind == Kind::Float { master.shallow_clone() } else { master.to_kind(working_kind) };
-        let gradients = Gradients::new(lengths, config.in_backward, device);
+        let gradients = Gradients::new(layout, config.in_backward, device);
         let updates = Tensor::zeros([], (Kind::Float, device));
         Self {
             slots,
@@ -198,7 +195,7 @@ impl Parameters {
     /// Where the backward pass sums the fp32 gradient. Those of layers are there from their backward pass to the next step; with
     /// updates in the backward pass all layers share one place.
     pub fn gradient(&self, slot: &Slot) -> Gradient {
-        self.gradients.place(slot.group, slot.gradient_offset, &slot.shape)
+        self.gradients.at(slot.gradient, &slot.shape)
     }
 
     /// A view of the fp32 master.
@@ -263,10 +260,9 @@ impl Parameters {
     /// this step.
     fn update_group(&mut self, group: usize, found_inf: &Tensor, constants: &StepConstants) -> Result<(), shim::Error> {
         self.is_moving = true;
-        let gradient = self.gradients.of(group);
-        for run in self.runs.iter().filter(|run| run.group == group) {
+        for run in self.runs.iter().filter(|run| run.gradient.group == group) {
             let part = |flat: &Tensor| flat.narrow(0, run.offset, run.length);
-            let gradient = gradient.narrow(0, run.gradient_offset, run.length);
+            let gradient = self.gradients.at(run.gradient, &[run.length]).view();
             let weight_decay = if run.is_decayed { constants.weight_decay } else { 0.0 };
             let learning_rate = constants.learning_rate;
             let master = part(&self.master);

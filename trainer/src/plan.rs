@@ -208,10 +208,10 @@ fn estimate_at(inputs: &Inputs, method: &Method, tokens: i64, recompute: Recompu
     let replaced = if tokens >= inputs.step_tokens { layer_gradients.min(tokens * saved) } else { 0 };
     let activations = tokens * (saved + live) - replaced;
     let logits = chunk_rows(model.vocab_size, inputs.accelerator).min(tokens) * model.vocab_size * (4 + 4 + element);
-    // After training its activations are gone, and one of these takes their place at a time: the caches of answers, and
-    // the base's weights beside full fine-tuning's own or the merged model that is written.
+    // After training its activations are gone, and one of these takes their place at a time: the caches of answers, and the
+    // merged model that is written. Full fine-tuning's own is written when masters and moments are gone.
     let caches = inputs.cache_tokens * layers * 2 * keys * element;
-    let whole_model = if full || inputs.config.output.format == OutputFormat::Merged { base * 4 } else { 0 };
+    let whole_model = if !full && inputs.config.output.format == OutputFormat::Merged { base * 4 } else { 0 };
     let transient = (activations + logits).max(caches).max(whole_model);
     let (slack, runtime) =
         if inputs.accelerator { (0.05, CUDA_CONTEXT_BYTES) } else { (ALLOCATOR_SLACK, RUNTIME_BYTES) };

@@ -332,14 +332,17 @@ fn write_product(
         ("data_report.json", serde_json::to_vec_pretty(&report)?),
         ("sample.txt", sample.into_bytes()),
     ];
+    let write = |name: &str, bytes: &[u8]| {
+        let mut file = fs::File::create(folder.join(name))?;
+        io::Write::write_all(&mut file, bytes)?;
+        file.sync_all()
+    };
     let mut files = Vec::new();
     for (name, bytes) in contents {
-        let mut file = fs::File::create(folder.join(name))?;
-        io::Write::write_all(&mut file, &bytes)?;
-        file.sync_all()?;
+        write(name, &bytes)?;
         files.push((name.to_owned(), digest_of(&bytes)));
     }
-    fs::write(folder.join(MANIFEST), serde_json::to_vec_pretty(&Manifest { key, date, files })?)?;
+    write(MANIFEST, &serde_json::to_vec_pretty(&Manifest { key, date, files })?)?;
     sync_folder(folder)
 }
 

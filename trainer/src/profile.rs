@@ -23,7 +23,7 @@ use crate::train::train_step;
 
 /// Steps before anything is measured: they fill caches of kernels and memory.
 const WARM_STEPS: i64 = 2;
-/// Steps that are timed without the profiler.
+/// How often the step is timed without the profiler.
 const TIMED_STEPS: i64 = 5;
 /// Attempts of which the fastest counts, for what the machine can do.
 const ATTEMPTS: usize = 10;
@@ -109,9 +109,9 @@ pub struct Profile {
     pub kind: Kind,
     /// Tokens of the step, and those that are trained.
     pub tokens: (usize, usize),
-    /// Median seconds of a step without the profiler.
+    /// Median seconds of the step without the profiler.
     pub seconds: f64,
-    /// Seconds of the profiled step.
+    /// Seconds of the step under the profiler.
     pub profiled_seconds: f64,
     /// By operation and dtype.
     pub lines: BTreeMap<String, Line>,
@@ -142,10 +142,10 @@ pub fn profile(
         Ok(started.elapsed().as_secs_f64())
     };
     (0..WARM_STEPS).try_for_each(|number| step(number).map(drop))?;
-    let mut times = (0..TIMED_STEPS).map(&mut step).collect::<Result<Vec<f64>, Error>>()?;
+    // The same step each time: its seconds, its tokens and its arithmetic are set against each other.
+    let measured = WARM_STEPS;
+    let mut times = (0..TIMED_STEPS).map(|_| step(measured)).collect::<Result<Vec<f64>, Error>>()?;
     times.sort_by(f64::total_cmp);
-    // The step that the tokens are counted of is the last one that was timed; dense rows have the same number in each.
-    let measured = TIMED_STEPS - 1;
     let (profiled, operations) =
         shim::profile(device.is_cuda(), trace, || step(measured)).map_err(|error| Error::Train(error.into()))?;
     let profiled_seconds = profiled?;

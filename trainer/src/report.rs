@@ -147,7 +147,6 @@ impl Observer for LastWord {
                 report.last_checkpoint_step = Some(*step);
             }
             Event::Step(record) => report.step = record.step,
-            Event::Checkpoint(record) => report.last_checkpoint_step = Some(record.step),
             Event::Validated(validation) => report.validation = Some((**validation).clone()),
             Event::Note(note) => report.notes.push(note.clone()),
             Event::Derived { .. }
@@ -155,6 +154,7 @@ impl Observer for LastWord {
             | Event::Answered { .. }
             | Event::Evaluation(_)
             | Event::Committing { .. }
+            | Event::Checkpoint(_)
             | Event::CheckpointFailed { .. }
             | Event::Trained(_)
             | Event::Warning(_) => {}

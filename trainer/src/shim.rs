@@ -61,6 +61,11 @@ fn check(status: c_int) -> Result<(), Error> {
     Err(Error(text.to_string_lossy().into_owned()))
 }
 
+/// Panics where a call failed, as tch's own functions do.
+fn done(status: c_int) {
+    check(status).unwrap_or_else(|error| panic!("{error}"));
+}
+
 fn handle(tensor: &Tensor) -> *mut c_void {
     tensor.as_ptr().cast_mut().cast()
 }
@@ -160,7 +165,7 @@ pub fn upload<T: tch::kind::Element>(values: &[T], device: tch::Device) -> Tenso
     let tch::Device::Cuda(index) = device else { return host.to_device(device) };
     let mut out = std::ptr::null_mut();
     // SAFETY: the host's tensor lives during the call; the output is written before success is returned.
-    check(unsafe { ft_upload(handle(&host), index as c_int, &raw mut out) }).unwrap_or_else(|error| panic!("{error}"));
+    done(unsafe { ft_upload(handle(&host), index as c_int, &raw mut out) });
     // SAFETY: a tensor that the shim allocated for us; ownership passes here.
     unsafe { Tensor::from_ptr(out.cast()) }
 }
@@ -235,7 +240,7 @@ pub fn profile<T>(cuda: bool, trace: &std::path::Path, work: impl FnOnce() -> T)
     Ok((result, operations))
 }
 
-/// A tensor over memory that somebody else owns, without a copy.
+/// A tensor over memory that somebody else owns, without a copy. Panics where the memory is not as long as the tensor.
 ///
 /// # Safety
 /// `data` must stay mapped and unchanged as long as the tensor or any view of it lives.
@@ -244,7 +249,9 @@ pub unsafe fn borrow_bytes(data: &[u8], shape: &[i64], kind: tch::Kind) -> Tenso
     for dim in (0..shape.len().saturating_sub(1)).rev() {
         strides[dim] = strides[dim + 1] * shape[dim + 1];
     }
-    // SAFETY: the caller keeps `data` alive; its length was checked against shape and dtype by the reader.
+    let elements = usize::try_from(shape.iter().product::<i64>()).expect("sizes are not negative");
+    assert_eq!(data.len(), elements * kind.elt_size_in_bytes(), "bytes of a {kind:?} tensor {shape:?}");
+    // SAFETY: the caller keeps `data` alive, and it is as long as the tensor.
     unsafe { Tensor::from_blob(data.as_ptr(), shape, &strides, kind, tch::Device::Cpu) }
 }
 

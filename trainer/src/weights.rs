@@ -294,6 +294,14 @@ impl WeightFiles {
         Ok(mapped)
     }
 
+    /// Lets go of what was read of a tensor, as [`MappedFile::release`] does.
+    pub fn release(&self, name: &str) {
+        let file = self.index.get(name).map(|&file| &self.files[file]);
+        if let Some((file, mapped)) = file.and_then(|file| Some((file, file.tensor(name)?))) {
+            file.release(mapped.data);
+        }
+    }
+
     fn similar(&self, name: &str) -> String {
         let common = |other: &str| other.bytes().zip(name.bytes()).take_while(|(a, b)| a == b).count();
         let nearest = self.names().into_iter().max_by_key(|other| common(other));

@@ -1,9 +1,9 @@
-//! `kubectl finetune`: arguments, exit code.
+//! `kubectl finetune`: arguments, environment, exit code.
 
 use std::process::ExitCode;
 
 use clap::Parser;
-use operator::plugin::{Arguments, ERROR_EXIT, run};
+use operator::plugin::{Arguments, ERROR_EXIT, Environment, run};
 
 fn main() -> ExitCode {
     let arguments = match Arguments::try_parse() {
@@ -14,7 +14,8 @@ fn main() -> ExitCode {
             return if error.use_stderr() { ExitCode::from(ERROR_EXIT) } else { ExitCode::SUCCESS };
         }
     };
-    match run(arguments) {
+    let environment = Environment { no_color: std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty()) };
+    match run(arguments, environment) {
         Ok(code) => ExitCode::from(code),
         Err(error) if error.is_closed_pipe() => ExitCode::SUCCESS,
         Err(error) => {

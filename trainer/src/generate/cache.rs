@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 
 use tch::{Device, Kind, Tensor};
 
+use crate::attention;
 use crate::linear::Adapters;
 use crate::model::{KeyValues, Llama, Outputs};
 use crate::shim::decode::KeysAndValues;
@@ -97,7 +98,7 @@ impl<'a> Cache<'a> {
         let upload = |values: &[i64]| Tensor::from_slice(values).to_device(model.device());
         let (tokens_t, positions_t, last_r) = (upload(&tokens), upload(&positions), upload(&last));
         let rows = self.rows(&lengths, model.device());
-        let scale = model.attention_scale();
+        let scale = attention::scale(model.config.head_size());
         let mut attend = |layer: usize, q_tnd: &Tensor, new: KeyValues| self.attend(layer, &rows, q_tnd, &new, scale);
         let hidden_rh = model.infer(&tokens_t, &positions_t, Outputs::Rows(&last_r), adapters, stop, &mut attend)?;
         self.grow(&lengths);

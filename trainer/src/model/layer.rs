@@ -150,11 +150,6 @@ impl Layer {
         rms_norm(x_th, &self.post_attention_norm.value, self.shape.eps)
     }
 
-    /// What scores are multiplied by.
-    pub fn scale(&self) -> f64 {
-        1.0 / (self.shape.head_size as f64).sqrt()
-    }
-
     /// Query `[t, n, d]`, rotated keys and values `[t, k, d]`, from the layer's input.
     pub fn project(&self, x_th: &Tensor, pass: &Pass) -> (Tensor, KeyValues, Projected) {
         let LayerShape { heads, kv_heads, head_size, .. } = self.shape;
@@ -189,7 +184,8 @@ impl Layer {
     /// The layer's output `[r, h]`, and what its backward pass needs.
     pub fn forward(&self, x_th: &Tensor, segments: &Segments, pass: &Pass, outputs: Outputs) -> (Tensor, LayerSaved) {
         let (q_tnd, KeyValues { keys: k_tkd, values: v_tkd }, projected) = self.project(x_th, pass);
-        let attention = attention::attention(&q_tnd, &k_tkd, &v_tkd, segments, self.scale());
+        let scale = attention::scale(self.shape.head_size);
+        let attention = attention::attention(&q_tnd, &k_tkd, &v_tkd, segments, scale);
         let (output_rh, finished) = self.finish(x_th, &attention.out, pass, outputs);
         (output_rh, LayerSaved { q_tnd, k_tkd, v_tkd, attention, projected, finished })
     }
@@ -252,8 +248,9 @@ impl Layer {
 
         // attention(q(n), k(n), v(n)), n = norm(x)
         let d_attended_tnd = outputs.scatter(d_attended_rh, tokens).view(q_tnd.size().as_slice());
+        let scale = attention::scale(self.shape.head_size);
         let (dq_tnd, dk_tkd, dv_tkd) =
-            attention::attention_backward(&d_attended_tnd, &q_tnd, &k_tkd, &v_tkd, &attention, segments, self.scale());
+            attention::attention_backward(&d_attended_tnd, &q_tnd, &k_tkd, &v_tkd, &attention, segments, scale);
         let dq_th = pass.rope.rotate(&dq_tnd, Rotation::Backward).flatten(1, 2);
         let dk_th = pass.rope.rotate(&dk_tkd, Rotation::Backward).flatten(1, 2);
         let dv_th = dv_tkd.flatten(1, 2);

@@ -10,7 +10,7 @@ use crate::attention::{self, Segments};
 use crate::data::pack::PackedBatch;
 use crate::linear::{Adapters, InputMask, Weight};
 use crate::loss::{self, Scored};
-use crate::ops::{Rope, rms_norm, rms_norm_backward};
+use crate::ops::{Rope, linear, rms_norm, rms_norm_backward};
 use crate::random::seed64;
 use crate::shim::{self, cpu, decode};
 use crate::signal::Stop;
@@ -241,15 +241,11 @@ impl Llama {
     }
 
     fn hidden(&self, batch: &DeviceBatch, outputs: Outputs, adapters: Adapters, stop: &Stop) -> Option<Tensor> {
+        let scale = attention::scale(self.config.head_size());
         let attend = &mut |_, q_tnd: &Tensor, KeyValues { keys, values }: KeyValues| {
-            attention::attention(q_tnd, &keys, &values, &batch.segments, self.attention_scale()).out
+            attention::attention(q_tnd, &keys, &values, &batch.segments, scale).out
         };
         self.infer(&batch.tokens_t, &batch.positions_t, outputs, adapters, stop, attend)
-    }
-
-    /// What attention scores are multiplied by.
-    pub(crate) fn attention_scale(&self) -> f64 {
-        1.0 / (self.config.head_size() as f64).sqrt()
     }
 
     /// Loss and hits of each of the batch's trained tokens; `None` if a stop was asked for meanwhile.
@@ -261,7 +257,7 @@ impl Llama {
 
     /// Logits `[rows, v]` of some rows of final hidden states.
     fn logits(&self, hidden_rh: &Tensor) -> Tensor {
-        rms_norm(hidden_rh, &self.norm.value, self.config.rms_norm_eps).matmul(&self.head.value.tr())
+        linear(&rms_norm(hidden_rh, &self.norm.value, self.config.rms_norm_eps), &self.head.value)
     }
 
     /// The likeliest next token of some rows of final hidden states, int64 `[rows]`.

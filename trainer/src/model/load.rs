@@ -15,7 +15,7 @@ use crate::optim::{OptimizerConfig, ParameterInit, Parameters, Slot};
 use crate::random::generator;
 use crate::shim;
 use crate::signal::Stop;
-use crate::weights::WeightFiles;
+use crate::weights::{Mapped, WeightFiles};
 
 /// The linears of a decoder layer, by the path below `model.layers.N.`, in the order of use.
 pub const LAYER_LINEARS: [&str; 7] = [
@@ -137,8 +137,8 @@ pub fn lora_parameters(config: &Config, lora: &Lora) -> i64 {
 }
 
 /// Puts the base model's weights in the place of what full fine-tuning made of them: it has no adapter to switch off, and
-/// its baselines are measured so. No second copy of the weights is made. Reading them takes a while, and `stop` is told that
-/// it goes on.
+/// its baselines are measured so. No second copy of the weights is made, nor do the files stay in memory. Reading them takes a
+/// while, and `stop` is told that it goes on.
 pub fn restore_base(source: &Source, parameters: &mut Parameters, stop: &Stop) -> Result<(), Error> {
     let config = Config::read(source.folder)?;
     let files = WeightFiles::open(source.folder)?;
@@ -147,6 +147,7 @@ pub fn restore_base(source: &Source, parameters: &mut Parameters, stop: &Stop) -
     parameters.set_masters(|slot, master| {
         stop.alive();
         master.shallow_clone().copy_(&loader.read(&slot.name, &shapes[&slot.name])?);
+        files.release(&slot.name);
         Ok(())
     })
 }
@@ -167,7 +168,7 @@ pub fn merged(
         if stop.requested() {
             return Ok(None);
         }
-        let mapped = files.tensor(&name)?;
+        let mapped = mapped(folder, &files, &name, &shape)?;
         let kind = kind_of(mapped.dtype);
         // SAFETY: the copy below is made while the map is alive.
         let base = unsafe { shim::borrow_bytes(mapped.data, &shape, kind) };
@@ -181,6 +182,16 @@ pub fn merged(
         tensors.push((name, value.to_kind(kind).contiguous()));
     }
     Ok(Some(tensors))
+}
+
+/// A tensor of the base model, if it has the shape that `config.json` implies.
+fn mapped<'a>(folder: &Path, files: &'a WeightFiles, name: &str, expected: &[i64]) -> Result<Mapped<'a>, Error> {
+    let mapped = files.tensor(name)?;
+    let found: Vec<i64> = mapped.shape.iter().map(|&size| size as i64).collect();
+    if found != expected {
+        return Err(Error::Shape { folder: folder.into(), name: name.into(), found, expected: expected.to_vec() });
+    }
+    Ok(mapped)
 }
 
 fn kind_of(dtype: safetensors::Dtype) -> Kind {
@@ -241,26 +252,16 @@ impl Loader<'_> {
 
     /// One tensor, checked for shape and finiteness.
     fn read(&self, name: &str, expected: &[i64]) -> Result<Tensor, Error> {
-        let folder = || self.source.folder.to_path_buf();
-        let mapped = self.files.tensor(name)?;
-        let shape: Vec<i64> = mapped.shape.iter().map(|&size| size as i64).collect();
-        if shape != expected {
-            return Err(Error::Shape {
-                folder: folder(),
-                name: name.into(),
-                found: shape,
-                expected: expected.to_vec(),
-            });
-        }
+        let mapped = mapped(self.source.folder, self.files, name, expected)?;
         let kind = kind_of(mapped.dtype);
         // SAFETY: the model keeps the map alive (`_maps`) if a weight stays frozen, and nothing writes to one; trained ones are
         // copied while it is alive.
-        let stored = unsafe { shim::borrow_bytes(mapped.data, &shape, kind) };
+        let stored = unsafe { shim::borrow_bytes(mapped.data, expected, kind) };
         // A sum is finite only if every element is: no real weight comes near the range of fp32 and bf16. Asking for fp32
         // would copy the tensor first, which fp16 with its smaller range needs.
         let sum_kind = if kind == Kind::Half { Kind::Float } else { kind };
         if !stored.sum(sum_kind).double_value(&[]).is_finite() {
-            return Err(Error::NonFiniteWeight { folder: folder(), name: name.into() });
+            return Err(Error::NonFiniteWeight { folder: self.source.folder.into(), name: name.into() });
         }
         Ok(stored.to_device(self.source.device))
     }

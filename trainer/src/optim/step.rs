@@ -113,7 +113,7 @@ impl Step<'_> {
         let clip = (max_norm > 0.0).then(|| (max_norm / (&gradient_norm + 1e-6)).clamp_max(1.0));
         for group in 0..self.norms.len() {
             if let Some(clip) = &clip {
-                let _ = self.parameters.gradients.of(group).g_mul_(clip);
+                self.parameters.gradients.of(group).iter_mut().for_each(|gradient| drop(gradient.g_mul_(clip)));
             }
             self.parameters.update_group(group, &found_inf, &self.constants)?;
         }
@@ -127,14 +127,17 @@ impl Step<'_> {
     }
 }
 
-/// L2 norm of a flat fp32 buffer as an fp64 scalar: norms of short blocks, then the norm of those in fp64.
+/// L2 norm of flat fp32 buffers together, as an fp64 scalar: norms of short blocks, then the norm of those in fp64.
 ///
 /// libtorch sums a long fp32 buffer in a few running fp32 sums, which stop growing once they are large: over the 134
 /// million gradients of SmolLM2 its norm is 1.4 % too small.
-pub(super) fn norm(flat: &Tensor) -> Tensor {
-    let length = flat.numel() as i64;
-    let whole = length - length % NORM_BLOCK;
-    let blocks = flat.narrow(0, 0, whole).view([-1, NORM_BLOCK]).norm_scalaropt_dim(2, [1i64].as_slice(), false);
-    let rest = flat.narrow(0, whole, length - whole).norm().unsqueeze(0);
-    Tensor::cat(&[blocks, rest], 0).to_kind(Kind::Double).norm()
+pub(super) fn norm(buffers: &[Tensor]) -> Tensor {
+    let of_blocks = |flat: &Tensor| {
+        let length = flat.numel() as i64;
+        let whole = length - length % NORM_BLOCK;
+        let blocks = flat.narrow(0, 0, whole).view([-1, NORM_BLOCK]).norm_scalaropt_dim(2, [1i64].as_slice(), false);
+        [blocks, flat.narrow(0, whole, length - whole).norm().unsqueeze(0)]
+    };
+    let norms: Vec<Tensor> = buffers.iter().flat_map(of_blocks).collect();
+    Tensor::cat(&norms, 0).to_kind(Kind::Double).norm()
 }

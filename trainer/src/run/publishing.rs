@@ -12,6 +12,7 @@ use crate::model::{self, target_linears};
 use crate::prepare::Base;
 use crate::publish::Destination;
 use crate::record::{Event, Observer};
+use crate::shim::release_free_memory;
 use crate::weights::{MappedFile, TensorView};
 
 /// Writes the output of the weights that `report` judged, and copies it to where it is wanted; `None` if it is not to be
@@ -31,6 +32,8 @@ pub fn publish(
         return Ok(None);
     }
     observer.observe(&Event::Stage(Stage::Publishing)).map_err(failed)?;
+    // What training took is free and still this process's.
+    release_free_memory();
     let destination =
         config.output.uri.as_ref().map(|uri| Destination::open(uri, &config.job, claims(config))).transpose()?;
     let digest = report.checkpoint_digest.as_deref().unwrap_or_default();
@@ -92,7 +95,9 @@ fn write(
         let trained = |name: &str| {
             let mapped = file.tensor(name)?;
             let shape: Vec<i64> = mapped.shape.iter().map(|&size| size as i64).collect();
-            Some(Tensor::from_data_size(mapped.data, &shape, Kind::Float))
+            let master = Tensor::from_data_size(mapped.data, &shape, Kind::Float);
+            file.release(mapped.data);
+            Some(master)
         };
         let tensors = model::merged(&base.folder, &trained, lora, context.stop)?;
         let tensors = tensors.ok_or(Error::Stopped { step: stored.manifest.step })?;

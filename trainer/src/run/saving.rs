@@ -12,6 +12,7 @@ use crate::checkpoint::{self, Content, Store, Stored};
 use crate::export::dtype;
 use crate::optim::Parameters;
 use crate::record::CheckpointRecord;
+use crate::report::LastWord;
 use crate::shim::tensor_bytes;
 use crate::signal::Stop;
 use crate::train::TrainState;
@@ -96,7 +97,8 @@ pub struct Writer {
 }
 
 impl Writer {
-    pub fn start(store: Store, retention: Retention) -> io::Result<Self> {
+    /// A commit is told to `last_word` where it happens: the loop, which hears of it later, may hang until the end.
+    pub fn start(store: Store, retention: Retention, last_word: LastWord) -> io::Result<Self> {
         let store = Arc::new(Mutex::new(store));
         let (snapshots, taken) = mpsc::channel::<Snapshot>();
         let (tell, written) = mpsc::channel();
@@ -104,6 +106,9 @@ impl Writer {
         std::thread::Builder::new().name("checkpoint".into()).spawn(move || {
             for snapshot in taken {
                 let written = write(&mut shared.lock().unwrap_or_else(PoisonError::into_inner), &snapshot, retention);
+                if let Ok(record) = &written.result {
+                    last_word.update(|report| report.last_checkpoint_step = Some(record.step));
+                }
                 if tell.send(written).is_err() {
                     return;
                 }

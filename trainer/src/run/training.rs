@@ -85,7 +85,7 @@ pub(super) fn train_stage(
     observer.observe(&Event::Stage(Stage::Training)).map_err(&write)?;
     let history = History::open(context.run, state.step, state.evaluated_step).map_err(&write)?;
     let retention = Retention { latest: config.checkpoint.keep_latest, best: config.checkpoint.keep_best };
-    let writer = Writer::start(store, retention).map_err(&write)?;
+    let writer = Writer::start(store, retention, context.last_word.clone()).map_err(&write)?;
     let earlier = Earlier { seconds: state.wall_seconds, joules: state.energy_joules };
     let mut surroundings = RunSurroundings {
         config,

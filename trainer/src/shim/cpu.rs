@@ -1,12 +1,12 @@
-//! Our kernels for bf16 and fp32 on CPUs with AVX512-BF16 (`cpp/attention.cpp`, `cpp/pointwise.cpp`). Like tch's own functions they panic
-//! with libtorch's message where arguments do not belong together; [`fits`] says beforehand whether they can be used.
+//! Our kernels for bf16 and fp32 on CPUs with AVX512-BF16 (`cpp/attention.cpp`, `cpp/pointwise.cpp`). Like tch's own functions
+//! they panic with libtorch's message where arguments do not belong together; [`fits`] says beforehand whether they can be used.
 
 use std::ffi::{c_int, c_void};
 use std::sync::OnceLock;
 
 use tch::{Device, Kind, Tensor};
 
-use super::{check, handle};
+use super::{check, done, handle};
 
 unsafe extern "C" {
     fn ft_cpu_kernels_are_supported() -> c_int;
@@ -62,6 +62,7 @@ unsafe extern "C" {
         one_minus_beta2: f64,
         eps: f64,
     ) -> c_int;
+    fn ft_cpu_linear(x: *mut c_void, weight: *mut c_void, out: *mut c_void, add: c_int) -> c_int;
     fn ft_cpu_cross_entropy(logits: *mut c_void, labels: *mut c_void, scale: f64, losses: *mut c_void) -> c_int;
 }
 
@@ -72,8 +73,8 @@ fn is_supported() -> bool {
     *SUPPORTED.get_or_init(|| unsafe { ft_cpu_kernels_are_supported() != 0 })
 }
 
-/// Whether the kernels take these tensors: all bf16 or all fp32, on a CPU that has the instructions, contiguous, the last dimension a multiple
-/// of `width`.
+/// Whether the kernels take these tensors: all bf16 or all fp32, on a CPU that has the instructions, contiguous, the last
+/// dimension a multiple of `width`.
 pub fn fits(tensors: &[&Tensor], width: i64) -> bool {
     let Some(kind) = tensors.first().map(|tensor| tensor.kind()) else { return false };
     let one_fits = |tensor: &&Tensor| {
@@ -89,10 +90,8 @@ pub fn fits(tensors: &[&Tensor], width: i64) -> bool {
 pub const HEAD_WIDTH: i64 = 32;
 /// What the others need of a row.
 pub const ROW_WIDTH: i64 = 16;
-
-fn done(status: c_int) {
-    check(status).unwrap_or_else(|error| panic!("{error}"));
-}
+/// Up to so many rows our product is faster than libtorch's.
+const FEW_ROWS: i64 = 256;
 
 /// Causal attention over packed examples: q `[t, n, d]`, k and v `[t, k, d]`; `bounds` int32 `[examples + 1]`. Returns the
 /// output `[t, n, d]` and the log-sum-exp of the scores, fp32 `[n, t]`.
@@ -212,6 +211,25 @@ pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor, sign: f64) -> Tensor {
     out
 }
 
+/// Whether [`linear`] and [`add_linear`] take these matrices and are faster than libtorch's product.
+pub fn fits_linear(x: &Tensor, weight: &Tensor) -> bool {
+    x.dim() == 2 && x.size()[0] <= FEW_ROWS && fits(&[x, weight], 2)
+}
+
+/// x `[t, in]` times `weight` `[out, in]` transposed: `[t, out]`.
+pub fn linear(x: &Tensor, weight: &Tensor) -> Tensor {
+    let out = Tensor::empty([x.size()[0], weight.size()[0]], (x.kind(), x.device()));
+    // SAFETY: as above.
+    done(unsafe { ft_cpu_linear(handle(x), handle(weight), handle(&out), 0) });
+    out
+}
+
+/// Adds [`linear`] to `sum` `[t, out]`, rounded once.
+pub fn add_linear(sum: &Tensor, x: &Tensor, weight: &Tensor) {
+    // SAFETY: as above.
+    done(unsafe { ft_cpu_linear(handle(x), handle(weight), handle(sum), 1) });
+}
+
 /// Negative log-likelihoods of `labels` (int64 `[n]`), fp32 `[n]`. The logits `[n, v]` become `scale * (softmax - onehot)`.
 pub fn cross_entropy(logits: &Tensor, labels: &Tensor, scale: f64) -> Tensor {
     let losses = Tensor::empty([logits.size()[0]], (Kind::Float, Device::Cpu));
@@ -238,3 +256,13 @@ pub fn distance(ours: &Tensor, exact: &Tensor) -> f64 {
     let [ours, exact] = [ours, exact].map(|tensor| tensor.to_kind(Kind::Double));
     (ours - &exact).norm().double_value(&[]) / exact.norm().double_value(&[])
 }
+
+/// What a kernel says of arguments that it refuses.
+#[cfg(test)]
+pub fn refusal(work: impl FnOnce()) -> String {
+    let payload = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).expect_err("refused");
+    *payload.downcast::<String>().expect("a message")
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,5 +1,6 @@
 //! Our kernels for bf16 on CUDA (`cuda/pointwise.cu`), which the binary carries as machine code for several GPUs and as PTX for
-//! later ones. The driver loads them, without CUDA's runtime and without a compiler. [`fits`] says whether they can be used.
+//! later ones. The driver loads them, without CUDA's runtime and without a compiler. [`fits`] says whether they can be used; where
+//! arguments do not belong together they panic.
 //!
 //! They run in the context and on the stream that libtorch uses: the device's primary context, and the legacy default
 //! stream, which the trainer never changes. So libtorch's own operations before and after are in order with them, and memory
@@ -160,14 +161,24 @@ pub fn load() -> Result<&'static Kernels, &'static Error> {
 
 /// The kernels, if they take these tensors: bf16 on the device, contiguous, the last dimension a multiple of `width`.
 pub fn fits(tensors: &[&Tensor], width: i64) -> Option<&'static Kernels> {
-    let one_fits = |tensor: &&Tensor| {
-        tensor.device() == Device::Cuda(ORDINAL as usize)
-            && tensor.kind() == Kind::BFloat16
-            && tensor.is_contiguous()
-            && tensor.size().last().is_some_and(|size| size % width == 0)
-            && (tensor.data_ptr() as usize).is_multiple_of(16)
-    };
-    if tensors.iter().all(one_fits) { load().ok() } else { None }
+    let on_device = |tensor: &&Tensor| tensor.device() == Device::Cuda(ORDINAL as usize);
+    if tensors.iter().all(|tensor| on_device(tensor) && has_rows(tensor, width)) { load().ok() } else { None }
+}
+
+/// Whether a kernel can read a tensor row by row.
+fn has_rows(tensor: &Tensor, width: i64) -> bool {
+    tensor.kind() == Kind::BFloat16
+        && tensor.is_contiguous()
+        && tensor.size().last().is_some_and(|size| size % width == 0)
+        && (tensor.data_ptr() as usize).is_multiple_of(16)
+}
+
+/// Panics where tensors have another shape or lie elsewhere, or a kernel cannot read them row by row.
+fn expect(tensors: &[&Tensor], shape: &[i64], width: i64, device: Device) {
+    for tensor in tensors {
+        assert_eq!((tensor.size().as_slice(), tensor.device()), (shape, device));
+        assert!(has_rows(tensor, width), "{tensor:?} must be contiguous and aligned bf16, a multiple of {width} wide");
+    }
 }
 
 /// Blocks are whole warps.
@@ -252,6 +263,7 @@ impl Kernels {
 
     /// `silu(gate) * up`
     pub fn swiglu(&self, gate: &Tensor, up: &Tensor) -> Tensor {
+        expect(&[gate, up], &gate.size(), ROW_WIDTH, gate.device());
         let (out, count) = (gate.empty_like(), gate.numel() as i64);
         let arguments = vec![pointer(gate), pointer(up), pointer(&out), integer(count)];
         self.launch_by_vector(Kernel::Swiglu, count / ROW_WIDTH, arguments);
@@ -260,6 +272,7 @@ impl Kernels {
 
     /// The gradients of [`Kernels::swiglu`] with respect to `gate` and `up`.
     pub fn swiglu_backward(&self, gradient: &Tensor, gate: &Tensor, up: &Tensor) -> (Tensor, Tensor) {
+        expect(&[gate, up, gradient], &gate.size(), ROW_WIDTH, gate.device());
         let (d_gate, d_up, count) = (gate.empty_like(), up.empty_like(), gate.numel() as i64);
         let mut arguments: Vec<u64> = [gradient, gate, up, &d_gate, &d_up].map(pointer).into();
         arguments.push(integer(count));
@@ -270,6 +283,8 @@ impl Kernels {
     /// RMSNorm of rows.
     pub fn rms_norm(&self, x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
         let (out, (rows, columns)) = (x.empty_like(), rows(x));
+        expect(&[x], &x.size(), ROW_WIDTH, x.device());
+        expect(&[weight], &[columns], ROW_WIDTH, x.device());
         let arguments = vec![pointer(x), pointer(weight), pointer(&out), integer(columns), real(eps)];
         self.launch(Kernel::RmsNorm, rows, threads_of_row(columns, MOST_FOR_NORM), arguments);
         out
@@ -285,6 +300,8 @@ impl Kernels {
         residual: &Tensor,
     ) -> Tensor {
         let (out, (rows, columns)) = (x.empty_like(), rows(x));
+        expect(&[x, gradient, residual], &x.size(), ROW_WIDTH, x.device());
+        expect(&[weight], &[columns], ROW_WIDTH, x.device());
         let mut arguments: Vec<u64> = [gradient, x, weight, residual, &out].map(pointer).into();
         arguments.extend([integer(columns), real(eps)]);
         self.launch(Kernel::RmsNormBackward, rows, threads_of_row(columns, MOST_FOR_NORM), arguments);
@@ -293,11 +310,13 @@ impl Kernels {
 
     /// `x * cos + sign * swap_halves(x) * sin` of x `[t, n, d]`, cos and sin `[t, 1, d]`.
     pub fn rotate(&self, x: &Tensor, cos: &Tensor, sin: &Tensor, sign: f64) -> Tensor {
-        let (out, size) = (x.empty_like(), x.size());
-        let vectors = x.numel() as i64 / 2 / ROW_WIDTH;
-        assert!(u32::try_from(vectors).is_ok(), "{size:?} is more than one rotation counts");
+        let (tokens, heads, size) = x.size3().unwrap_or_else(|error| panic!("{error}"));
+        expect(&[x], &[tokens, heads, size], HEAD_WIDTH, x.device());
+        expect(&[cos, sin], &[tokens, 1, size], HEAD_WIDTH, x.device());
+        let (out, vectors) = (x.empty_like(), x.numel() as i64 / 2 / ROW_WIDTH);
+        assert!(u32::try_from(vectors).is_ok(), "{x:?} is more than one rotation counts");
         let mut arguments: Vec<u64> = [x, cos, sin, &out].map(pointer).into();
-        arguments.extend([integer(vectors), integer(size[1]), integer(size[2]), real(sign)]);
+        arguments.extend([integer(vectors), integer(heads), integer(size), real(sign)]);
         self.launch_by_vector(Kernel::Rotate, vectors, arguments);
         out
     }
@@ -305,6 +324,9 @@ impl Kernels {
     /// Negative log-likelihoods of `labels` (int64 `[n]`), fp32 `[n]`. The logits `[n, v]` become `scale * (softmax - onehot)`.
     pub fn cross_entropy(&self, logits: &Tensor, labels: &Tensor, scale: f64) -> Tensor {
         let (rows, columns) = rows(logits);
+        expect(&[logits], &logits.size(), 1, logits.device());
+        let found = (labels.kind(), labels.size(), labels.device(), labels.is_contiguous());
+        assert_eq!(found, (Kind::Int64, vec![rows], logits.device(), true), "labels");
         let losses = Tensor::empty([rows], (Kind::Float, logits.device()));
         let mut arguments: Vec<u64> = [logits, labels, &losses].map(pointer).into();
         arguments.extend([integer(columns), real(scale)]);

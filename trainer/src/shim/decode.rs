@@ -5,7 +5,7 @@ use std::ffi::{c_int, c_void};
 
 use tch::{Device, Kind, Tensor};
 
-use super::{check, handle};
+use super::{done, handle};
 
 unsafe extern "C" {
     fn ft_cpu_cached_attention(
@@ -23,10 +23,6 @@ unsafe extern "C" {
     ) -> c_int;
     fn ft_cpu_argmax(logits: *mut c_void, places: *mut c_void) -> c_int;
     fn ft_cpu_score(logits: *mut c_void, labels: *mut c_void, losses: *mut c_void, correct: *mut c_void) -> c_int;
-}
-
-fn done(status: c_int) {
-    check(status).unwrap_or_else(|error| panic!("{error}"));
 }
 
 /// Keys `[slots, k, d / w, columns, w]` and values `[slots, k, columns / w, d, w]` of one layer, where w numbers have 32 bits.
@@ -171,12 +167,8 @@ mod tests {
         if !cpu::fits(&[&zeros(&[32])], cpu::HEAD_WIDTH) {
             return;
         }
-        let refused = |work: &dyn Fn()| {
-            let payload = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).expect_err("refused");
-            *payload.downcast::<String>().expect("a message")
-        };
         let attend = |tokens: i64, kv_tokens: i64, rows: &[i32], prefix_length: i64| {
-            refused(&|| {
+            cpu::refusal(|| {
                 let (q, kv) = (zeros(&[tokens, 4, 32]), zeros(&[kv_tokens, 2, 32]));
                 let [cache, prefix] =
                     [3, 1].map(|slots| empty_cache([slots, 2, 16, 32], (Kind::BFloat16, Device::Cpu)));
@@ -200,7 +192,7 @@ mod tests {
             let message = attend(tokens, kv_tokens, rows, prefix_length);
             assert!(message.contains(expected), "{message} is not {expected}");
         }
-        let labels = |labels: &[i64]| refused(&|| drop(score(&zeros(&[2, 16]), &Tensor::from_slice(labels))));
+        let labels = |labels: &[i64]| cpu::refusal(|| drop(score(&zeros(&[2, 16]), &Tensor::from_slice(labels))));
         for (wrong, expected) in [(&[0, 16][..], "label 16 of 16"), (&[0, -1], "label -1"), (&[0], "labels must be")] {
             let message = labels(wrong);
             assert!(message.contains(expected), "{message} is not {expected}");

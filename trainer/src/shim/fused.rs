@@ -30,6 +30,20 @@ pub fn rms_norm_backward(
     Some(kernels.rms_norm_backward(gradient, x, weight, eps, residual))
 }
 
+/// x `[t, in]` times `weight` `[out, in]` transposed.
+pub fn linear(x: &Tensor, weight: &Tensor) -> Option<Tensor> {
+    cpu::fits_linear(x, weight).then(|| cpu::linear(x, weight))
+}
+
+/// Adds [`linear`] to `sum` `[t, out]`; whether there is a kernel.
+pub fn add_linear(sum: &Tensor, x: &Tensor, weight: &Tensor) -> bool {
+    let fits = cpu::fits_linear(x, weight) && sum.is_contiguous();
+    if fits {
+        cpu::add_linear(sum, x, weight);
+    }
+    fits
+}
+
 /// `silu(gate) * up`
 pub fn swiglu(gate: &Tensor, up: &Tensor) -> Option<Tensor> {
     let tensors = [gate, up];

@@ -19,3 +19,29 @@ pub fn guard_memory<T>(work: impl FnOnce() -> T) -> Result<T, String> {
         }
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use tch::{Device, Kind, Tensor};
+
+    use super::*;
+    use crate::shim::decode;
+
+    #[test]
+    fn exhausted_memory_is_known_from_all_who_allocate() {
+        for text in [
+            "CUDA out of memory. Tried to allocate 2.00 GiB.",
+            "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.",
+            "DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes.",
+        ] {
+            assert!(is_out_of_memory(text), "{text}");
+        }
+        assert!(!is_out_of_memory("label 16 of 16"));
+        // A cache of no bytes has more slots than the kernel can list.
+        let nothing = || Tensor::zeros([1 << 60, 1, 0, 0, 1], (Kind::Float, Device::Cpu));
+        let (cache, token) = ((nothing(), nothing()), Tensor::zeros([1, 1, 0], (Kind::Float, Device::Cpu)));
+        let rows = Tensor::from_slice(&[0, 1, 0, 0]).view([1, 4]);
+        let refused = guard_memory(|| decode::cached_attention([&token; 3], &rows, &cache, None, 1.0));
+        assert_eq!(refused.expect_err("there is not that much"), "libtorch: out of memory");
+    }
+}

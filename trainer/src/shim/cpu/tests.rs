@@ -1,0 +1,157 @@
+use super::super::decode;
+use super::*;
+
+fn zeros(shape: &[i64]) -> Tensor {
+    Tensor::zeros(shape, (Kind::BFloat16, Device::Cpu))
+}
+
+fn fp32(shape: &[i64]) -> Tensor {
+    Tensor::zeros(shape, (Kind::Float, Device::Cpu))
+}
+
+fn check_refusals(cases: &[(&dyn Fn(), &str)]) {
+    for (work, expected) in cases {
+        let message = refusal(work);
+        assert!(message.contains(expected), "{message} is not {expected}");
+    }
+}
+
+#[test]
+fn rows_that_do_not_belong_together_are_refused() {
+    tch::set_num_threads(1);
+    let (x, fewer, narrower, wider) = (zeros(&[6, 32]), zeros(&[5, 32]), zeros(&[6, 16]), zeros(&[6, 33]));
+    let (weight, other, turned) = (zeros(&[32]), zeros(&[16]), zeros(&[32, 6]).tr());
+    if !fits(&[&x], ROW_WIDTH) {
+        return;
+    }
+    check_refusals(&[
+        (&|| drop(swiglu(&x, &fewer)), "up must be contiguous BFloat16 [6, 32] on the CPU, found BFloat16 [5, 32]"),
+        (&|| drop(swiglu(&fewer, &x)), "up must be contiguous BFloat16 [5, 32] on the CPU, found BFloat16 [6, 32]"),
+        (
+            &|| drop(swiglu(&x, &fp32(&[6, 32]))),
+            "up must be contiguous BFloat16 [6, 32] on the CPU, found Float [6, 32]",
+        ),
+        (&|| drop(swiglu(&x, &turned)), "up must be contiguous"),
+        (&|| drop(swiglu(&wider, &wider)), "gate must be a multiple of 16 wide, found [6, 33]"),
+        (&|| drop(swiglu(&zeros(&[6, 0]), &x)), "gate must be a multiple of 16 wide, found [6, 0]"),
+        (&|| drop(swiglu_backward(&fewer, &x, &x)), "gradient must be"),
+        (&|| drop(swiglu_backward(&x, &x, &narrower)), "up must be"),
+        (&|| drop(rms_norm(&x, &other, 1e-5)), "weight must be contiguous BFloat16 [32]"),
+        (&|| drop(rms_norm_backward(&fewer, &x, &weight, 1e-5, &x)), "gradient must be"),
+        (&|| drop(rms_norm_backward(&x, &x, &other, 1e-5, &x)), "weight must be"),
+        (&|| drop(rms_norm_backward(&x, &x, &weight, 1e-5, &narrower)), "residual must be"),
+    ]);
+    let (x, table) = (zeros(&[6, 2, 32]), zeros(&[6, 1, 32]));
+    check_refusals(&[
+        (&|| drop(rotate(&x, &zeros(&[0, 1, 32]), &table, 1.0)), "cos must be contiguous BFloat16 [6, 1, 32]"),
+        (&|| drop(rotate(&x, &table, &zeros(&[5, 1, 32]), 1.0)), "sin must be"),
+        (&|| drop(rotate(&x, &zeros(&[6, 1, 16]), &table, 1.0)), "cos must be"),
+        (
+            &|| drop(rotate(&zeros(&[6, 32]), &table, &table, 1.0)),
+            "x must be [t, n, d], d a multiple of 32, found [6, 32]",
+        ),
+        (&|| drop(rotate(&zeros(&[6, 2, 48]), &table, &table, 1.0)), "x must be [t, n, d], d a multiple of 32"),
+    ]);
+    let labels = |labels: &[i64]| drop(cross_entropy(&zeros(&[2, 16]), &Tensor::from_slice(labels), 1.0));
+    check_refusals(&[
+        (&|| labels(&[0]), "labels must be contiguous Long [2] on the CPU, found Long [1]"),
+        (&|| labels(&[0, 16]), "label 16 of 16"),
+        (&|| labels(&[-1, 0]), "label -1 of 16"),
+        (&|| drop(cross_entropy(&zeros(&[2, 16]), &Tensor::from_slice(&[0i32, 0]), 1.0)), "labels must be"),
+        (&|| drop(cross_entropy(&zeros(&[2, 3, 16]), &Tensor::from_slice(&[0i64, 0]), 1.0)), "labels must be"),
+    ]);
+    let (matrix, rows) = (zeros(&[32, 32]), zeros(&[6, 32]));
+    check_refusals(&[
+        (&|| drop(linear(&rows, &zeros(&[8, 16]))), "weight must be contiguous BFloat16 [8, 32]"),
+        (&|| drop(linear(&rows, &zeros(&[32, 8]).tr())), "weight must be contiguous"),
+        (&|| drop(linear(&rows, &weight)), "x and weight must be matrices, found [6, 32] and [32]"),
+        (&|| drop(linear(&zeros(&[6, 33]), &zeros(&[8, 33]))), "x must be a multiple of 2 wide, found [6, 33]"),
+        (&|| add_linear(&zeros(&[5, 32]), &rows, &matrix), "out must be contiguous BFloat16 [6, 32]"),
+        (&|| add_linear(&fp32(&[6, 32]), &rows, &matrix), "out must be contiguous BFloat16 [6, 32]"),
+    ]);
+    // No rows are none too few.
+    assert_eq!(linear(&zeros(&[0, 32]), &matrix).size(), [0, 32]);
+    assert_eq!(rotate(&zeros(&[0, 2, 32]), &zeros(&[0, 1, 32]), &zeros(&[0, 1, 32]), 1.0).size(), [0, 2, 32]);
+    assert_eq!(swiglu(&zeros(&[0, 32]), &zeros(&[0, 32])).size(), [0, 32]);
+}
+
+#[test]
+fn examples_that_do_not_belong_together_are_refused() {
+    tch::set_num_threads(1);
+    let (q, kv) = (zeros(&[6, 4, 32]), zeros(&[6, 2, 32]));
+    if !fits(&[&q], HEAD_WIDTH) {
+        return;
+    }
+    let bounds = |bounds: &[i32]| drop(attention(&q, &kv, &kv, &Tensor::from_slice(bounds), 1.0));
+    let whole = Tensor::from_slice(&[0, 6]);
+    let with_key = |key: &Tensor, value: &Tensor| drop(attention(&q, key, value, &whole, 1.0));
+    check_refusals(&[
+        (&|| bounds(&[0, 2, 7]), "bounds must ascend from 0 to 6, found [0, 2, 7]"),
+        (&|| bounds(&[0, 2]), "bounds must ascend from 0 to 6, found [0, 2]"),
+        (&|| bounds(&[1, 6]), "bounds must ascend"),
+        (&|| bounds(&[0, 8, 6]), "bounds must ascend"),
+        (&|| bounds(&[0, -2, 6]), "bounds must ascend"),
+        (&|| bounds(&[6]), "bounds must ascend"),
+        (&|| bounds(&[]), "bounds must ascend"),
+        (&|| drop(attention(&q, &kv, &kv, &Tensor::from_slice(&[0i64, 6]), 1.0)), "bounds must be contiguous Int [2]"),
+        (&|| with_key(&zeros(&[5, 2, 32]), &kv), "query [6, 4, 32] and key [5, 2, 32] must be [t, n, d] and [t, k, d]"),
+        (&|| with_key(&zeros(&[6, 3, 32]), &kv), "n a multiple of k"),
+        (&|| with_key(&zeros(&[6, 0, 32]), &kv), "n a multiple of k"),
+        (&|| with_key(&zeros(&[6, 2, 64]), &kv), "query [6, 4, 32] and key [6, 2, 64]"),
+        (&|| with_key(&kv, &zeros(&[5, 2, 32])), "value must be contiguous BFloat16 [6, 2, 32]"),
+    ]);
+    let backward = |gradient: &Tensor, out: &Tensor, logsumexp: &Tensor| {
+        drop(attention_backward(gradient, [&q, &kv, &kv], (out, logsumexp), &whole, 1.0));
+    };
+    check_refusals(&[
+        (&|| backward(&kv, &q, &fp32(&[4, 6])), "gradient must be contiguous BFloat16 [6, 4, 32]"),
+        (&|| backward(&q, &kv, &fp32(&[4, 6])), "out must be"),
+        (&|| backward(&q, &q, &fp32(&[4, 5])), "logsumexp must be contiguous Float [4, 6]"),
+    ]);
+}
+
+/// Each sum has one order, whichever thread takes it.
+#[test]
+fn threads_change_no_bit() {
+    let all = |kind: Kind, threads: i32| {
+        tch::set_num_threads(threads);
+        let rows = |seed| noise(seed, &[300, 192]).to_kind(kind);
+        let (a, b, c, weight) = (rows(1), rows(2), rows(3), noise(4, &[192]).to_kind(kind));
+        let heads = |x: &Tensor, heads| x.narrow(1, 0, heads * 64).reshape([300, heads, 64]).contiguous();
+        let (q, k, v, table) = (heads(&a, 3), heads(&b, 1), heads(&c, 1), heads(&c, 1));
+        if !fits(&[&q], HEAD_WIDTH) {
+            return Vec::new();
+        }
+        let (logits, labels) = (a.copy(), Tensor::arange(300, (Kind::Int64, Device::Cpu)).remainder(192));
+        let (d_gate, d_up) = swiglu_backward(&c, &a, &b);
+        let mut found = vec![
+            swiglu(&a, &b),
+            d_gate,
+            d_up,
+            rms_norm(&a, &weight, 1e-5),
+            rms_norm_backward(&c, &a, &weight, 1e-5, &b),
+            rotate(&q, &table, &table, -1.0),
+            cross_entropy(&logits, &labels, 0.1),
+            logits,
+            linear(&a, &b),
+            decode::argmax(&a),
+            decode::score(&a, &labels).0,
+        ];
+        let bounds = Tensor::from_slice(&[0, 100, 101, 300]);
+        let (out, logsumexp) = attention(&q, &k, &v, &bounds, 0.1);
+        let forward = (&out, &logsumexp);
+        found.extend(attention_backward(&heads(&b, 3), [&q, &k, &v], forward, &bounds, 0.1));
+        let rows = Tensor::from_slice(&[0, 100, 2, 0, 100, 101, 0, 0, 101, 300, 1, 0]).view([3, 4]);
+        let cache = decode::empty_cache([3, 1, 200, 64], (kind, Device::Cpu));
+        found.push(decode::cached_attention([&q, &k, &v], &rows, &cache, None, 0.1));
+        found.extend([out, logsumexp, cache.0, cache.1]);
+        found
+    };
+    for kind in [Kind::BFloat16, Kind::Float] {
+        let (one, two) = (all(kind, 1), all(kind, 2));
+        for (place, (one, two)) in one.iter().zip(&two).enumerate() {
+            assert!(one.equal(two), "{kind:?}, output {place}");
+        }
+    }
+    tch::set_num_threads(1);
+}
