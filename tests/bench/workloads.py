@@ -68,7 +68,7 @@ class Workload:
     batch: int  # examples a step; of a method that answers, those that a peer answers at once
     longest: int  # tokens of the longest row: where rows are cut, and how long a packed row of TRL is
     peers: tuple  # who is measured beside the trainer
-    steps: int = 10  # optimizer steps of a run
+    steps: int = 6  # optimizer steps of a run
     rows: int | None = None  # rows in the data set; None: as many as are trained
     packs: int = 1  # packed rows a step for trl-packed: about the tokens of `batch` rows
     method: str = "LoRA"  # or Full, or Generate: nothing is trained, the rows are answered
@@ -89,7 +89,7 @@ WORKLOADS = {
                                  description="four text rows of 256 tokens a step"),
     "demo-rows": Workload(demo_rows, 16, 256, ("peft", "trl", "trl-packed"), packs=3,
                           description="sixteen conversations of the demo a step"),
-    "chat-mixed": Workload(chat_rows, 4, CHAT_LONGEST, ("peft", "trl", "trl-packed"), steps=12, rows=CHAT_ROWS,
+    "chat-mixed": Workload(chat_rows, 4, CHAT_LONGEST, ("peft", "trl", "trl-packed"), rows=CHAT_ROWS,
                            description="four of 2,000 conversations of 30 to 1,500 tokens a step"),
     "full-4x256": Workload(lambda count: dense_rows(count, 256), 4, 256, ("transformers", "trl", "trl-mixed"), method="Full",
                            description="four text rows of 256 tokens a step"),
