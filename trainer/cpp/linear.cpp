@@ -63,12 +63,12 @@ INLINE void transpose(__m512 (&m)[LANES]) {
 }
 
 // x [rows, words] in tiles of TILE rows, each [word][row]; rows of the last tile are padded with zeros to whole vectors.
-struct Lanes {
+struct RowsAsLanes {
   int64_t rows, words;
   at::Tensor memory;
   uint32_t *data;
 
-  Lanes(const uint32_t *x, int64_t rows, int64_t words)
+  RowsAsLanes(const uint32_t *x, int64_t rows, int64_t words)
       : rows(rows), words(words), memory(at::empty({padded(rows) * words}, at::kInt)),
         data(static_cast<uint32_t *>(memory.data_ptr())) {
     const int64_t vectors = padded(rows) / LANES;
@@ -100,9 +100,12 @@ private:
   }
 };
 
-// Writes or adds sums [output][row of a tile] to out [rows][outputs].
+// What becomes of what is in the output already.
+enum class Before { Replaced, AddedTo };
+
+// Brings sums [output][row of a tile] to out [rows][outputs].
 template <typename D>
-AVX512 void write(const float *sums, int64_t rows, int64_t outputs, Element<D> *out, int64_t stride, bool add) {
+AVX512 void write_transposed(const float *sums, int64_t rows, int64_t outputs, Element<D> *out, int64_t stride, Before before) {
   for (int64_t output = 0; output < outputs; output += LANES) {
     const int64_t some = std::min(LANES, outputs - output);
     for (int64_t row = 0; row < rows; row += LANES) {
@@ -114,12 +117,12 @@ AVX512 void write(const float *sums, int64_t rows, int64_t outputs, Element<D> *
       for (int64_t lane = 0; lane < std::min(LANES, rows - row); ++lane) {
         Element<D> *to = out + (row + lane) * stride + output;
         if (some == LANES) {
-          D::store(to, add ? _mm512_add_ps(D::load(to), block[lane]) : block[lane]);
+          D::store(to, before == Before::AddedTo ? _mm512_add_ps(D::load(to), block[lane]) : block[lane]);
           continue;
         }
         Element<D> whole[LANES] = {};
         std::memcpy(whole, to, some * sizeof(Element<D>));
-        D::store(whole, add ? _mm512_add_ps(D::load(whole), block[lane]) : block[lane]);
+        D::store(whole, before == Before::AddedTo ? _mm512_add_ps(D::load(whole), block[lane]) : block[lane]);
         std::memcpy(to, whole, some * sizeof(Element<D>));
       }
     }
@@ -137,7 +140,7 @@ void prefetch(const uint32_t *weight, int64_t stride, int64_t words) {
 }
 
 template <typename D>
-AVX512 void some_outputs(const Lanes &x, const uint32_t *weight, int64_t outputs, Element<D> *out, int64_t stride, bool add) {
+AVX512 void some_outputs(const RowsAsLanes &x, const uint32_t *weight, int64_t outputs, Element<D> *out, int64_t stride, Before before) {
   alignas(64) float sums[OUTPUTS * TILE];
   for (int64_t tile = 0; tile * TILE < x.rows; ++tile) {
     const int64_t width = x.width(tile);
@@ -151,7 +154,7 @@ AVX512 void some_outputs(const Lanes &x, const uint32_t *weight, int64_t outputs
                    std::min<int64_t>(ROWS, outputs - output), width, word > 0);
       }
     }
-    write<D>(sums, std::min(TILE, x.rows - tile * TILE), outputs, out + tile * TILE * stride, stride, add);
+    write_transposed<D>(sums, std::min(TILE, x.rows - tile * TILE), outputs, out + tile * TILE * stride, stride, before);
   }
 }
 
@@ -172,10 +175,10 @@ int ft_cpu_linear(void *x, void *weight, void *out, int add) {
     const auto *w = elements<const uint32_t>(weight, "weight", D::KIND, {outputs, inputs});
     auto *o = elements<Element<D>>(out, "out", D::KIND, {rows, outputs});
     const int64_t words = inputs / D::PER_WORD;
-    const Lanes lanes(from, rows, words);
+    const RowsAsLanes lanes(from, rows, words);
     at::parallel_for(0, (outputs + OUTPUTS - 1) / OUTPUTS, 1, [&](int64_t first, int64_t last) {
       for (int64_t output = first * OUTPUTS; output < std::min(last * OUTPUTS, outputs); output += OUTPUTS) {
-        some_outputs<D>(lanes, w + output * words, std::min(OUTPUTS, outputs - output), o + output, outputs, add != 0);
+        some_outputs<D>(lanes, w + output * words, std::min(OUTPUTS, outputs - output), o + output, outputs, add ? Before::AddedTo : Before::Replaced);
       }
     });
   });

@@ -125,6 +125,9 @@ int ft_cpu_kernels_are_supported() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
+// Whether libtorch's products in bf16 use AMX here.
+int ft_cpu_has_tiles() { return __builtin_cpu_supports("amx-bf16") != 0; }
+
 // silu(gate) * up
 int ft_cpu_swiglu(void *gate, void *up, void *out) {
   return recorded_by_dtype("finetune::swiglu", {gate, up}, [&](auto dtype) {

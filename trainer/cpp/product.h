@@ -16,18 +16,18 @@ constexpr int ROWS = 6;
 
 // Memory in which a vector that begins at a multiple of its size is in one line of the cache: one across two lines takes twice as
 // long to load.
-template <typename T> struct Lines {
+template <typename T> struct CacheAligned {
   using value_type = T;
 
-  Lines() = default;
-  template <typename U> Lines(const Lines<U> &) {}
+  CacheAligned() = default;
+  template <typename U> CacheAligned(const CacheAligned<U> &) {}
   T *allocate(size_t count) { return static_cast<T *>(::operator new(count * sizeof(T), std::align_val_t{64})); }
   void deallocate(T *memory, size_t) { ::operator delete(memory, std::align_val_t{64}); }
-  template <typename U> bool operator==(const Lines<U> &) const { return true; }
-  template <typename U> bool operator!=(const Lines<U> &) const { return false; }
+  template <typename U> bool operator==(const CacheAligned<U> &) const { return true; }
+  template <typename U> bool operator!=(const CacheAligned<U> &) const { return false; }
 };
 
-template <typename T> using Numbers = std::vector<T, Lines<T>>;
+template <typename T> using Numbers = std::vector<T, CacheAligned<T>>;
 
 // Numbers up to whole vectors.
 int64_t padded(int64_t size) { return (size + LANES - 1) / LANES * LANES; }

@@ -211,6 +211,11 @@ mod tests {
                 let random = |seed, shape: &[i64]| cpu::noise(seed, shape).to_kind(kind);
                 let (x, weight, sum) =
                     (random(1, &[rows, inputs]), random(2, &[outputs, inputs]), random(3, &[rows, outputs]));
+                // Where there are kernels this one is asked.
+                assert_eq!(
+                    cpu::fits_linear(&x, &weight),
+                    cpu::fits(&[&x, &weight], 2) && !(kind == Kind::BFloat16 && cpu::has_tiles())
+                );
                 let check = |what: &str, ours: &Tensor, exact: &Tensor| {
                     let distance = cpu::distance(ours, exact);
                     assert!(distance < most, "{kind:?} {rows} {inputs} {outputs} {what}: {distance:e}");

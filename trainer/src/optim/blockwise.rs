@@ -257,8 +257,10 @@ mod tests {
     /// Gradients from large to tiny, and a last block that is short.
     #[test]
     fn the_kernel_has_the_codes_of_what_is_written_out() {
-        // Two threads take some blocks each.
+        // Two threads take some blocks each. A thread takes over the process's number at its first loop, unless it has asked before.
+        tch::get_num_threads();
         tch::set_num_threads(2);
+        assert_eq!(tch::get_num_threads(), 2);
         tch::manual_seed(1);
         let length = 150 * BLOCK + 7;
         let ours = Blockwise::new(length, num_blocks(length), Device::Cpu);

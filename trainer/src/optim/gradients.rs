@@ -3,7 +3,8 @@
 //! Group 0 is there from the beginning of a step to its end: embedding, head and final norm, and adapters. In full
 //! fine-tuning each decoder layer is a group of its own. Its buffers appear when its backward pass begins, at which the
 //! activations of the layers above are gone: both together take no more memory than the larger of them. For that to be so in a
-//! heap, a buffer is not larger than what activations leave; one for all of a layer found no place between them. Where a layer
+//! heap, a buffer has to fit where an activation was; one for all of a layer found no place between them. A single tensor may still
+//! be larger than an activation of few tokens is; then the heap grows by it. Where a layer
 //! is updated as soon as its backward pass is done, all layers share their buffers.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -97,7 +97,7 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// A commit is told to `last_word` where it happens: the loop, which hears of it later, may hang until the end.
+    /// `last_word` is told of a commit as soon as it stands: the loop, which hears of it later, may hang until the end.
     pub fn start(store: Store, retention: Retention, last_word: LastWord) -> io::Result<Self> {
         let store = Arc::new(Mutex::new(store));
         let (snapshots, taken) = mpsc::channel::<Snapshot>();
@@ -105,10 +105,9 @@ impl Writer {
         let shared = store.clone();
         std::thread::Builder::new().name("checkpoint".into()).spawn(move || {
             for snapshot in taken {
-                let written = write(&mut shared.lock().unwrap_or_else(PoisonError::into_inner), &snapshot, retention);
-                if let Ok(record) = &written.result {
-                    last_word.update(|report| report.last_checkpoint_step = Some(record.step));
-                }
+                let mut store = shared.lock().unwrap_or_else(PoisonError::into_inner);
+                let written = write(&mut store, &snapshot, retention, &last_word);
+                drop(store);
                 if tell.send(written).is_err() {
                     return;
                 }
@@ -145,8 +144,11 @@ impl Writer {
     }
 }
 
-fn write(store: &mut Store, snapshot: &Snapshot, retention: Retention) -> Written {
+fn write(store: &mut Store, snapshot: &Snapshot, retention: Retention, last_word: &LastWord) -> Written {
     let result = snapshot.commit(store);
+    if let Ok(record) = &result {
+        last_word.update(|report| report.last_checkpoint_step = Some(record.step));
+    }
     let leftover = result.is_ok().then(|| store.retain(retention.latest, retention.best)).and_then(Result::err);
     Written { step: snapshot.state.step, result, leftover }
 }

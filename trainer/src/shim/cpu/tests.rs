@@ -69,7 +69,7 @@ fn rows_that_do_not_belong_together_are_refused() {
         (&|| add_linear(&zeros(&[5, 32]), &rows, &matrix), "out must be contiguous BFloat16 [6, 32]"),
         (&|| add_linear(&fp32(&[6, 32]), &rows, &matrix), "out must be contiguous BFloat16 [6, 32]"),
     ]);
-    // No rows are none too few.
+    // No rows at all are an empty result.
     assert_eq!(linear(&zeros(&[0, 32]), &matrix).size(), [0, 32]);
     assert_eq!(rotate(&zeros(&[0, 2, 32]), &zeros(&[0, 1, 32]), &zeros(&[0, 1, 32]), 1.0).size(), [0, 2, 32]);
     assert_eq!(swiglu(&zeros(&[0, 32]), &zeros(&[0, 32])).size(), [0, 32]);
@@ -114,7 +114,10 @@ fn examples_that_do_not_belong_together_are_refused() {
 #[test]
 fn threads_change_no_bit() {
     let all = |kind: Kind, threads: i32| {
+        // A thread takes over the process's number at its first loop, unless it has asked for it before.
+        tch::get_num_threads();
         tch::set_num_threads(threads);
+        assert_eq!(tch::get_num_threads(), threads);
         let rows = |seed| noise(seed, &[300, 192]).to_kind(kind);
         let (a, b, c, weight) = (rows(1), rows(2), rows(3), noise(4, &[192]).to_kind(kind));
         let heads = |x: &Tensor, heads| x.narrow(1, 0, heads * 64).reshape([300, heads, 64]).contiguous();
@@ -124,6 +127,8 @@ fn threads_change_no_bit() {
         }
         let (logits, labels) = (a.copy(), Tensor::arange(300, (Kind::Int64, Device::Cpu)).remainder(192));
         let (d_gate, d_up) = swiglu_backward(&c, &a, &b);
+        let sum = noise(5, &[300, 300]).to_kind(kind);
+        add_linear(&sum, &a, &b);
         let mut found = vec![
             swiglu(&a, &b),
             d_gate,
@@ -134,6 +139,7 @@ fn threads_change_no_bit() {
             cross_entropy(&logits, &labels, 0.1),
             logits,
             linear(&a, &b),
+            sum,
             decode::argmax(&a),
             decode::score(&a, &labels).0,
         ];
