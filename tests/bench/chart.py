@@ -2,7 +2,7 @@
 
 from xml.sax.saxutils import escape
 
-WIDTH, LABEL_END, BAR_START, BAR_END = 760, 150, 160, 660
+WIDTH, TITLE_START, LABEL_END, BAR_START, BAR_END = 760, 12, 150, 160, 660
 BAR, STEP, GROUP_TITLE, GROUP_GAP, TOP = 16, 21, 22, 14, 40
 # Greys that read on white and on black for text and peers, one strong colour for the trainer.
 TEXT, PEER, OURS = "#768390", "#9ca3af", "#2f81f7"
@@ -36,7 +36,7 @@ def draw(results):
     scale = (BAR_END - BAR_START) / widest
     elements, y = [], TOP
     for description, bars in groups.values():
-        elements.append(text(BAR_START, y + 12, description))
+        elements.append(text(TITLE_START, y + 12, description))
         y += GROUP_TITLE
         for program, (rate, relative) in bars.items():
             elements += bar(y, program, rate, relative, scale)
@@ -45,6 +45,6 @@ def draw(results):
     head = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y}" width="{WIDTH}" height="{y}" font-family="sans-serif" '
         f'font-size="12" fill="{TEXT}">',
-        text(12, 22, "Useful tokens/s (relative to the fastest peer)", font_size=15, font_weight="bold"),
+        text(TITLE_START, 22, "Useful tokens/s (relative to the fastest peer)", font_size=15, font_weight="bold"),
     ]
     return "\n".join([*head, *elements, "</svg>"]) + "\n"
