@@ -183,7 +183,7 @@ def main():
             RESULTS.mkdir(exist_ok=True)
             (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     if not arguments.print_only:
-        page.write({name: json.loads(path.read_text()) for name in WORKLOADS if (path := RESULTS / f"{name}.json").exists()})
+        page.write(page.read_results())
 
 
 if __name__ == "__main__":

@@ -30,28 +30,35 @@ MOST_START_SECONDS, MOST_WAITED = (0.5, 0.3), (0.01, 0.0)
 LEAST_PRODUCTS = (0.6, 0.7)
 
 
+def read_results():
+    """What bench.py measured last, by workload."""
+    return {name: json.loads(path.read_text()) for name in WORKLOADS if (path := RESULTS / f"{name}.json").exists()}
+
+
 def verdict(value, bound, aim, at_most):
     """Whether a value is within its bound and within its aim."""
     within = [value <= limit if at_most else value >= limit for limit in (bound, aim)]
     return "missed" if not within[0] else "reached" if within[1] else "within the bound"
 
 
+def aim_row(measure, peer, key, bound, aim, ratio):
+    """A line of what is aimed at beside a peer; `ratio`: ours against it, None where it was not measured yet."""
+    at_most = key == "peakBytes"
+    cells = f"{ratio[key]:.2f}× | {verdict(ratio[key], bound, aim, at_most)}" if ratio else "not measured yet | "
+    return f"| {measure} | {peer} | {'≤' if at_most else '≥'} {bound}× | {aim}× | {cells} |"
+
+
 def standing(results):
     """Lines of the table of what is aimed at; what was not measured yet says so."""
     lines = ["| measure | against | bound | aim | measured | |", "|---|---|---|---|---|---|"]
     for measure, workload, key, peers in AIMS:
-        at_most = key == "peakBytes"
-        for peer, (bound, aim) in peers.items():
-            ratio = results.get(workload, {}).get("oursAgainst", {}).get(peer)
-            cells = f"{ratio[key]:.2f}× | {verdict(ratio[key], bound, aim, at_most)}" if ratio else "not measured yet | "
-            lines.append(f"| {measure} | {peer} | {'≤' if at_most else '≥'} {bound}× | {aim}× | {cells} |")
+        against = results.get(workload, {}).get("oursAgainst", {})
+        lines += [aim_row(measure, peer, key, bound, aim, against.get(peer)) for peer, (bound, aim) in peers.items()]
     path = RESULTS / "ladder.json"
     rungs = json.loads(path.read_text())["against"]["trl"] if path.exists() else {"every rung": None}
     for rung, ratio in rungs.items():
-        for measure, key, bound, aim in LADDER_AIMS:
-            at_most = key == "peakBytes"
-            cells = f"{ratio[key]:.2f}× | {verdict(ratio[key], bound, aim, at_most)}" if ratio else "not measured yet | "
-            lines.append(f"| {measure}, full fine-tuning, {rung} | trl | {'≤' if at_most else '≥'} {bound}× | {aim}× | {cells} |")
+        lines += [aim_row(f"{measure}, full fine-tuning, {rung}", "trl", key, bound, aim, ratio)
+                  for measure, key, bound, aim in LADDER_AIMS]
     if dense := results.get("dense-4x256"):
         start = dense["median"]["ours"]["startSeconds"]
         bound, aim = MOST_START_SECONDS
@@ -138,5 +145,4 @@ def write_ladder(result):
                      f"{values['peakBytes'] / 2**20:.0f} MiB | {less} | {' | '.join(cells)} |")
     sentence = machine(result)
     put(LADDER_MARKS, [*lines, "", f"{sentence[0].upper()}{sentence[1:]}."])
-    written = {name: path for name in WORKLOADS if (path := RESULTS / f"{name}.json").exists()}
-    put(STANDING_MARKS, standing({name: json.loads(path.read_text()) for name, path in written.items()}))
+    put(STANDING_MARKS, standing(read_results()))

@@ -193,8 +193,8 @@ int ft_cpu_cached_attention(void *query, void *key, void *value, void *rows, voi
     using D = decltype(dtype);
     const Cache<D> cache(tensor(keys), tensor(values)), prefix(tensor(prefix_keys), tensor(prefix_values));
     for (void *packed : {query, key, value, out}) {
-      TORCH_CHECK(tensor(packed).is_cpu() && tensor(packed).scalar_type() == D::KIND && tensor(packed).is_contiguous() && tensor(packed).dim() == 3 &&
-                      tensor(packed).size(2) == cache.size,
+      TORCH_CHECK(tensor(packed).is_cpu() && tensor(packed).scalar_type() == D::KIND && tensor(packed).is_contiguous() &&
+                      tensor(packed).dim() == 3 && tensor(packed).size(2) == cache.size,
                   "query, key, value and out must be contiguous ", D::KIND, " [t, heads, ", cache.size, "]");
     }
     const int64_t heads = tensor(query).size(1), tokens = tensor(query).size(0), kv_heads = cache.heads, size = cache.size;

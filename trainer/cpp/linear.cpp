@@ -140,7 +140,8 @@ void prefetch(const uint32_t *weight, int64_t stride, int64_t words) {
 }
 
 template <typename D>
-AVX512 void some_outputs(const RowsAsLanes &x, const uint32_t *weight, int64_t outputs, Element<D> *out, int64_t stride, Before before) {
+AVX512 void some_outputs(const RowsAsLanes &x, const uint32_t *weight, int64_t outputs, Element<D> *out, int64_t stride,
+                         Before before) {
   alignas(64) float sums[OUTPUTS * TILE];
   for (int64_t tile = 0; tile * TILE < x.rows; ++tile) {
     const int64_t width = x.width(tile);
@@ -176,9 +177,10 @@ int ft_cpu_linear(void *x, void *weight, void *out, int add) {
     auto *o = elements<Element<D>>(out, "out", D::KIND, {rows, outputs});
     const int64_t words = inputs / D::PER_WORD;
     const RowsAsLanes lanes(from, rows, words);
+    const Before before = add ? Before::AddedTo : Before::Replaced;
     at::parallel_for(0, (outputs + OUTPUTS - 1) / OUTPUTS, 1, [&](int64_t first, int64_t last) {
       for (int64_t output = first * OUTPUTS; output < std::min(last * OUTPUTS, outputs); output += OUTPUTS) {
-        some_outputs<D>(lanes, w + output * words, std::min(OUTPUTS, outputs - output), o + output, outputs, add ? Before::AddedTo : Before::Replaced);
+        some_outputs<D>(lanes, w + output * words, std::min(OUTPUTS, outputs - output), o + output, outputs, before);
       }
     });
   });

@@ -1,5 +1,6 @@
-//! Our kernels for bf16 and fp32 on CPUs with AVX512-BF16 (`cpp/attention.cpp`, `cpp/pointwise.cpp`, `cpp/linear.cpp`, `cpp/optimizer.cpp`). Like tch's own functions
-//! they panic with libtorch's message where arguments do not belong together; [`fits`] says beforehand whether they can be used.
+//! Our kernels for bf16 and fp32 on CPUs with AVX512-BF16 (`cpp/attention.cpp`, `cpp/pointwise.cpp`, `cpp/linear.cpp`,
+//! `cpp/optimizer.cpp`). Like tch's own functions they panic with libtorch's message where arguments do not belong together;
+//! [`fits`] says beforehand whether they can be used.
 
 use std::ffi::{c_int, c_void};
 use std::sync::OnceLock;

@@ -1,0 +1,85 @@
+use super::*;
+
+fn sample() -> Vec<u8> {
+    let (a, b) = ([1u8; 24], [2u8; 6]);
+    let tensors = [
+        TensorView { name: "b".into(), dtype: Dtype::BF16, shape: vec![3], data: &b },
+        TensorView { name: "a".into(), dtype: Dtype::F32, shape: vec![2, 3], data: &a },
+    ];
+    let mut bytes = Vec::new();
+    write_safetensors(&mut bytes, &[("format", "pt")], &tensors).expect("a Vec takes everything");
+    bytes
+}
+
+fn folder(bytes: &[u8]) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    std::fs::write(folder.path().join("model.safetensors"), bytes).expect("writable");
+    folder
+}
+
+#[test]
+fn what_is_written_is_read_by_the_library_and_by_us() {
+    let bytes = sample();
+    let parsed = SafeTensors::deserialize(&bytes).expect("valid");
+    assert_eq!(parsed.tensor("a").expect("a").shape(), [2, 3]);
+    let folder = folder(&bytes);
+    let files = WeightFiles::open(folder.path()).expect("valid");
+    assert_eq!(files.names(), ["a", "b"]);
+    let b = files.tensor("b").expect("b");
+    assert_eq!((b.dtype, b.shape, b.data), (Dtype::BF16, vec![3], &[2u8; 6][..]));
+}
+
+#[test]
+fn every_truncation_is_refused() {
+    let bytes = sample();
+    for length in 0..bytes.len() {
+        let folder = folder(&bytes[..length]);
+        let error = WeightFiles::open(folder.path()).expect_err("truncated");
+        let expected = if length == 0 { "cannot be read" } else { "" };
+        assert!(matches!(error, Error::Malformed { .. } | Error::Read { .. }), "{length}: {error} {expected}");
+    }
+}
+
+#[test]
+fn hostile_headers_are_refused() {
+    let file = |header: &str| [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &[0; 16]].concat();
+    let deep = format!("{}{}", "[".repeat(100_000), "]".repeat(100_000));
+    for (bytes, expected) in [
+        ((u64::MAX).to_le_bytes().to_vec(), "the header says 18446744073709551615 bytes"),
+        (file("{\"a\":{\"dtype\":\"F32\",\"shape\":[4],\"data_offsets\":[0,99]}}"), "not a valid safetensors file"),
+        (file("{\"a\":{\"dtype\":\"F32\",\"shape\":[4],\"data_offsets\":[8,4]}}"), "not a valid safetensors file"),
+        (
+            file("{\"a\":{\"dtype\":\"F32\",\"shape\":[18446744073709551615,2],\"data_offsets\":[0,16]}}"),
+            "not a valid safetensors file",
+        ),
+        (
+            file(
+                "{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]},\
+                 \"b\":{\"dtype\":\"F32\",\"shape\":[3],\"data_offsets\":[4,16]}}",
+            ),
+            "not a valid safetensors file",
+        ),
+        (file(&deep), "not a valid safetensors file"),
+    ] {
+        let folder = folder(&bytes);
+        let error = WeightFiles::open(folder.path()).expect_err("hostile").to_string();
+        assert!(error.contains(expected) && error.contains("model.safetensors"), "{error}");
+    }
+}
+
+#[test]
+fn pickled_weights_are_named_and_refused() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    std::fs::write(folder.path().join("pytorch_model.bin"), "x").expect("writable");
+    let error = WeightFiles::open(folder.path()).expect_err("no safetensors").to_string();
+    assert!(error.contains("only pytorch_model.bin; only safetensors weights are read"), "{error}");
+}
+
+#[test]
+fn shards_may_not_leave_the_folder() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let index = r#"{"weight_map": {"a": "../model.safetensors"}}"#;
+    std::fs::write(folder.path().join("model.safetensors.index.json"), index).expect("writable");
+    let error = WeightFiles::open(folder.path()).expect_err("outside").to_string();
+    assert!(error.contains("not a plain file name"), "{error}");
+}
