@@ -112,7 +112,8 @@ fn eight_jobs_share_two_gpus() {
         space.job(name, "profile: gpu\nhyperparameters: {maxSteps: 300, batchSize: 8, precision: FP32}");
     }
     let mut most = 0;
-    harness::cluster::wait_for("all of them to succeed", harness::operator::FEW_MINUTES, || {
+    // Two at a time: four turns of one job each.
+    harness::cluster::wait_for("all of them to succeed", 4 * harness::operator::FEW_MINUTES, || {
         let selector =
             ["pods", "--selector=app.kubernetes.io/component=train", "--field-selector=status.phase=Running"];
         most = most.max(space.namespace.get(&selector)?["items"].as_array().map_or(0, Vec::len));

@@ -25,17 +25,17 @@ fn profiles() -> String {
         r#"
   default:
     # One CPU: the number of threads is part of what a run is.
-    resources: {{limits: {{cpu: "1", memory: 2Gi}}}}
+    resources: {{limits: {{cpu: "1", memory: 2Gi}}, requests: {{cpu: 100m}}}}
     storage: {{size: 64Mi}}
     maxResources: {{memory: 4Gi}}
     allowed: {{sourcePrefixes: ["pvc://"], tolerationKeys: [{TEST_NODE}, node.kubernetes.io/unreachable], nodeSelectorKeys: [{PLACE}]}}
   gpu:
-    resources: {{limits: {{{GPU}: "1"}}}}
+    resources: {{limits: {{{GPU}: "1", cpu: "1"}}, requests: {{cpu: 100m}}}}
     maxResources: {{{GPU}: "2"}}
     storage: {{size: 64Mi}}
     fallBackToCpu: true
   mig:
-    resources: {{limits: {{nvidia.com/mig-1g.10gb: "1"}}}}
+    resources: {{limits: {{nvidia.com/mig-1g.10gb: "1", cpu: "1"}}, requests: {{cpu: 100m}}}}
     storage: {{size: 64Mi}}
     fallBackToCpu: true
   unpullable:

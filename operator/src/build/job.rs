@@ -219,6 +219,10 @@ fn environment(plan: &Plan) -> Vec<EnvVar> {
         },
         // Downloads are shared by the runs of a volume, and kept for the next attempt.
         value("HF_HOME", &format!("{RUN_VOLUME}/.huggingface")),
+        // Pods share the cores of a node. OpenMP's threads wait for each other by spinning, 300,000 turns by default, which
+        // takes the core from the thread that is waited for; a thousand turns are its own choice where it knows of more
+        // threads than cores.
+        value("GOMP_SPINCOUNT", "1000"),
     ];
     if let Some(endpoint) = &plan.pods.hub_endpoint {
         variables.push(value("HF_ENDPOINT", endpoint));
