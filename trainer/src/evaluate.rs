@@ -16,12 +16,20 @@ use crate::model::{DeviceBatch, Llama};
 use crate::signal::Stop;
 use crate::tokenizer::Tokenizer;
 
-/// Tokens that the key-value caches of the prompts answered at once may have room for, beside what all begin with.
-const CACHE_TOKENS: i64 = 8192;
+/// Tokens of the longest prompt and of an answer to it; 0 where nothing is asked.
+pub fn longest_answered(rows: &[GenerationRow]) -> i64 {
+    if rows.is_empty() { 0 } else { longest_prompt(rows) as i64 + max_new_tokens(rows) }
+}
 
-/// Tokens that key-value caches hold at most while these rows are answered.
-pub fn most_cached_tokens(rows: &[GenerationRow]) -> i64 {
-    if rows.is_empty() { 0 } else { CACHE_TOKENS + longest_prompt(rows) as i64 + max_new_tokens(rows) }
+/// What is asked.
+#[derive(Clone, Copy, Debug)]
+pub struct Questions<'a> {
+    /// The rows.
+    pub rows: &'a [GenerationRow],
+    /// Which prompt of each.
+    pub prompt: Prompt,
+    /// As [`Limits::cache_tokens`].
+    pub cache_tokens: i64,
 }
 
 /// Which prompt of a row is answered.
@@ -167,8 +175,7 @@ pub fn score(
 /// meanwhile. `progress` is told how many are answered, of how many.
 pub fn answer(
     model: &Llama,
-    rows: &[GenerationRow],
-    prompt: Prompt,
+    Questions { rows, prompt, cache_tokens }: Questions,
     adapters: Adapters,
     tokenizer: &Tokenizer,
     stop: &Stop,
@@ -195,7 +202,7 @@ pub fn answer(
         max_new_tokens: max_new_tokens(rows),
         end_tokens: tokenizer.end_tokens().to_vec(),
         stop_text: stop_text.map(|text| StopText { text, tokenizer }),
-        cache_tokens: CACHE_TOKENS,
+        cache_tokens,
     };
     let total = prompts.len();
     progress(0, total);

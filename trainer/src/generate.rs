@@ -50,7 +50,7 @@ impl StopText<'_> {
 }
 
 /// Most prompts computed at once: beyond it matrix products gain little.
-const MAX_ROWS: usize = 128;
+const MAX_ROWS: usize = 256;
 /// Prompts share slots of the cache with others that need up to so many times as many columns.
 const WIDEST: i64 = 2;
 

@@ -26,6 +26,9 @@ const MICRO_BATCH_TOKENS_GPU: i64 = 16_384;
 /// With fewer tokens at once matrix products are no longer bound by arithmetic.
 const ENOUGH_TOKENS_CPU: i64 = 512;
 const ENOUGH_TOKENS_GPU: i64 = 2048;
+/// Tokens that caches of prompts answered at once have room for where activations took less and memory suffices: one or two
+/// hundred short prompts.
+const CACHE_TOKENS: i64 = 16_384;
 
 /// What the plan is made from.
 #[derive(Debug)]
@@ -42,8 +45,8 @@ pub struct Inputs<'a> {
     pub longest: i64,
     /// Tokens of the longest possible step: no micro-batch is larger.
     pub step_tokens: i64,
-    /// Tokens that the key-value caches hold at once when validation rows are answered; 0: none are.
-    pub cache_tokens: i64,
+    /// Tokens of the longest prompt of the validation rows and of an answer to it; 0: none are answered.
+    pub longest_answered: i64,
     /// Tokens of one pass over the training rows.
     pub epoch_tokens: i64,
     /// Optimizer steps.
@@ -65,6 +68,8 @@ pub struct Estimate {
     pub micro_batch_tokens: i64,
     /// What the backward pass computes again.
     pub recompute: Recompute,
+    /// Tokens for which the key-value caches of the prompts that are answered at once have room, beside what all begin with.
+    pub cache_tokens: i64,
     /// Trained parameters.
     pub trainable_parameters: i64,
     /// All parameters of the base.
@@ -210,21 +215,20 @@ fn estimate_at(inputs: &Inputs, method: &Method, tokens: i64, recompute: Recompu
     let logits = chunk_rows(model.vocab_size, inputs.accelerator).min(tokens) * model.vocab_size * (4 + 4 + element);
     // After training its activations are gone, and one of these takes their place at a time: the caches of answers, and the
     // merged model that is written. Full fine-tuning's own is written when masters and moments are gone.
-    let caches = inputs.cache_tokens * layers * 2 * keys * element;
     let whole_model = if !full && inputs.config.output.format == OutputFormat::Merged { base * 4 } else { 0 };
-    let transient = (activations + logits).max(caches).max(whole_model);
+    let others = (activations + logits).max(whole_model);
     let (slack, runtime) =
         if inputs.accelerator { (0.05, CUDA_CONTEXT_BYTES) } else { (ALLOCATOR_SLACK, RUNTIME_BYTES) };
-    let mut memory = MemoryEstimate {
+    let memory_with = |transient: i64| {
         // In full fine-tuning the mapped files are read once into the masters and need not stay resident.
-        weights: if full { 0 } else { base * element },
-        parameters: trainable * copies,
-        optimizer: gradients + layer_gradients + moments,
-        activations: transient,
-        workspace: (transient as f64 * slack) as i64 + runtime,
-        total: 0,
+        let weights = if full { 0 } else { base * element };
+        let (parameters, optimizer) = (trainable * copies, gradients + layer_gradients + moments);
+        let workspace = (transient as f64 * slack) as i64 + runtime;
+        let total = weights + parameters + optimizer + transient + workspace;
+        MemoryEstimate { weights, parameters, optimizer, activations: transient, workspace, total }
     };
-    memory.total = memory.weights + memory.parameters + memory.optimizer + memory.activations + memory.workspace;
+    let (cache_tokens, caches) = caches(inputs, others, |bytes| memory_with(others.max(bytes)).total);
+    let mut memory = memory_with(others.max(caches));
     let fits = memory.total <= inputs.memory;
     // An accelerator's memory is not the host's, where the copy lies.
     let copy = if inputs.accelerator { 0 } else { trainable * 4 + moments };
@@ -243,12 +247,29 @@ fn estimate_at(inputs: &Inputs, method: &Method, tokens: i64, recompute: Recompu
         memory,
         micro_batch_tokens: tokens,
         recompute,
+        cache_tokens,
         trainable_parameters: trainable,
         base_parameters: base,
         seconds: run_tokens * per_token / (inputs.matmul_rate * STEP_EFFICIENCY),
         has_room_for_copy,
         fits,
     }
+}
+
+/// Tokens for which the caches of answers have room, and bytes that they take with what all prompts begin with: as many as the
+/// `others` in whose place they are, or [`CACHE_TOKENS`] where that is more and `total` of the bytes fits.
+fn caches(inputs: &Inputs, others: i64, total: impl Fn(i64) -> i64) -> (i64, i64) {
+    let (model, longest) = (inputs.model, inputs.longest_answered);
+    if longest == 0 {
+        return (0, 0);
+    }
+    let keys = model.kv_heads() * model.head_size();
+    let token = model.num_hidden_layers * 2 * keys * inputs.kind.elt_size_in_bytes() as i64;
+    let bytes = |tokens: i64| (tokens + longest) * token;
+    let most = (others / token - longest).max(CACHE_TOKENS).max(longest);
+    let fitting = halvings(most, longest).find(|&tokens| total(bytes(tokens)) <= inputs.memory);
+    let tokens = fitting.unwrap_or(longest);
+    (tokens, bytes(tokens))
 }
 
 /// The estimate of the configured method, or what to do if it cannot fit.

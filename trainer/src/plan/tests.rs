@@ -21,8 +21,8 @@ fn model() -> Config {
     Config::read(folder.path()).expect("a model")
 }
 
-/// What is recomputed and how many tokens are computed at once where so much memory is there.
-fn chosen(memory: i64, accelerator: bool) -> (Recompute, i64) {
+/// What `answer` says of rows of 2048 tokens where so much memory is there.
+fn asked<T>(memory: i64, accelerator: bool, longest_answered: i64, answer: impl FnOnce(&Inputs) -> T) -> T {
     let checked = check(JOB, Scope::Local).expect("a valid job");
     let target = Target::Local { folder: Path::new("."), claims: &BTreeMap::new() };
     let config = resolve(&checked.job, &crds::profile::built_in(), target).expect("resolves").config;
@@ -33,16 +33,43 @@ fn chosen(memory: i64, accelerator: bool) -> (Recompute, i64) {
         accelerator,
         longest: 2048,
         step_tokens: 8192,
-        cache_tokens: 0,
+        longest_answered,
         epoch_tokens: 1 << 20,
         total_steps: 100,
         steps_per_epoch: 100,
         memory,
         matmul_rate: 1e14,
     };
-    let estimate = plan(&inputs).expect("fits");
+    answer(&inputs)
+}
+
+fn planned(memory: i64, accelerator: bool, longest_answered: i64) -> Estimate {
+    let estimate = asked(memory, accelerator, longest_answered, plan).expect("fits");
     assert!(estimate.memory.total <= memory);
+    estimate
+}
+
+/// What is recomputed and how many tokens are computed at once where so much memory is there.
+fn chosen(memory: i64, accelerator: bool) -> (Recompute, i64) {
+    let estimate = planned(memory, accelerator, 0);
     (estimate.recompute, estimate.micro_batch_tokens)
+}
+
+#[test]
+fn caches_of_answers_take_the_place_of_activations() {
+    // Nothing is asked.
+    assert_eq!(planned(80 << 30, true, 0).cache_tokens, 0);
+    let (silent, answering) = (planned(80 << 30, true, 0), planned(80 << 30, true, 512));
+    assert_eq!(silent.memory.total, answering.memory.total);
+    // 128 KiB a token, keys and values of 32 layers.
+    let room = answering.memory.activations / (128 << 10);
+    assert!((room - 1024..=room).contains(&answering.cache_tokens), "{} of {room}", answering.cache_tokens);
+}
+
+#[test]
+fn caches_of_answers_ask_for_no_more_memory_than_there_is() {
+    let tokens = |memory| asked(memory, false, 512, |inputs| caches(inputs, 0, |bytes| bytes).0);
+    assert_eq!([4 << 30, 2 << 30, 1 << 30, 128 << 20, 1].map(tokens), [16_384, 8192, 4096, 512, 512]);
 }
 
 #[test]

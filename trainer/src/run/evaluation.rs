@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::Error;
 use crate::checkpoint::write_atomically;
-use crate::evaluate::{self, Measurement, Prompt};
+use crate::evaluate::{self, Measurement, Prompt, Questions};
 use crate::judge::{Measured, judge};
 use crate::linear::Adapters;
 use crate::model::{self, Llama, restore_base};
@@ -23,11 +23,19 @@ use crate::tokenizer::Tokenizer;
 pub struct Evaluation<'a> {
     pub config: &'a RunConfig,
     pub prepared: &'a Prepared,
-    /// Tokens computed at once.
-    pub micro_batch_tokens: i64,
+    pub at_once: AtOnce,
     pub stop: &'a Stop,
     pub observer: &'a mut dyn Observer,
     pub run: &'a Path,
+}
+
+/// How much is computed at once.
+#[derive(Clone, Copy, Debug)]
+pub struct AtOnce {
+    /// Tokens whose loss is measured.
+    pub micro_batch_tokens: i64,
+    /// Tokens for which the caches of prompts that are answered have room.
+    pub cache_tokens: i64,
 }
 
 /// Who is measured: the weights, the prompt, and the words for it.
@@ -57,7 +65,7 @@ pub fn measure(
     prepared: &Prepared,
     subject: Subject,
     answers: Answers,
-    micro_batch_tokens: i64,
+    at_once: AtOnce,
     stop: &Stop,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Option<Measurement>, Error> {
@@ -65,14 +73,15 @@ pub fn measure(
         Prompt::ZeroShot => &prepared.validation,
         Prompt::FewShot => &prepared.few_shot,
     };
-    let losses = evaluate::score(model, examples, subject.adapters, micro_batch_tokens, stop);
+    let losses = evaluate::score(model, examples, subject.adapters, at_once.micro_batch_tokens, stop);
     let Some(losses) = losses else { return Ok(None) };
     if answers == Answers::NotAsked || prepared.generation.is_empty() {
         return Ok(Some(Measurement { losses, ..Measurement::default() }));
     }
     let tokenizer = Tokenizer::open(&prepared.base.folder)?;
-    let (rows, prompt) = (&prepared.generation, subject.prompt);
-    let answered = evaluate::answer(model, rows, prompt, subject.adapters, &tokenizer, stop, progress);
+    let questions =
+        Questions { rows: &prepared.generation, prompt: subject.prompt, cache_tokens: at_once.cache_tokens };
+    let answered = evaluate::answer(model, questions, subject.adapters, &tokenizer, stop, progress);
     Ok(answered.map(|answered| Measurement { losses, ..answered }))
 }
 
@@ -124,7 +133,7 @@ impl Evaluation<'_> {
             }
         };
         let measurement =
-            measure(model, self.prepared, subject, Answers::Asked, self.micro_batch_tokens, self.stop, &mut progress)?;
+            measure(model, self.prepared, subject, Answers::Asked, self.at_once, self.stop, &mut progress)?;
         told.map_err(|source| Error::Write { path: self.run.into(), source })?;
         Ok(measurement)
     }
@@ -156,7 +165,7 @@ impl Evaluation<'_> {
     /// Mean loss on general text, if there is some.
     fn general_loss(&self, model: &Llama, adapters: Adapters) -> Option<f64> {
         let general = &self.prepared.forgetting;
-        let losses = evaluate::score(model, general, adapters, self.micro_batch_tokens, self.stop)?;
+        let losses = evaluate::score(model, general, adapters, self.at_once.micro_batch_tokens, self.stop)?;
         Measurement { losses, ..Measurement::default() }.scores().eval_loss
     }
 }

@@ -7,7 +7,7 @@ use crds::run::{Method, RunConfig};
 use super::{Context, Error};
 use crate::data::order::Order;
 use crate::device::{self, Chosen};
-use crate::evaluate::most_cached_tokens;
+use crate::evaluate::longest_answered;
 use crate::model::Config;
 use crate::plan::{self, Estimate, display_bytes};
 use crate::prepare::{Prepared, Sources, prepare};
@@ -107,7 +107,7 @@ fn plan(config: &RunConfig, context: &Context, place: Place, prepared: Prepared)
         accelerator,
         longest,
         step_tokens: (longest * hyperparameters.batch_size).min(prepared.train.total_tokens() as i64),
-        cache_tokens: most_cached_tokens(&prepared.generation),
+        longest_answered: longest_answered(&prepared.generation),
         epoch_tokens: prepared.train.total_tokens() as i64,
         total_steps,
         steps_per_epoch: order.steps_per_epoch(),

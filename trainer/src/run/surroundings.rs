@@ -5,7 +5,7 @@ use std::time::Instant;
 use crds::report::Scores;
 use crds::run::{CheckpointInterval, Method, Metric, RunConfig};
 
-use super::evaluation::{Answers, TUNED, measure};
+use super::evaluation::{Answers, AtOnce, TUNED, measure};
 use super::saving::{Hold, Snapshot, Writer, Written};
 use super::{Context, Error, Planned};
 use crate::checkpoint;
@@ -159,7 +159,7 @@ impl Surroundings for RunSurroundings<'_> {
             &self.planned.prepared,
             TUNED,
             answers,
-            micro_batch_tokens,
+            AtOnce { micro_batch_tokens, cache_tokens: self.planned.estimate.cache_tokens },
             self.context.stop,
             &mut |_, _| (),
         )?;

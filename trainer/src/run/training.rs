@@ -6,7 +6,7 @@ use crds::report::{Stage, Usage};
 use crds::run::{Evaluate, Method, RunConfig};
 use serde_json::json;
 
-use super::evaluation::Evaluation;
+use super::evaluation::{AtOnce, Evaluation};
 use super::saving::{self, Retention, Writer};
 use super::surroundings::{Earlier, Failures, RunSurroundings, loop_plan};
 use super::{Context, Error, Planned};
@@ -132,7 +132,10 @@ pub(super) fn train_stage(
     let mut evaluation = Evaluation {
         config,
         prepared: &planned.prepared,
-        micro_batch_tokens: state.micro_batch_tokens,
+        at_once: AtOnce {
+            micro_batch_tokens: state.micro_batch_tokens,
+            cache_tokens: planned.estimate.cache_tokens,
+        },
         stop: context.stop,
         observer: &mut *surroundings.observer,
         run: context.run,
