@@ -8,7 +8,6 @@
 #include <immintrin.h>
 
 #include <cstdint>
-#include <initializer_list>
 
 #include "guard.h"
 
@@ -84,9 +83,9 @@ template <typename D> struct Matrix {
 };
 
 // Work that the profiler shows by this name: body(Bf16{}) or body(Fp32{}), as the first of its inputs is.
-template <typename F> int recorded_by_dtype(const char *name, std::initializer_list<void *> inputs, F body) {
+template <typename F> int recorded_by_dtype(const char *name, c10::ArrayRef<void *> inputs, F body) {
   return recorded(name, inputs, [&] {
-    if (tensor(*inputs.begin()).scalar_type() == at::kBFloat16) {
+    if (tensor(inputs.front()).scalar_type() == at::kBFloat16) {
       body(Bf16{});
     } else {
       body(Fp32{});

@@ -8,7 +8,6 @@
 #include <c10/core/GradMode.h>
 
 #include <exception>
-#include <initializer_list>
 #include <new>
 #include <vector>
 
@@ -48,7 +47,7 @@ template <typename T> T *elements(void *handle, const char *name, at::ScalarType
 }
 
 // Work that the profiler shows by this name, with the shapes of its inputs.
-template <typename F> int recorded(const char *name, std::initializer_list<void *> inputs, F body) {
+template <typename F> int recorded(const char *name, c10::ArrayRef<void *> inputs, F body) {
   return guarded([&] {
     std::vector<c10::IValue> values;
     for (void *input : inputs) {

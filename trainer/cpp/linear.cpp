@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "product.h"
 
@@ -139,9 +140,15 @@ void prefetch(const uint32_t *weight, int64_t stride, int64_t words) {
   }
 }
 
-template <typename D>
-AVX512 void some_outputs(const RowsAsLanes &x, const uint32_t *weight, int64_t outputs, Element<D> *out, int64_t stride,
-                         Before before) {
+// Some outputs of a product: rows of its weight, and the places of the first row's outputs.
+template <typename D> struct Piece {
+  const uint32_t *weight;
+  Element<D> *out;
+  int64_t outputs, stride;
+};
+
+template <typename D> AVX512 void some_outputs(const RowsAsLanes &x, const Piece<D> &piece, Before before) {
+  const auto [weight, out, outputs, stride] = piece;
   alignas(64) float sums[OUTPUTS * TILE];
   for (int64_t tile = 0; tile * TILE < x.rows; ++tile) {
     const int64_t width = x.width(tile);
@@ -163,24 +170,32 @@ AVX512 void some_outputs(const RowsAsLanes &x, const uint32_t *weight, int64_t o
 
 extern "C" {
 
-// x [t, in] times weight [out, in] transposed, in bf16 or fp32: written to out [t, out], or added to it where `add` is not 0.
-int ft_cpu_linear(void *x, void *weight, void *out, int add) {
-  return recorded_by_dtype("finetune::linear", {x, weight}, [&](auto dtype) {
+// x [t, in] times each weight [out, in] transposed, in bf16 or fp32: written to its out [t, out], or added to it where `add` is
+// not 0. The first of the inputs is x, the others are weights; there is an out for each.
+int ft_cpu_linear(void *const *inputs, void *const *outs, int weights, int add) {
+  return recorded_by_dtype("finetune::linear", {inputs, static_cast<size_t>(weights) + 1}, [&](auto dtype) {
     using D = decltype(dtype);
-    TORCH_CHECK(tensor(x).dim() == 2 && tensor(weight).dim() == 2, "x and weight must be matrices, found ", tensor(x).sizes(),
-                " and ", tensor(weight).sizes());
-    const int64_t rows = tensor(x).size(0), inputs = tensor(x).size(1), outputs = tensor(weight).size(0);
-    TORCH_CHECK(inputs > 0 && inputs % D::PER_WORD == 0, "x must be a multiple of ", D::PER_WORD, " wide, found ",
-                tensor(x).sizes());
-    const auto *from = elements<const uint32_t>(x, "x", D::KIND, {rows, inputs});
-    const auto *w = elements<const uint32_t>(weight, "weight", D::KIND, {outputs, inputs});
-    auto *o = elements<Element<D>>(out, "out", D::KIND, {rows, outputs});
-    const int64_t words = inputs / D::PER_WORD;
+    const at::Tensor &x = tensor(inputs[0]);
+    TORCH_CHECK(x.dim() == 2, "x must be a matrix, found ", x.sizes());
+    const int64_t rows = x.size(0), width = x.size(1), words = width / D::PER_WORD;
+    TORCH_CHECK(width > 0 && width % D::PER_WORD == 0, "x must be a multiple of ", D::PER_WORD, " wide, found ", x.sizes());
+    const auto *from = elements<const uint32_t>(inputs[0], "x", D::KIND, {rows, width});
+    std::vector<Piece<D>> pieces;
+    for (int index = 0; index < weights; ++index) {
+      const at::Tensor &weight = tensor(inputs[1 + index]);
+      TORCH_CHECK(weight.dim() == 2, "weight must be a matrix, found ", weight.sizes());
+      const int64_t outputs = weight.size(0);
+      const auto *w = elements<const uint32_t>(inputs[1 + index], "weight", D::KIND, {outputs, width});
+      auto *out = elements<Element<D>>(outs[index], "out", D::KIND, {rows, outputs});
+      for (int64_t output = 0; output < outputs; output += OUTPUTS) {
+        pieces.push_back({w + output * words, out + output, std::min(OUTPUTS, outputs - output), outputs});
+      }
+    }
     const RowsAsLanes lanes(from, rows, words);
     const Before before = add ? Before::AddedTo : Before::Replaced;
-    at::parallel_for(0, (outputs + OUTPUTS - 1) / OUTPUTS, 1, [&](int64_t first, int64_t last) {
-      for (int64_t output = first * OUTPUTS; output < std::min(last * OUTPUTS, outputs); output += OUTPUTS) {
-        some_outputs<D>(lanes, w + output * words, std::min(OUTPUTS, outputs - output), o + output, outputs, before);
+    at::parallel_for(0, static_cast<int64_t>(pieces.size()), 1, [&](int64_t first, int64_t last) {
+      for (int64_t piece = first; piece < last; ++piece) {
+        some_outputs<D>(lanes, pieces[piece], before);
       }
     });
   });

@@ -6,7 +6,7 @@
 use tch::Tensor;
 
 use crate::loss::add_product;
-use crate::ops::{add_linear, linear};
+use crate::ops::{add_linear, linear, linears};
 use crate::optim::Gradient;
 
 /// A tensor that the model computes with, and where its gradient is summed if it is trained.
@@ -73,7 +73,31 @@ pub trait InputMask {
 impl Linear {
     /// `y` `[t, out]`, and what the backward pass needs.
     pub fn forward(&self, x_ti: &Tensor, adapters: Adapters, dropout: &dyn InputMask) -> (Tensor, Saved) {
-        let mut y_to = linear(x_ti, &self.weight.value);
+        let [output] = Self::forward_all([self], x_ti, adapters, dropout);
+        output
+    }
+
+    /// [`forward`](Self::forward) of linears with one input.
+    pub fn forward_all<const N: usize>(
+        linears_of_x: [&Self; N],
+        x_ti: &Tensor,
+        adapters: Adapters,
+        dropout: &dyn InputMask,
+    ) -> [(Tensor, Saved); N] {
+        let mut outputs = linears(x_ti, linears_of_x.map(|linear| &linear.weight.value)).into_iter();
+        linears_of_x.map(|linear| {
+            let y_to = outputs.next().expect("an output for each");
+            linear.add_adapter(y_to, x_ti, adapters, dropout)
+        })
+    }
+
+    fn add_adapter(
+        &self,
+        mut y_to: Tensor,
+        x_ti: &Tensor,
+        adapters: Adapters,
+        dropout: &dyn InputMask,
+    ) -> (Tensor, Saved) {
         let Some(adapter) = self.adapter.as_ref().filter(|_| adapters == Adapters::On) else {
             return (y_to, None);
         };

@@ -68,7 +68,13 @@ pub fn residual_norm_backward(
 
 /// `x W^T` of x `[t, in]` and W `[out, in]`.
 pub fn linear(x_ti: &Tensor, weight_oi: &Tensor) -> Tensor {
-    fused::linear(x_ti, weight_oi).unwrap_or_else(|| x_ti.matmul(&weight_oi.tr()))
+    let [y_to] = linears(x_ti, [weight_oi]);
+    y_to
+}
+
+/// [`linear`] of one x and several W.
+pub fn linears<const N: usize>(x_ti: &Tensor, weights_oi: [&Tensor; N]) -> [Tensor; N] {
+    fused::linears(x_ti, weights_oi).unwrap_or_else(|| weights_oi.map(|weight_oi| x_ti.matmul(&weight_oi.tr())))
 }
 
 /// Adds [`linear`] to `sum` `[t, out]`.
@@ -222,7 +228,11 @@ mod tests {
                 };
                 let wide = |tensor: &Tensor| tensor.to_kind(Kind::Double);
                 let exact = wide(&x).matmul(&wide(&weight).tr());
-                check("product", &linear(&x, &weight), &exact);
+                let product = linear(&x, &weight);
+                check("product", &product, &exact);
+                let larger = random(4, &[outputs + 50, inputs]);
+                let [first, second] = linears(&x, [&larger, &weight]);
+                assert!(first.equal(&linear(&x, &larger)) && second.equal(&product), "one x and two weights");
                 let mut added = sum.copy();
                 add_linear(&mut added, &x, &weight);
                 check("sum", &added, &(wide(&sum) + exact));

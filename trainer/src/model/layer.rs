@@ -154,9 +154,8 @@ impl Layer {
     pub fn project(&self, x_th: &Tensor, pass: &Pass) -> (Tensor, KeyValues, Projected) {
         let LayerShape { heads, kv_heads, head_size, .. } = self.shape;
         let normed_th = self.norm_in(x_th);
-        let (q, saved_q) = self.q.forward(&normed_th, pass.adapters, pass.dropout);
-        let (k, saved_k) = self.k.forward(&normed_th, pass.adapters, pass.dropout);
-        let (v, saved_v) = self.v.forward(&normed_th, pass.adapters, pass.dropout);
+        let [(q, saved_q), (k, saved_k), (v, saved_v)] =
+            Linear::forward_all([&self.q, &self.k, &self.v], &normed_th, pass.adapters, pass.dropout);
         let q_tnd = pass.rope.rotate(&q.view([-1, heads, head_size]), Rotation::Forward);
         let keys = pass.rope.rotate(&k.view([-1, kv_heads, head_size]), Rotation::Forward);
         let values = v.view([-1, kv_heads, head_size]);
@@ -171,8 +170,8 @@ impl Layer {
         let (attended_rh, saved_o) = self.o.forward(&attended_rh, pass.adapters, &dropout);
         let middle_rh = outputs.select(x_th) + attended_rh;
         let normed_rh = self.norm_post(&middle_rh);
-        let (gate_rm, saved_gate) = self.gate.forward(&normed_rh, pass.adapters, &dropout);
-        let (up_rm, saved_up) = self.up.forward(&normed_rh, pass.adapters, &dropout);
+        let [(gate_rm, saved_gate), (up_rm, saved_up)] =
+            Linear::forward_all([&self.gate, &self.up], &normed_rh, pass.adapters, &dropout);
         let product_rm = swiglu(&gate_rm, &up_rm);
         let (down_rh, saved_down) = self.down.forward(&product_rm, pass.adapters, &dropout);
         let output_rh = &middle_rh + down_rh;

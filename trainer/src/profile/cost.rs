@@ -36,14 +36,18 @@ pub(super) fn flops(name: &str, tensors: &[(Kind, Vec<i64>)]) -> f64 {
     match name {
         "mm" | "bmm" => product(shape(0), shape(1)),
         "addmm" | "addmm_" | "baddbmm" => product(shape(1), shape(2)),
-        // `[t, in]` and `[out, in]`
-        "finetune::linear" => numel(shape(0)) * 2.0 * shape(1).first().map_or(0.0, |n| *n as f64),
+        "finetune::linear" => 2.0 * numel(shape(0)) * linear_outputs(tensors),
         // Query `[b, n, l, d]`: scores and values, the lower triangle only.
         "_scaled_dot_product_flash_attention_for_cpu" => attention_flops(shape(0)),
         // The same twice over for the gradients of both products, and the scores again.
         "_scaled_dot_product_flash_attention_for_cpu_backward" => 2.5 * attention_flops(shape(1)),
         _ => 0.0,
     }
+}
+
+/// Outputs for each row of `[t, in]` from weights `[out, in]`.
+fn linear_outputs(tensors: &[(Kind, Vec<i64>)]) -> f64 {
+    tensors.iter().skip(1).filter_map(|(_, weight)| weight.first()).sum::<i64>() as f64
 }
 
 fn attention_flops(query: &[i64]) -> f64 {
@@ -93,8 +97,8 @@ pub(super) fn bytes(name: &str, tensors: &[(Kind, Vec<i64>)]) -> f64 {
             kind.elt_size_in_bytes() as f64 * numel(a) / a.last().map_or(1.0, |k| *k as f64)
                 * b.last().map_or(1.0, |n| *n as f64)
         }
-        ("finetune::linear", [(kind, x), (_, weight)]) => {
-            kind.elt_size_in_bytes() as f64 * (x.first().unwrap_or(&0) * weight.first().unwrap_or(&0)) as f64
+        ("finetune::linear", [(kind, x), ..]) => {
+            (kind.elt_size_in_bytes() as i64 * x.first().unwrap_or(&0)) as f64 * linear_outputs(tensors)
         }
         // Lookups and reductions write less than they read.
         ("sum" | "mean" | "logsumexp" | "max" | "argmax" | "norm" | "gather" | "index_select", _) => 0.0,
@@ -111,8 +115,11 @@ mod tests {
     fn a_product_of_few_rows_counts_what_libtorchs_would() {
         let (x, weight) = ((Kind::BFloat16, vec![3, 8]), (Kind::BFloat16, vec![5, 8]));
         let transposed = (Kind::BFloat16, vec![8, 5]);
-        let (ours, theirs) = ([x.clone(), weight], [x, transposed]);
+        let (ours, theirs) = ([x.clone(), weight.clone()], [x.clone(), transposed]);
         assert_eq!((flops("finetune::linear", &ours), bytes("finetune::linear", &ours)), (240.0, 158.0));
+        // Two with one input read it once.
+        let both = [x, weight.clone(), weight];
+        assert_eq!((flops("finetune::linear", &both), bytes("finetune::linear", &both)), (480.0, 268.0));
         assert_eq!((flops("mm", &theirs), bytes("mm", &theirs)), (240.0, 158.0));
     }
 

@@ -132,10 +132,7 @@ pub(super) fn train_stage(
     let mut evaluation = Evaluation {
         config,
         prepared: &planned.prepared,
-        at_once: AtOnce {
-            micro_batch_tokens: state.micro_batch_tokens,
-            cache_tokens: planned.estimate.cache_tokens,
-        },
+        at_once: AtOnce { micro_batch_tokens: state.micro_batch_tokens, cache_tokens: planned.estimate.cache_tokens },
         stop: context.stop,
         observer: &mut *surroundings.observer,
         run: context.run,

@@ -64,7 +64,7 @@ unsafe extern "C" {
         one_minus_beta2: f64,
         eps: f64,
     ) -> c_int;
-    fn ft_cpu_linear(x: *mut c_void, weight: *mut c_void, out: *mut c_void, add: c_int) -> c_int;
+    fn ft_cpu_linear(inputs: *const *mut c_void, outs: *const *mut c_void, weights: c_int, add: c_int) -> c_int;
     fn ft_cpu_cross_entropy(logits: *mut c_void, labels: *mut c_void, scale: f64, losses: *mut c_void) -> c_int;
 }
 
@@ -220,24 +220,26 @@ pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor, sign: f64) -> Tensor {
     out
 }
 
-/// Whether [`linear`] and [`add_linear`] take these matrices and are faster than libtorch's product.
+/// Whether [`linears`] and [`add_linear`] take these matrices and are faster than libtorch's product.
 pub fn fits_linear(x: &Tensor, weight: &Tensor) -> bool {
     let libtorch_has_tiles = x.kind() == Kind::BFloat16 && has_tiles();
     x.dim() == 2 && x.size()[0] <= FEW_ROWS && !libtorch_has_tiles && fits(&[x, weight], 2)
 }
 
-/// x `[t, in]` times `weight` `[out, in]` transposed: `[t, out]`.
-pub fn linear(x: &Tensor, weight: &Tensor) -> Tensor {
-    let out = Tensor::empty([x.size()[0], weight.size()[0]], (x.kind(), x.device()));
-    // SAFETY: as above.
-    done(unsafe { ft_cpu_linear(handle(x), handle(weight), handle(&out), 0) });
-    out
+/// x `[t, in]` times each of `weights` `[out, in]` transposed: `[t, out]`.
+pub fn linears<const N: usize>(x: &Tensor, weights: [&Tensor; N]) -> [Tensor; N] {
+    let outs = weights.map(|weight| Tensor::empty([x.size()[0], weight.size()[0]], (x.kind(), x.device())));
+    let inputs: Vec<_> = std::iter::once(x).chain(weights).map(handle).collect();
+    let places = outs.each_ref().map(handle);
+    // SAFETY: as above; there is an output for each weight.
+    done(unsafe { ft_cpu_linear(inputs.as_ptr(), places.as_ptr(), N as c_int, 0) });
+    outs
 }
 
-/// Adds [`linear`] to `sum` `[t, out]`, rounded once.
+/// Adds x `[t, in]` times `weight` `[out, in]` transposed to `sum` `[t, out]`, rounded once.
 pub fn add_linear(sum: &Tensor, x: &Tensor, weight: &Tensor) {
-    // SAFETY: as above.
-    done(unsafe { ft_cpu_linear(handle(x), handle(weight), handle(sum), 1) });
+    // SAFETY: as above; one weight and one output.
+    done(unsafe { ft_cpu_linear([x, weight].map(handle).as_ptr(), [handle(sum)].as_ptr(), 1, 1) });
 }
 
 /// Negative log-likelihoods of `labels` (int64 `[n]`), fp32 `[n]`. The logits `[n, v]` become `scale * (softmax - onehot)`.

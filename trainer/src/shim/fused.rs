@@ -30,12 +30,12 @@ pub fn rms_norm_backward(
     Some(kernels.rms_norm_backward(gradient, x, weight, eps, residual))
 }
 
-/// x `[t, in]` times `weight` `[out, in]` transposed.
-pub fn linear(x: &Tensor, weight: &Tensor) -> Option<Tensor> {
-    cpu::fits_linear(x, weight).then(|| cpu::linear(x, weight))
+/// x `[t, in]` times each of `weights` `[out, in]` transposed.
+pub fn linears<const N: usize>(x: &Tensor, weights: [&Tensor; N]) -> Option<[Tensor; N]> {
+    weights.iter().all(|weight| cpu::fits_linear(x, weight)).then(|| cpu::linears(x, weights))
 }
 
-/// Adds [`linear`] to `sum` `[t, out]`; whether there is a kernel.
+/// Adds one of [`linears`] to `sum` `[t, out]`; whether there is a kernel.
 pub fn add_linear(sum: &Tensor, x: &Tensor, weight: &Tensor) -> bool {
     let fits = cpu::fits_linear(x, weight) && sum.is_contiguous();
     if fits {

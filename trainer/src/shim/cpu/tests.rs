@@ -62,15 +62,15 @@ fn rows_that_do_not_belong_together_are_refused() {
     ]);
     let (matrix, rows) = (zeros(&[32, 32]), zeros(&[6, 32]));
     check_refusals(&[
-        (&|| drop(linear(&rows, &zeros(&[8, 16]))), "weight must be contiguous BFloat16 [8, 32]"),
-        (&|| drop(linear(&rows, &zeros(&[32, 8]).tr())), "weight must be contiguous"),
-        (&|| drop(linear(&rows, &weight)), "x and weight must be matrices, found [6, 32] and [32]"),
-        (&|| drop(linear(&zeros(&[6, 33]), &zeros(&[8, 33]))), "x must be a multiple of 2 wide, found [6, 33]"),
+        (&|| drop(linears(&rows, [&zeros(&[8, 16])])), "weight must be contiguous BFloat16 [8, 32]"),
+        (&|| drop(linears(&rows, [&zeros(&[32, 8]).tr()])), "weight must be contiguous"),
+        (&|| drop(linears(&rows, [&matrix, &weight])), "weight must be a matrix, found [32]"),
+        (&|| drop(linears(&zeros(&[6, 33]), [&zeros(&[8, 33])])), "x must be a multiple of 2 wide, found [6, 33]"),
         (&|| add_linear(&zeros(&[5, 32]), &rows, &matrix), "out must be contiguous BFloat16 [6, 32]"),
         (&|| add_linear(&fp32(&[6, 32]), &rows, &matrix), "out must be contiguous BFloat16 [6, 32]"),
     ]);
     // No rows at all are an empty result.
-    assert_eq!(linear(&zeros(&[0, 32]), &matrix).size(), [0, 32]);
+    assert_eq!(linears(&zeros(&[0, 32]), [&matrix]).map(|none| none.size()), [[0, 32]]);
     assert_eq!(rotate(&zeros(&[0, 2, 32]), &zeros(&[0, 1, 32]), &zeros(&[0, 1, 32]), 1.0).size(), [0, 2, 32]);
     assert_eq!(swiglu(&zeros(&[0, 32]), &zeros(&[0, 32])).size(), [0, 32]);
 }
@@ -138,11 +138,11 @@ fn threads_change_no_bit() {
             rotate(&q, &table, &table, -1.0),
             cross_entropy(&logits, &labels, 0.1),
             logits,
-            linear(&a, &b),
             sum,
             decode::argmax(&a),
             decode::score(&a, &labels).0,
         ];
+        found.extend(linears(&a, [&b, &c]));
         let bounds = Tensor::from_slice(&[0, 100, 101, 300]);
         let (out, logsumexp) = attention(&q, &k, &v, &bounds, 0.1);
         let forward = (&out, &logsumexp);
