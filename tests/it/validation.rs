@@ -81,6 +81,17 @@ fn a_short_prompt_is_answered_at_length_beside_one_that_fills_the_context() {
     assert_eq!(answers(&model, &prompts[3..], &limits(40, Vec::new())), [Answer::default()]);
 }
 
+/// Two of them are more than goes through the model at once, and so is the last by itself.
+#[test]
+fn long_prompts_begin_one_after_another() {
+    let model = tiny_model(4096);
+    let prompts = prompts(&[1100, 1200, 1300, 2100]);
+    let alone =
+        prompts.iter().map(|prompt| answers(&model, std::slice::from_ref(prompt), &limits(6, Vec::new())).remove(0));
+    let alone: Vec<Answer> = alone.collect();
+    assert_eq!(answers(&model, &prompts, &limits(6, Vec::new())), alone);
+}
+
 #[test]
 fn what_all_prompts_begin_with_is_not_answered_twice() {
     let model = tiny_model(512);

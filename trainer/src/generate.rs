@@ -51,6 +51,9 @@ impl StopText<'_> {
 
 /// Most prompts computed at once: beyond it matrix products gain little.
 const MAX_ROWS: usize = 256;
+/// Most tokens of prompts that go through the model at once, if one has not more by itself: what memory they take does not grow
+/// with the cache, and matrix products gain nothing beyond it.
+pub const PROMPT_TOKENS: usize = 2048;
 /// Prompts share slots of the cache with others that need up to so many times as many columns.
 const WIDEST: i64 = 2;
 
@@ -186,8 +189,13 @@ fn answer_all(
     loop {
         let answered = questions.len() - waiting.len() - running.len();
         progress(answered);
-        let left = free.len().saturating_sub(waiting.len());
-        for (slot, question) in free.drain(left..).zip(waiting.by_ref()) {
+        let mut new_tokens = 0;
+        while let (Some(&slot), Some(question)) = (free.last(), waiting.clone().next()) {
+            new_tokens += questions[question].tokens.len();
+            if new_tokens > PROMPT_TOKENS.max(questions[question].tokens.len()) {
+                break;
+            }
+            let _ = (free.pop(), waiting.next());
             cache.clear(slot);
             running.push(Running { question, slot, newest: None });
         }

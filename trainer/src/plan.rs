@@ -7,6 +7,7 @@ use crds::report::MemoryEstimate;
 use crds::run::{Lora, Method, Optimizer, OutputFormat, RunConfig};
 use tch::{Kind, Tensor};
 
+use crate::generate::PROMPT_TOKENS;
 use crate::loss::chunk_rows;
 use crate::model::{Config, Recompute, base_elements, layer_elements, lora_parameters};
 
@@ -227,7 +228,8 @@ fn estimate_at(inputs: &Inputs, method: &Method, tokens: i64, recompute: Recompu
         let total = weights + parameters + optimizer + transient + workspace;
         MemoryEstimate { weights, parameters, optimizer, activations: transient, workspace, total }
     };
-    let (cache_tokens, caches) = caches(inputs, others, |bytes| memory_with(others.max(bytes)).total);
+    let forward = (kept + cheap) * element * inputs.longest_answered.max(PROMPT_TOKENS as i64);
+    let (cache_tokens, caches) = caches(inputs, others, forward, |bytes| memory_with(others.max(bytes)).total);
     let mut memory = memory_with(others.max(caches));
     let fits = memory.total <= inputs.memory;
     // An accelerator's memory is not the host's, where the copy lies.
@@ -257,16 +259,17 @@ fn estimate_at(inputs: &Inputs, method: &Method, tokens: i64, recompute: Recompu
 }
 
 /// Tokens for which the caches of answers have room, and bytes that they take with what all prompts begin with: as many as the
-/// `others` in whose place they are, or [`CACHE_TOKENS`] where that is more and `total` of the bytes fits.
-fn caches(inputs: &Inputs, others: i64, total: impl Fn(i64) -> i64) -> (i64, i64) {
+/// `others` in whose place they are, or [`CACHE_TOKENS`] where that is more and `total` of the bytes fits. `forward` are the bytes
+/// that prompts take beside them on their way through a layer.
+fn caches(inputs: &Inputs, others: i64, forward: i64, total: impl Fn(i64) -> i64) -> (i64, i64) {
     let (model, longest) = (inputs.model, inputs.longest_answered);
     if longest == 0 {
         return (0, 0);
     }
     let keys = model.kv_heads() * model.head_size();
     let token = model.num_hidden_layers * 2 * keys * inputs.kind.elt_size_in_bytes() as i64;
-    let bytes = |tokens: i64| (tokens + longest) * token;
-    let most = (others / token - longest).max(CACHE_TOKENS).max(longest);
+    let bytes = |tokens: i64| (tokens + longest) * token + forward;
+    let most = ((others - forward) / token - longest).max(CACHE_TOKENS).max(longest);
     let fitting = halvings(most, longest).find(|&tokens| total(bytes(tokens)) <= inputs.memory);
     let tokens = fitting.unwrap_or(longest);
     (tokens, bytes(tokens))
