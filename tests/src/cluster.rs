@@ -3,16 +3,22 @@
 //! The cluster is a child process, `tests/cluster/cluster hold`, that ends when its standard input closes: a test
 //! process that is killed leaves nothing behind. It is reached through kubectl, which runs inside its private network.
 
+mod node;
+mod pod_watch;
+
 use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Mutex, OnceLock};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
+
+pub use self::node::Node;
+pub use self::pod_watch::PodWatch;
 
 /// A deadline for what a loaded machine does in seconds.
 pub const MINUTE: Duration = Duration::from_mins(1);
@@ -176,11 +182,7 @@ impl Cluster {
 
     /// A further node, for a test that breaks it. Only pods that tolerate its taint come there; off and gone with the guard.
     pub fn node(&self) -> Node<'_> {
-        static NUMBER: AtomicU32 = AtomicU32::new(2);
-        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let node = Node { cluster: self, number };
-        self.command("node-up", &[&number.to_string(), &format!("{TEST_NODE}={}:NoSchedule", node.name())]);
-        node
+        Node::start(self)
     }
 
     /// For guards: a test that failed already must not abort the process with a second panic.
@@ -212,25 +214,7 @@ impl Cluster {
 
     /// Follows the pods with a label in a namespace, from now on.
     pub fn watch_pods(&self, namespace: &str, selector: &str) -> PodWatch {
-        let columns = r"jsonpath={.type} {.object.metadata.name} {.object.status.phase}{'\n'}";
-        let mut child = Command::new(script())
-            .arg("enter")
-            .arg(&self.run_dir)
-            .args(["kubectl", "get", "pods", "--namespace", namespace, "--selector", selector])
-            .args(["--watch", "--output-watch-events", "--request-timeout=20m", "--output", columns])
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("the cluster's script starts");
-        let lines = BufReader::new(child.stdout.take().expect("standard output is piped")).lines();
-        let events = Arc::new(Mutex::new(Vec::new()));
-        let seen = Arc::clone(&events);
-        std::thread::spawn(move || {
-            for line in lines.map_while(Result::ok) {
-                seen.lock().expect("nobody fails while holding it").push(line);
-            }
-        });
-        PodWatch { child, events }
+        PodWatch::start(self, namespace, selector)
     }
 
     /// Names of the objects of a kind that were made in a namespace, in order, by the API server's audit log.
@@ -307,82 +291,6 @@ impl Namespace<'_> {
         let log = self.kubectl(&["logs", pod]);
         assert_eq!(phase, "Succeeded", "pod {pod} wrote: {log}");
         log
-    }
-}
-
-/// The pods of a job, followed from its beginning.
-#[derive(Debug)]
-pub struct PodWatch {
-    child: Child,
-    events: Arc<Mutex<Vec<String>>>,
-}
-
-impl PodWatch {
-    /// Waits until no pod lives, and returns the names of the pods that there were, in order, without those that only handed on
-    /// a report: whether one is needed depends on who was faster. Panics if two lived at once.
-    pub fn one_after_another(&self) -> Vec<String> {
-        wait_for("the pods to end", MINUTE, || {
-            let events = self.events.lock().expect("nobody fails while holding it").clone();
-            let mut live = Vec::new();
-            let mut pods: Vec<String> = Vec::new();
-            for event in &events {
-                let [what, name, phase] = event.split(' ').collect::<Vec<_>>()[..] else { panic!("{event:?}") };
-                live.retain(|one| *one != name);
-                if what != "DELETED" && !matches!(phase, "Succeeded" | "Failed") {
-                    live.push(name);
-                }
-                assert!(live.len() < 2, "{live:?} live at once: {events:#?}");
-                if pods.iter().all(|pod| pod != name) {
-                    pods.push(name.to_owned());
-                }
-            }
-            pods.retain(|name| !name.contains("-report-"));
-            if live.is_empty() && !pods.is_empty() { Ok(pods) } else { Err(format!("{events:?}")) }
-        })
-    }
-}
-
-impl Drop for PodWatch {
-    fn drop(&mut self) {
-        // It may have ended by itself.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// A further node of one test.
-#[derive(Debug)]
-pub struct Node<'a> {
-    cluster: &'a Cluster,
-    number: u32,
-}
-
-impl Node<'_> {
-    /// Its name.
-    pub fn name(&self) -> String {
-        format!("node{}", self.number)
-    }
-
-    /// Pulls the plug: kubelet, container runtime and containers vanish at once, and nobody is told.
-    pub fn power_off(&self) {
-        self.cluster.command("node-off", &[&self.number.to_string()]);
-    }
-
-    /// The lines of a pod's spec that bring it here, for the end of [`restricted_pod`].
-    pub fn placement(&self) -> String {
-        let name = self.name();
-        format!(
-            "  nodeSelector: {{kubernetes.io/hostname: {name}}}\n  tolerations: [{{key: {TEST_NODE}, value: {name}}}, {{key: node.kubernetes.io/unreachable, tolerationSeconds: 1, effect: NoExecute, operator: Exists}}]"
-        )
-    }
-}
-
-impl Drop for Node<'_> {
-    fn drop(&mut self) {
-        if self.cluster.run_dir.join(self.name()).join("init").exists() {
-            self.power_off();
-        }
-        self.cluster.delete(&["node", &self.name()]);
     }
 }
 
