@@ -24,7 +24,7 @@ fn profiles() -> String {
     format!(
         r#"
   default:
-    # One CPU: the number of threads is part of what a run is.
+    # One CPU, as the number of threads is part of what a run is; asked for in part, so that pods of several tests fit a node.
     resources: {{limits: {{cpu: "1", memory: 2Gi}}, requests: {{cpu: 100m}}}}
     storage: {{size: 64Mi}}
     maxResources: {{memory: 4Gi}}

@@ -171,9 +171,9 @@ template <typename D> AVX512 void some_outputs(const RowsAsLanes &x, const Piece
 extern "C" {
 
 // x [t, in] times each weight [out, in] transposed, in bf16 or fp32: written to its out [t, out], or added to it where `add` is
-// not 0. The first of the inputs is x, the others are weights; there is an out for each.
-int ft_cpu_linear(void *const *inputs, void *const *outs, int weights, int add) {
-  return recorded_by_dtype("finetune::linear", {inputs, static_cast<size_t>(weights) + 1}, [&](auto dtype) {
+// not 0. The first of the inputs is x, the others are weights; there is an out for each weight.
+int ft_cpu_linear(void *const *inputs, void *const *outs, int num_weights, int add) {
+  return recorded_by_dtype("finetune::linear", {inputs, static_cast<size_t>(num_weights) + 1}, [&](auto dtype) {
     using D = decltype(dtype);
     const at::Tensor &x = tensor(inputs[0]);
     TORCH_CHECK(x.dim() == 2, "x must be a matrix, found ", x.sizes());
@@ -181,7 +181,7 @@ int ft_cpu_linear(void *const *inputs, void *const *outs, int weights, int add) 
     TORCH_CHECK(width > 0 && width % D::PER_WORD == 0, "x must be a multiple of ", D::PER_WORD, " wide, found ", x.sizes());
     const auto *from = elements<const uint32_t>(inputs[0], "x", D::KIND, {rows, width});
     std::vector<Piece<D>> pieces;
-    for (int index = 0; index < weights; ++index) {
+    for (int index = 0; index < num_weights; ++index) {
       const at::Tensor &weight = tensor(inputs[1 + index]);
       TORCH_CHECK(weight.dim() == 2, "weight must be a matrix, found ", weight.sizes());
       const int64_t outputs = weight.size(0);

@@ -21,7 +21,7 @@ pub fn longest_answered(rows: &[GenerationRow]) -> i64 {
     if rows.is_empty() { 0 } else { longest_prompt(rows) as i64 + max_new_tokens(rows) }
 }
 
-/// What is asked.
+/// What is asked, and how much of it at once.
 #[derive(Clone, Copy, Debug)]
 pub struct Questions<'a> {
     /// The rows.

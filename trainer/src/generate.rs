@@ -12,6 +12,7 @@ use tch::Device;
 use self::cache::Cache;
 use crate::linear::Adapters;
 use crate::model::Llama;
+use crate::shim::decode::COLUMNS;
 use crate::signal::Stop;
 use crate::tokenizer::Tokenizer;
 use crate::train::guard_memory;
@@ -49,10 +50,8 @@ impl StopText<'_> {
     }
 }
 
-/// Most prompts computed at once: beyond it matrix products gain little.
-const MAX_ROWS: usize = 256;
-/// Most tokens of prompts that go through the model at once, if one has not more by itself: what memory they take does not grow
-/// with the cache, and matrix products gain nothing beyond it.
+/// Most tokens of prompts that go through the model at once, if one has not more by itself: matrix products are bound by
+/// arithmetic with as many, and what memory they take does not grow with the cache.
 pub const PROMPT_TOKENS: usize = 2048;
 /// Prompts share slots of the cache with others that need up to so many times as many columns.
 const WIDEST: i64 = 2;
@@ -138,8 +137,8 @@ fn in_batches(
     let mut done = 0;
     while done < widths.len() {
         let rows = widths[done..].iter().take_while(|&&width| width <= WIDEST * widths[done]).count();
-        let widest = widths[done + rows - 1];
-        let most = MAX_ROWS.min((cache_tokens / widest).max(1) as usize);
+        let widest = (widths[done + rows - 1] + COLUMNS - 1) / COLUMNS * COLUMNS;
+        let most = (cache_tokens / widest).max(1) as usize;
         let slots = rows.div_ceil(rows.div_ceil(most));
         match guard_memory(|| work(done..done + rows, slots)) {
             Ok(finished) => {
@@ -172,6 +171,16 @@ struct Running {
     newest: Option<[u32; 1]>,
 }
 
+/// How many of the waiting questions begin: as many as there are slots for, and as their tokens go through the model at once.
+fn admitted(waiting: &[Question], slots: usize) -> usize {
+    let mut new_tokens = 0;
+    let fit = waiting.iter().take(slots).take_while(|question| {
+        new_tokens += question.tokens.len();
+        new_tokens <= PROMPT_TOKENS.max(question.tokens.len())
+    });
+    fit.count()
+}
+
 /// Answers all questions in the cache's slots, as they become free.
 fn answer_all(
     model: &Llama,
@@ -189,13 +198,8 @@ fn answer_all(
     loop {
         let answered = questions.len() - waiting.len() - running.len();
         progress(answered);
-        let mut new_tokens = 0;
-        while let (Some(&slot), Some(question)) = (free.last(), waiting.clone().next()) {
-            new_tokens += questions[question].tokens.len();
-            if new_tokens > PROMPT_TOKENS.max(questions[question].tokens.len()) {
-                break;
-            }
-            let _ = (free.pop(), waiting.next());
+        let left = free.len() - admitted(&questions[waiting.clone()], free.len());
+        for (slot, question) in free.drain(left..).zip(waiting.by_ref()) {
             cache.clear(slot);
             running.push(Running { question, slot, newest: None });
         }
@@ -240,6 +244,21 @@ mod tests {
     use super::*;
 
     #[test]
+    fn prompts_begin_as_their_tokens_go_through_the_model_at_once() {
+        let admitted = |lengths: &[usize], slots| {
+            let prompts: Vec<Vec<u32>> = lengths.iter().map(|&length| vec![0; length]).collect();
+            let questions: Vec<Question> = prompts.iter().map(|tokens| Question { tokens, room: 1 }).collect();
+            super::admitted(&questions, slots)
+        };
+        assert_eq!(admitted(&[1000, 1000, 48, 1], 9), 3);
+        assert_eq!(admitted(&[1000, 1000, 48, 1], 2), 2);
+        // One that has more by itself begins alone.
+        assert_eq!(admitted(&[5000, 1], 9), 1);
+        assert_eq!(admitted(&[1, 5000], 9), 1);
+        assert_eq!(admitted(&[], 9), 0);
+    }
+
+    #[test]
     fn where_memory_runs_out_the_same_rows_go_on_in_fewer_slots() {
         // Slots and the rows that are done after each batch.
         let batches = |at_once: usize, cache_tokens: i64| {
@@ -253,7 +272,7 @@ mod tests {
         };
         assert_eq!(batches(9, 1000), Some(vec![(4, 4), (3, 7)]));
         assert_eq!(batches(9, 65), Some(vec![(2, 4), (2, 7)]));
-        assert_eq!(batches(2, 1000), Some(vec![(2, 4), (1, 7)]));
+        assert_eq!(batches(2, 1000), Some(vec![(2, 4), (2, 7)]));
         assert_eq!(batches(1, 1000), Some(vec![(1, 4), (1, 7)]));
         assert!(std::panic::catch_unwind(|| batches(0, 1000)).is_err());
     }

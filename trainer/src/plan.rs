@@ -46,7 +46,9 @@ pub struct Inputs<'a> {
     pub longest: i64,
     /// Tokens of the longest possible step: no micro-batch is larger.
     pub step_tokens: i64,
-    /// Tokens of the longest prompt of the validation rows and of an answer to it; 0: none are answered.
+    /// Validation rows that are answered.
+    pub answered: i64,
+    /// Tokens of the longest prompt of these and of an answer to it; 0: none are answered.
     pub longest_answered: i64,
     /// Tokens of one pass over the training rows.
     pub epoch_tokens: i64,
@@ -228,12 +230,16 @@ fn estimate_at(inputs: &Inputs, method: &Method, tokens: i64, recompute: Recompu
         let total = weights + parameters + optimizer + transient + workspace;
         MemoryEstimate { weights, parameters, optimizer, activations: transient, workspace, total }
     };
-    let forward = (kept + cheap) * element * inputs.longest_answered.max(PROMPT_TOKENS as i64);
-    let (cache_tokens, caches) = caches(inputs, others, forward, |bytes| memory_with(others.max(bytes)).total);
-    let mut memory = memory_with(others.max(caches));
-    let fits = memory.total <= inputs.memory;
     // An accelerator's memory is not the host's, where the copy lies.
     let copy = if inputs.accelerator { 0 } else { trainable * 4 + moments };
+    // Answers are a little faster with larger caches, training is held up by every checkpoint without the copy.
+    let reserved = if memory_with(others).total + copy <= inputs.memory { copy } else { 0 };
+    let answering_tokens = inputs.longest_answered.max(PROMPT_TOKENS as i64) + inputs.answered;
+    let forward = (kept + cheap) * element * answering_tokens;
+    let (cache_tokens, caches) =
+        caches(inputs, others, forward, |bytes| memory_with(others.max(bytes)).total + reserved);
+    let mut memory = memory_with(others.max(caches));
+    let fits = memory.total <= inputs.memory;
     let has_room_for_copy = memory.total + copy <= inputs.memory;
     if has_room_for_copy {
         memory.workspace += copy;
@@ -259,8 +265,8 @@ fn estimate_at(inputs: &Inputs, method: &Method, tokens: i64, recompute: Recompu
 }
 
 /// Tokens for which the caches of answers have room, and bytes that they take with what all prompts begin with: as many as the
-/// `others` in whose place they are, or [`CACHE_TOKENS`] where that is more and `total` of the bytes fits. `forward` are the bytes
-/// that prompts take beside them on their way through a layer.
+/// `others`, bytes in whose place they are, or [`CACHE_TOKENS`] where that is more, there are so many rows, and the `total` that
+/// comes of it fits. `forward` are the bytes that new tokens take beside them on their way through a layer.
 fn caches(inputs: &Inputs, others: i64, forward: i64, total: impl Fn(i64) -> i64) -> (i64, i64) {
     let (model, longest) = (inputs.model, inputs.longest_answered);
     if longest == 0 {
@@ -269,9 +275,9 @@ fn caches(inputs: &Inputs, others: i64, forward: i64, total: impl Fn(i64) -> i64
     let keys = model.kv_heads() * model.head_size();
     let token = model.num_hidden_layers * 2 * keys * inputs.kind.elt_size_in_bytes() as i64;
     let bytes = |tokens: i64| (tokens + longest) * token + forward;
-    let most = ((others - forward) / token - longest).max(CACHE_TOKENS).max(longest);
-    let fitting = halvings(most, longest).find(|&tokens| total(bytes(tokens)) <= inputs.memory);
-    let tokens = fitting.unwrap_or(longest);
+    let free = ((others - forward) / token - longest).max(longest);
+    let wanted = CACHE_TOKENS.min(inputs.answered * longest).max(free);
+    let tokens = halvings(wanted, free).find(|&tokens| total(bytes(tokens)) <= inputs.memory).unwrap_or(free);
     (tokens, bytes(tokens))
 }
 

@@ -133,8 +133,8 @@ impl Plan<'_> {
 pub trait Surroundings {
     /// Takes note of an event.
     fn emit(&mut self, event: Event) -> Result<(), crate::Error>;
-    /// Measures the validation rows, so many tokens at once; `None` if a stop was asked for meanwhile.
-    fn evaluate(&mut self, model: &Llama, micro_batch_tokens: i64) -> Result<Option<Scores>, crate::Error>;
+    /// Measures the validation rows, as many tokens at once as the state says; `None` if a stop was asked for meanwhile.
+    fn evaluate(&mut self, model: &Llama, state: &TrainState) -> Result<Option<Scores>, crate::Error>;
     /// Commits a checkpoint durably. One that is only [`Need::Due`] may fail for a while.
     fn commit(&mut self, state: &TrainState, parameters: &Parameters, need: Need) -> Result<(), crate::Error>;
 }
@@ -229,7 +229,7 @@ fn evaluate(
     surroundings: &mut dyn Surroundings,
 ) -> Result<bool, Error> {
     let started = Instant::now();
-    let scores = surroundings.evaluate(model, state.micro_batch_tokens);
+    let scores = surroundings.evaluate(model, state);
     let Some(scores) = scores.map_err(surroundings_failed)? else { return Ok(false) };
     state.evaluated_step = state.step;
     state.eval_loss = scores.eval_loss;

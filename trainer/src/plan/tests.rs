@@ -21,8 +21,8 @@ fn model() -> Config {
     Config::read(folder.path()).expect("a model")
 }
 
-/// What `answer` says of rows of 2048 tokens where so much memory is there.
-fn asked<T>(memory: i64, accelerator: bool, longest_answered: i64, answer: impl FnOnce(&Inputs) -> T) -> T {
+/// What `work` makes of rows of 2048 tokens where so much memory is there.
+fn with_inputs<T>(memory: i64, accelerator: bool, longest_answered: i64, work: impl FnOnce(&Inputs) -> T) -> T {
     let checked = check(JOB, Scope::Local).expect("a valid job");
     let target = Target::Local { folder: Path::new("."), claims: &BTreeMap::new() };
     let config = resolve(&checked.job, &crds::profile::built_in(), target).expect("resolves").config;
@@ -33,6 +33,7 @@ fn asked<T>(memory: i64, accelerator: bool, longest_answered: i64, answer: impl 
         accelerator,
         longest: 2048,
         step_tokens: 8192,
+        answered: 100,
         longest_answered,
         epoch_tokens: 1 << 20,
         total_steps: 100,
@@ -40,11 +41,11 @@ fn asked<T>(memory: i64, accelerator: bool, longest_answered: i64, answer: impl 
         memory,
         matmul_rate: 1e14,
     };
-    answer(&inputs)
+    work(&inputs)
 }
 
 fn planned(memory: i64, accelerator: bool, longest_answered: i64) -> Estimate {
-    let estimate = asked(memory, accelerator, longest_answered, plan).expect("fits");
+    let estimate = with_inputs(memory, accelerator, longest_answered, plan).expect("fits");
     assert!(estimate.memory.total <= memory);
     estimate
 }
@@ -68,8 +69,18 @@ fn caches_of_answers_take_the_place_of_activations() {
 
 #[test]
 fn caches_of_answers_ask_for_no_more_memory_than_there_is() {
-    let tokens = |memory| asked(memory, false, 512, |inputs| caches(inputs, 0, 0, |bytes| bytes).0);
-    assert_eq!([4 << 30, 2 << 30, 1 << 30, 128 << 20, 1].map(tokens), [16_384, 8192, 4096, 512, 512]);
+    // In the place of so many bytes, with so many for new tokens.
+    let tokens = |memory, others: i64, forward| {
+        let total = |bytes: i64| bytes.max(others);
+        with_inputs(memory, false, 512, |inputs| caches(inputs, others, forward, total).0)
+    };
+    let in_place_of =
+        |others, forward| [i64::MAX, 2 << 30, 1 << 30, 128 << 20, 1].map(|memory| tokens(memory, others, forward));
+    assert_eq!(in_place_of(0, 0), [16_384, 8192, 4096, 512, 512]);
+    assert_eq!(in_place_of(1 << 28, 1 << 29), [16_384, 8192, 2048, 512, 512]);
+    // What takes no more than the others is free.
+    assert_eq!(in_place_of(2 << 30, 0), [16_384, 15_872, 15_872, 15_872, 15_872]);
+    assert_eq!(in_place_of(3 << 30, 0), [24_064; 5]);
 }
 
 #[test]

@@ -18,6 +18,7 @@ use crate::prepare::Prepared;
 use crate::record::{Event, Observer};
 use crate::signal::Stop;
 use crate::tokenizer::Tokenizer;
+use crate::train::TrainState;
 
 /// What a validation needs.
 pub struct Evaluation<'a> {
@@ -36,6 +37,12 @@ pub struct AtOnce {
     pub micro_batch_tokens: i64,
     /// Tokens for which the caches of prompts that are answered have room.
     pub cache_tokens: i64,
+}
+
+impl From<&TrainState> for AtOnce {
+    fn from(state: &TrainState) -> Self {
+        Self { micro_batch_tokens: state.micro_batch_tokens, cache_tokens: state.cache_tokens }
+    }
 }
 
 /// Who is measured: the weights, the prompt, and the words for it.

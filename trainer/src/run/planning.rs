@@ -107,6 +107,7 @@ fn plan(config: &RunConfig, context: &Context, place: Place, prepared: Prepared)
         accelerator,
         longest,
         step_tokens: (longest * hyperparameters.batch_size).min(prepared.train.total_tokens() as i64),
+        answered: prepared.generation.len() as i64,
         longest_answered: longest_answered(&prepared.generation),
         epoch_tokens: prepared.train.total_tokens() as i64,
         total_steps,
@@ -255,6 +256,10 @@ impl Planned {
                 format!("backward pass recomputes: {:?}; the result does not depend on it", estimate.recompute),
             ),
         ];
+        if estimate.cache_tokens > 0 {
+            let most = format!("as much as {} rows at once", self.prepared.generation.len());
+            events.push(derived("caches of answers", format!("{} tokens", estimate.cache_tokens), most));
+        }
         if estimate.seconds > 0.0 {
             let seconds = crate::display::display_duration(estimate.seconds);
             events.push(derived("estimated time", seconds, "from a measured matrix product".into()));

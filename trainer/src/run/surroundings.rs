@@ -5,7 +5,7 @@ use std::time::Instant;
 use crds::report::Scores;
 use crds::run::{CheckpointInterval, Method, Metric, RunConfig};
 
-use super::evaluation::{Answers, AtOnce, TUNED, measure};
+use super::evaluation::{Answers, TUNED, measure};
 use super::saving::{Hold, Snapshot, Writer, Written};
 use super::{Context, Error, Planned};
 use crate::checkpoint;
@@ -149,20 +149,13 @@ impl Surroundings for RunSurroundings<'_> {
         }
     }
 
-    fn evaluate(&mut self, model: &Llama, micro_batch_tokens: i64) -> Result<Option<Scores>, crate::Error> {
+    fn evaluate(&mut self, model: &Llama, state: &TrainState) -> Result<Option<Scores>, crate::Error> {
         // Training is between two steps: nearly all of its memory is free, and measuring needs other pieces of it.
         release_free_memory();
         let answers =
             if self.config.validation.metric == Metric::ExactMatch { Answers::Asked } else { Answers::NotAsked };
-        let measured = measure(
-            model,
-            &self.planned.prepared,
-            TUNED,
-            answers,
-            AtOnce { micro_batch_tokens, cache_tokens: self.planned.estimate.cache_tokens },
-            self.context.stop,
-            &mut |_, _| (),
-        )?;
+        let measured =
+            measure(model, &self.planned.prepared, TUNED, answers, state.into(), self.context.stop, &mut |_, _| ())?;
         Ok(measured.map(|measured| measured.scores()))
     }
 

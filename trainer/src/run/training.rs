@@ -31,16 +31,30 @@ impl Meter {
     }
 }
 
-/// A resumed run keeps its micro-batches, which keeps it exact to the bit, unless memory asks for smaller ones now. Returns what
-/// to say where the plan has others.
-fn resumed_micro_batch(planned: i64, state: &mut TrainState) -> String {
-    let before = state.micro_batch_tokens;
-    state.micro_batch_tokens = before.min(planned);
-    if planned < before {
-        format!("micro-batches have {planned} tokens from here on and had {before}: the result differs by rounding")
-    } else {
-        format!("micro-batches go on with {before} tokens, as the checkpoint was made, not the {planned} of the plan")
+/// A resumed run computes as much at once as before, which keeps it exact to the bit, unless memory asks for less now. Returns
+/// what to say where the plan differs.
+fn resume_at_once(planned: AtOnce, state: &mut TrainState) -> Vec<String> {
+    let mut told = Vec::new();
+    let (before, planned_tokens) = (state.micro_batch_tokens, planned.micro_batch_tokens);
+    state.micro_batch_tokens = before.min(planned_tokens);
+    if planned_tokens < before {
+        told.push(format!(
+            "micro-batches have {planned_tokens} tokens from here on and had {before}: the result differs by rounding"
+        ));
+    } else if planned_tokens > before {
+        told.push(format!(
+            "micro-batches go on with {before} tokens, as the checkpoint was made, not the {planned_tokens} of the plan"
+        ));
     }
+    let (before, planned_tokens) = (state.cache_tokens, planned.cache_tokens);
+    state.cache_tokens = if before == 0 { planned_tokens } else { before.min(planned_tokens) };
+    if planned_tokens < before {
+        told.push(format!(
+            "caches of answers have room for {planned_tokens} tokens from here on and had it for {before}: answers may \
+             differ by rounding"
+        ));
+    }
+    told
 }
 
 /// Trains to the end and judges the result.
@@ -59,6 +73,7 @@ pub(super) fn train_stage(
     let mut state = TrainState {
         evaluated_step: -1,
         micro_batch_tokens: planned.estimate.micro_batch_tokens,
+        cache_tokens: planned.estimate.cache_tokens,
         ..TrainState::default()
     };
     if config.checkpoint.resume {
@@ -67,10 +82,9 @@ pub(super) fn train_stage(
             observer.observe(&Event::Warning(warning)).map_err(&write)?;
         }
         if let Some(stored) = stored {
-            let planned = state.micro_batch_tokens;
+            let planned_at_once = AtOnce::from(&state);
             state = saving::restore(&stored, &mut parameters, context.stop)?;
-            if planned != state.micro_batch_tokens {
-                let text = resumed_micro_batch(planned, &mut state);
+            for text in resume_at_once(planned_at_once, &mut state) {
                 observer.observe(&Event::Warning(text)).map_err(&write)?;
             }
             let inexact_because = store.inexact_because(&stored);
@@ -132,7 +146,7 @@ pub(super) fn train_stage(
     let mut evaluation = Evaluation {
         config,
         prepared: &planned.prepared,
-        at_once: AtOnce { micro_batch_tokens: state.micro_batch_tokens, cache_tokens: planned.estimate.cache_tokens },
+        at_once: (&state).into(),
         stop: context.stop,
         observer: &mut *surroundings.observer,
         run: context.run,
@@ -246,5 +260,29 @@ fn usage(
         energy_joules,
         cost: cost(wall_seconds),
         full_fine_tuning_cost: full,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_resumed_run_computes_as_much_at_once_as_before_if_the_plan_allows() {
+        let planned = AtOnce { micro_batch_tokens: 512, cache_tokens: 4096 };
+        let resumed = |micro_batch_tokens, cache_tokens| {
+            let mut state = TrainState { micro_batch_tokens, cache_tokens, ..TrainState::default() };
+            let told = resume_at_once(planned, &mut state);
+            ((state.micro_batch_tokens, state.cache_tokens), told)
+        };
+        assert_eq!(resumed(512, 4096), ((512, 4096), Vec::new()));
+        // A checkpoint that does not tell.
+        assert_eq!(resumed(512, 0), ((512, 4096), Vec::new()));
+        let (kept, told) = resumed(256, 1024);
+        assert_eq!((kept, told.len()), ((256, 1024), 1));
+        assert!(told[0].contains("go on with 256 tokens"), "{told:?}");
+        let (lowered, told) = resumed(1024, 8192);
+        assert_eq!((lowered, told.len()), ((512, 4096), 2));
+        assert!(told[0].contains("had 1024") && told[1].contains("had it for 8192"), "{told:?}");
     }
 }

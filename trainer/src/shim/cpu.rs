@@ -64,7 +64,7 @@ unsafe extern "C" {
         one_minus_beta2: f64,
         eps: f64,
     ) -> c_int;
-    fn ft_cpu_linear(inputs: *const *mut c_void, outs: *const *mut c_void, weights: c_int, add: c_int) -> c_int;
+    fn ft_cpu_linear(inputs: *const *mut c_void, outs: *const *mut c_void, num_weights: c_int, add: c_int) -> c_int;
     fn ft_cpu_cross_entropy(logits: *mut c_void, labels: *mut c_void, scale: f64, losses: *mut c_void) -> c_int;
 }
 

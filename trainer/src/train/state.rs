@@ -34,6 +34,9 @@ pub struct TrainState {
     pub energy_joules: Option<f64>,
     /// Tokens computed at once; lowered when memory runs out.
     pub micro_batch_tokens: i64,
+    /// Tokens for which the caches of prompts that are answered at once have room; 0 in checkpoints that do not tell.
+    #[serde(default)]
+    pub cache_tokens: i64,
     /// Whether training is over.
     pub finished: bool,
     /// Whether it is over because no more steps were asked for.
