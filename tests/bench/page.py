@@ -41,10 +41,17 @@ def verdict(value, bound, aim, at_most):
     return "missed" if not within[0] else "reached" if within[1] else "within the bound"
 
 
+def digits(value, bound):
+    """With two decimals, or as many as show on which side of the bound it is."""
+    side = lambda number: (number > bound) - (number < bound)
+    decimals = next(number for number in range(2, 17) if side(round(value, number)) == side(value))
+    return f"{value:.{decimals}f}"
+
+
 def aim_row(measure, peer, key, bound, aim, ratio):
     """A line of what is aimed at beside a peer; `ratio`: ours against it, None where it was not measured yet."""
     at_most = key == "peakBytes"
-    cells = f"{ratio[key]:.2f}× | {verdict(ratio[key], bound, aim, at_most)}" if ratio else "not measured yet | "
+    cells = f"{digits(ratio[key], bound)}× | {verdict(ratio[key], bound, aim, at_most)}" if ratio else "not measured yet | "
     return f"| {measure} | {peer} | {'≤' if at_most else '≥'} {bound}× | {aim}× | {cells} |"
 
 

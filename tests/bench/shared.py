@@ -39,7 +39,7 @@ def main():
             alone = rate(1)
             with concurrent.futures.ThreadPoolExecutor() as both:
                 first, second = both.map(rate, (1, 2))
-            print(f"GOMP_SPINCOUNT {spins or 'not set'}: alone {alone:.0f} tokens/s, two at once {first:.0f} and {second:.0f}", flush=True)
+            print(f"GOMP_SPINCOUNT {'not set' if spins is None else spins}: alone {alone:.0f} tokens/s, two at once {first:.0f} and {second:.0f}", flush=True)
 
 
 if __name__ == "__main__":

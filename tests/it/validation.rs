@@ -101,7 +101,7 @@ fn what_all_prompts_begin_with_is_not_answered_twice() {
         .iter()
         .map(|prompt| answers(&model, std::slice::from_ref(prompt), &limits(12, Vec::new())).remove(0))
         .collect();
-    for cache_tokens in [1, 40, 100_000] {
+    for cache_tokens in [1, 64, 100_000] {
         let limits = Limits { cache_tokens, ..limits(12, Vec::new()) };
         assert_eq!(answers(&model, &prompts, &limits), alone, "{cache_tokens}");
         // Prompts that are equal have one token each of their own.

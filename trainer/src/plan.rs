@@ -232,12 +232,9 @@ fn estimate_at(inputs: &Inputs, method: &Method, tokens: i64, recompute: Recompu
     };
     // An accelerator's memory is not the host's, where the copy lies.
     let copy = if inputs.accelerator { 0 } else { trainable * 4 + moments };
-    // Answers are a little faster with larger caches, training is held up by every checkpoint without the copy.
-    let reserved = if memory_with(others).total + copy <= inputs.memory { copy } else { 0 };
     let answering_tokens = inputs.longest_answered.max(PROMPT_TOKENS as i64) + inputs.answered;
     let forward = (kept + cheap) * element * answering_tokens;
-    let (cache_tokens, caches) =
-        caches(inputs, others, forward, |bytes| memory_with(others.max(bytes)).total + reserved);
+    let (cache_tokens, caches) = caches(inputs, others, forward, copy, |bytes| memory_with(others.max(bytes)).total);
     let mut memory = memory_with(others.max(caches));
     let fits = memory.total <= inputs.memory;
     let has_room_for_copy = memory.total + copy <= inputs.memory;
@@ -266,8 +263,9 @@ fn estimate_at(inputs: &Inputs, method: &Method, tokens: i64, recompute: Recompu
 
 /// Tokens for which the caches of answers have room, and bytes that they take with what all prompts begin with: as many as the
 /// `others`, bytes in whose place they are, or [`CACHE_TOKENS`] where that is more, there are so many rows, and the `total` that
-/// comes of it fits. `forward` are the bytes that new tokens take beside them on their way through a layer.
-fn caches(inputs: &Inputs, others: i64, forward: i64, total: impl Fn(i64) -> i64) -> (i64, i64) {
+/// comes of it fits, with the `copy` of what is trained if that fits at all. `forward` are the bytes that new tokens take beside
+/// them on their way through a layer.
+fn caches(inputs: &Inputs, others: i64, forward: i64, copy: i64, total: impl Fn(i64) -> i64) -> (i64, i64) {
     let (model, longest) = (inputs.model, inputs.longest_answered);
     if longest == 0 {
         return (0, 0);
@@ -277,7 +275,10 @@ fn caches(inputs: &Inputs, others: i64, forward: i64, total: impl Fn(i64) -> i64
     let bytes = |tokens: i64| (tokens + longest) * token + forward;
     let free = ((others - forward) / token - longest).max(longest);
     let wanted = CACHE_TOKENS.min(inputs.answered * longest).max(free);
-    let tokens = halvings(wanted, free).find(|&tokens| total(bytes(tokens)) <= inputs.memory).unwrap_or(free);
+    // Answers are a little faster with larger caches, training is held up by every checkpoint without the copy.
+    let reserved = if total(bytes(free)) + copy <= inputs.memory { copy } else { 0 };
+    let fits = |tokens: &i64| total(bytes(*tokens)) + reserved <= inputs.memory;
+    let tokens = halvings(wanted, free).find(fits).unwrap_or(free);
     (tokens, bytes(tokens))
 }
 

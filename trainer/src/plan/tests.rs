@@ -72,7 +72,7 @@ fn caches_of_answers_ask_for_no_more_memory_than_there_is() {
     // In the place of so many bytes, with so many for new tokens.
     let tokens = |memory, others: i64, forward| {
         let total = |bytes: i64| bytes.max(others);
-        with_inputs(memory, false, 512, |inputs| caches(inputs, others, forward, total).0)
+        with_inputs(memory, false, 512, |inputs| caches(inputs, others, forward, 0, total).0)
     };
     let in_place_of =
         |others, forward| [i64::MAX, 2 << 30, 1 << 30, 128 << 20, 1].map(|memory| tokens(memory, others, forward));
@@ -81,6 +81,11 @@ fn caches_of_answers_ask_for_no_more_memory_than_there_is() {
     // What takes no more than the others is free.
     assert_eq!(in_place_of(2 << 30, 0), [16_384, 15_872, 15_872, 15_872, 15_872]);
     assert_eq!(in_place_of(3 << 30, 0), [24_064; 5]);
+    // The copy of what is trained comes first, where it fits.
+    let beside = |copy| with_inputs(2 << 30, false, 512, |inputs| caches(inputs, 0, 0, copy, |bytes| bytes).0);
+    assert_eq!([0, 1 << 30, 4 << 30].map(beside), [8192, 4096, 8192]);
+    // A hundred short rows need no more.
+    assert_eq!(with_inputs(i64::MAX, false, 16, |inputs| caches(inputs, 0, 0, 0, |bytes| bytes).0), 1600);
 }
 
 #[test]

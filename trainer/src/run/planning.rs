@@ -257,8 +257,8 @@ impl Planned {
             ),
         ];
         if estimate.cache_tokens > 0 {
-            let most = format!("as much as {} rows at once", self.prepared.generation.len());
-            events.push(derived("caches of answers", format!("{} tokens", estimate.cache_tokens), most));
+            let rows = format!("for {} rows to answer, as far as memory goes", self.prepared.generation.len());
+            events.push(derived("caches of answers", format!("{} tokens", estimate.cache_tokens), rows));
         }
         if estimate.seconds > 0.0 {
             let seconds = crate::display::display_duration(estimate.seconds);

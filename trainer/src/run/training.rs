@@ -53,6 +53,11 @@ fn resume_at_once(planned: AtOnce, state: &mut TrainState) -> Vec<String> {
             "caches of answers have room for {planned_tokens} tokens from here on and had it for {before}: answers may \
              differ by rounding"
         ));
+    } else if planned_tokens > before && before > 0 {
+        told.push(format!(
+            "caches of answers go on with room for {before} tokens, as the checkpoint was made, not the {planned_tokens} \
+             of the plan"
+        ));
     }
     told
 }
@@ -279,8 +284,8 @@ mod tests {
         // A checkpoint that does not tell.
         assert_eq!(resumed(512, 0), ((512, 4096), Vec::new()));
         let (kept, told) = resumed(256, 1024);
-        assert_eq!((kept, told.len()), ((256, 1024), 1));
-        assert!(told[0].contains("go on with 256 tokens"), "{told:?}");
+        assert_eq!((kept, told.len()), ((256, 1024), 2));
+        assert!(told[0].contains("go on with 256") && told[1].contains("room for 1024"), "{told:?}");
         let (lowered, told) = resumed(1024, 8192);
         assert_eq!((lowered, told.len()), ((512, 4096), 2));
         assert!(told[0].contains("had 1024") && told[1].contains("had it for 8192"), "{told:?}");
