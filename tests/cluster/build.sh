@@ -53,16 +53,16 @@ debian_part() {
   say "unpacking ${DEBIAN_PACKAGES[*]}"
   work=$folder.partial
   rm -rf "$work"
-  mkdir -p "$work/root" "$work/packages" "$work/apt/lists/partial" "$work/apt/cache/archives/partial"
+  mkdir -p "$work/unpacked" "$work/packages" "$work/apt/lists/partial" "$work/apt/cache/archives/partial"
   # Lists of its own: the host's may be missing or old, and are not ours to change.
   apt=(apt-get -qq -o "Dir::State::Lists=$work/apt/lists" -o "Dir::Cache=$work/apt/cache" -o "APT::Sandbox::User=$(id -un)")
   "${apt[@]}" update >&2 || die "the lists of Debian's packages could not be downloaded"
   (cd "$work/packages" && "${apt[@]}" download "${DEBIAN_PACKAGES[@]}" >&2) || die "Debian's packages could not be downloaded"
-  for package in "$work"/packages/*.deb; do dpkg-deb -x "$package" "$work/root"; done
+  for package in "$work"/packages/*.deb; do dpkg-deb -x "$package" "$work/unpacked"; done
   rm -r "$work/packages" "$work/apt"
   mkdir "$work/bin"
-  ln -s ../root/usr/bin/{containerd,containerd-shim-runc-v2,ctr} ../root/usr/sbin/runc ../root/bin/busybox "$work/bin/"
-  ln -s ../root/usr/lib/cni "$work/bin/cni"
+  ln -s ../unpacked/usr/bin/{containerd,containerd-shim-runc-v2,ctr} ../unpacked/usr/sbin/runc ../unpacked/bin/busybox "$work/bin/"
+  ln -s ../unpacked/usr/lib/cni "$work/bin/cni"
   # Only these two need libraries that a host may lack; a global LD_LIBRARY_PATH would reach every program.
   wrap "$work/bin/nft" usr/sbin/nft
   wrap "$work/bin/iptables" usr/sbin/xtables-nft-multi iptables
@@ -75,7 +75,7 @@ wrap() {
   shift 2
   cat > "$file" <<WRAPPER
 #!/bin/sh
-root=\$(dirname "\$(readlink -f "\$0")")/../root
+root=\$(dirname "\$(readlink -f "\$0")")/../unpacked
 LD_LIBRARY_PATH=\$root/usr/lib/x86_64-linux-gnu:\$root/lib/x86_64-linux-gnu exec "\$root/$program" $* "\$@"
 WRAPPER
   chmod 755 "$file"
@@ -119,7 +119,7 @@ if [ ! -d "$cluster" ]; then
   exec 9> "$CACHE/cluster-parts.lock"
   flock 9
   debian_part "$debian"
-  image_part "$images" "$debian/root/bin/busybox"
+  image_part "$images" "$debian/unpacked/bin/busybox"
   go_part kubernetes "$kubernetes" "${kubernetes_flags[@]}"
   go_part tools "$tools" "${tools_flags[@]}"
   go_part local-path "$local_path" "${local_path_flags[@]}"
