@@ -8,18 +8,13 @@ use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
 use crate::data::example::Examples;
-use crate::data::generation::{GenerationRow, longest_prompt, max_new_tokens};
+use crate::data::generation::{GenerationRow, max_new_tokens};
 use crate::data::pack::pack;
 use crate::generate::{Limits, StopText, generate};
 use crate::linear::Adapters;
 use crate::model::{DeviceBatch, Llama};
 use crate::signal::Stop;
 use crate::tokenizer::Tokenizer;
-
-/// Tokens of the longest prompt and of an answer to it; 0 where nothing is asked.
-pub fn longest_answered(rows: &[GenerationRow]) -> i64 {
-    if rows.is_empty() { 0 } else { longest_prompt(rows) as i64 + max_new_tokens(rows) }
-}
 
 /// What is asked, and how much of it at once.
 #[derive(Clone, Copy, Debug)]

@@ -12,7 +12,7 @@ use tch::Device;
 use self::cache::Cache;
 use crate::linear::Adapters;
 use crate::model::Llama;
-use crate::shim::decode::COLUMNS;
+use crate::shim::decode::whole_columns;
 use crate::signal::Stop;
 use crate::tokenizer::Tokenizer;
 use crate::train::guard_memory;
@@ -137,7 +137,7 @@ fn in_batches(
     let mut done = 0;
     while done < widths.len() {
         let rows = widths[done..].iter().take_while(|&&width| width <= WIDEST * widths[done]).count();
-        let widest = (widths[done + rows - 1] + COLUMNS - 1) / COLUMNS * COLUMNS;
+        let widest = whole_columns(widths[done + rows - 1]);
         let most = (cache_tokens / widest).max(1) as usize;
         let slots = rows.div_ceil(rows.div_ceil(most));
         match guard_memory(|| work(done..done + rows, slots)) {

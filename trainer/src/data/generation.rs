@@ -51,8 +51,13 @@ pub fn max_new_tokens(rows: &[GenerationRow]) -> i64 {
 }
 
 /// Tokens of the longest prompt, examples included.
-pub fn longest_prompt(rows: &[GenerationRow]) -> usize {
+fn longest_prompt(rows: &[GenerationRow]) -> usize {
     rows.iter().map(|row| row.few_shot_prompt.as_ref().map_or(0, Vec::len).max(row.prompt.len())).max().unwrap_or(0)
+}
+
+/// Tokens of the longest prompt and of an answer to it; 0 where nothing is asked.
+pub fn longest_answered(rows: &[GenerationRow]) -> i64 {
+    if rows.is_empty() { 0 } else { longest_prompt(rows) as i64 + max_new_tokens(rows) }
 }
 
 fn wanted_shots(config: &RunConfig) -> usize {

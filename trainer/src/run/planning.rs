@@ -5,9 +5,9 @@ use crds::report::{PlanReport, Stage};
 use crds::run::{Method, RunConfig};
 
 use super::{Context, Error};
+use crate::data::generation::longest_answered;
 use crate::data::order::Order;
 use crate::device::{self, Chosen};
-use crate::evaluate::longest_answered;
 use crate::model::Config;
 use crate::plan::{self, Estimate, display_bytes};
 use crate::prepare::{Prepared, Sources, prepare};

@@ -12,7 +12,7 @@ use super::surroundings::{Earlier, Failures, RunSurroundings, loop_plan};
 use super::{Context, Error, Planned};
 use crate::checkpoint::{EquivalenceClass, Identity, Store, Stored, digest_of};
 use crate::data::example::Examples;
-use crate::data::generation::{longest_prompt, max_new_tokens};
+use crate::data::generation::longest_answered;
 use crate::device::{self, EnergyMeter};
 use crate::history::History;
 use crate::model::{self, Built, build};
@@ -211,7 +211,7 @@ fn open_store(config: &RunConfig, context: &Context, planned: &Planned) -> Resul
 /// What the model of a run is built from.
 pub fn model_source<'a>(config: &'a RunConfig, planned: &'a Planned) -> model::Source<'a> {
     let prepared = &planned.prepared;
-    let answered = longest_prompt(&prepared.generation) + max_new_tokens(&prepared.generation) as usize;
+    let answered = longest_answered(&prepared.generation) as usize;
     let examples = [&prepared.train, &prepared.validation, &prepared.few_shot, &prepared.forgetting];
     let max_positions = examples.map(Examples::longest).into_iter().fold(answered, usize::max) as i64;
     model::Source {

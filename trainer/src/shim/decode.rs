@@ -28,12 +28,14 @@ unsafe extern "C" {
 /// Keys `[slots, k, d / w, columns, w]` and values `[slots, k, columns / w, d, w]` of one layer, where w numbers have 32 bits.
 pub type KeysAndValues = (Tensor, Tensor);
 
-/// Columns of a cache come in so many, as the kernel takes whole vectors of them.
-pub const COLUMNS: i64 = 16;
+/// Columns of a cache that has room for so many tokens: the kernel takes whole vectors of 16.
+pub fn whole_columns(tokens: i64) -> i64 {
+    (tokens + 15) / 16 * 16
+}
 
 /// Keys and values of one layer for `slots` sequences of at most `columns` tokens.
 pub fn empty_cache([slots, kv_heads, columns, head_size]: [i64; 4], options: (Kind, Device)) -> KeysAndValues {
-    let columns = (columns + COLUMNS - 1) / COLUMNS * COLUMNS;
+    let columns = whole_columns(columns);
     let per_word = 4 / options.0.elt_size_in_bytes() as i64;
     // What no token has been written to is multiplied by zero, so it has to be a number.
     let keys = Tensor::zeros([slots, kv_heads, head_size / per_word, columns, per_word], options);
