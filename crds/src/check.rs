@@ -5,7 +5,6 @@
 #[cfg(test)]
 mod tests;
 
-use kube::CustomResourceExt;
 use serde_json::{Map, Value};
 
 use crate::FineTuneJob;
@@ -144,9 +143,10 @@ fn check_kind(document: &Document) -> Vec<Problem> {
     problems
 }
 
-/// The CRD's own schema as JSON Schema.
+/// The CRD's own schema as JSON Schema. To read what the types generate takes a quarter of the time of generating it again.
 fn schema(scope: Scope) -> Value {
-    let crd = serde_json::to_value(FineTuneJob::crd()).expect("the CRD is JSON");
+    let crd: Value =
+        serde_saphyr::from_str(include_str!("../finetunejobs.yaml")).expect("a test compares it with the types");
     let mut schema = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"].clone();
     translate(&mut schema, scope);
     schema

@@ -17,8 +17,7 @@ use std::path::{Path, PathBuf};
 
 pub use self::attempt::{Claim, claim_stage};
 use self::attempt::{Start, lock};
-use self::files::HashingWriter;
-pub use self::files::{digest_file, digest_of, sync_folder, write_atomically};
+pub use self::files::{HashingWriter, digest_file, digest_of, sync_folder, write_atomically};
 pub use self::manifest::{EquivalenceClass, FileEntry, Identity, Manifest, Stored};
 use self::manifest::{FORMAT, MANIFEST, Sealed, read_manifest, verify};
 

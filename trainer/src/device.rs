@@ -63,7 +63,7 @@ pub fn load_cuda(folder: Option<&Path>) -> Result<(), String> {
 /// Chooses device, dtype and threads; `cpus` is what the job may use of them.
 pub fn choose(precision: Precision, cpus: Option<f64>, cuda: &Result<(), String>) -> Chosen {
     let (threads, threads_reason) = cpu_threads(cpus);
-    tch::set_num_threads(threads as i32);
+    set_threads(threads);
     let mut warning = None;
     let (device, device_name, device_reason) = if cuda.is_ok() && Cuda::is_available() {
         let deterministic = match crate::shim::set_deterministic() {
@@ -99,7 +99,15 @@ pub fn choose(precision: Precision, cpus: Option<f64>, cuda: &Result<(), String>
 /// As many threads as [`choose`] takes, for what is computed without a device: libtorch by itself counts the machine's
 /// cores, whatever the cgroup allows.
 pub fn limit_threads(cpus: Option<f64>) {
-    tch::set_num_threads(cpu_threads(cpus).0 as i32);
+    set_threads(cpu_threads(cpus).0);
+}
+
+/// Not where the number is right already: to be told it, libtorch starts a second pool of threads, for its mobile kernels, which
+/// spin for 50 ms beside what is computed first.
+fn set_threads(threads: i64) {
+    if i64::from(tch::get_num_threads()) != threads {
+        tch::set_num_threads(threads as i32);
+    }
 }
 
 /// What is planned with for an accelerator of another machine.

@@ -59,14 +59,6 @@ pub enum Error {
         /// What the configuration implies.
         expected: Vec<i64>,
     },
-    /// A tensor holds NaN or infinity.
-    #[error("{folder}: tensor {name} holds NaN or infinite values; download the model again or choose another revision", folder = folder.display())]
-    NonFiniteWeight {
-        /// The model's folder.
-        folder: PathBuf,
-        /// Which tensor.
-        name: String,
-    },
     /// A LoRA target names no linear of the model.
     #[error("method.lora.targetModules: {found} is no linear layer of the model; expected some of {expected}")]
     UnknownTarget {
@@ -85,9 +77,7 @@ impl Error {
             Self::ReadConfig { source, .. } if source.kind() == std::io::ErrorKind::NotFound => ExitCode::InputNotFound,
             Self::Weights(error) => error.exit(),
             Self::UnknownTarget { .. } | Self::UnsupportedModel { .. } => ExitCode::BadConfiguration,
-            Self::ReadConfig { .. } | Self::ParseConfig { .. } | Self::Shape { .. } | Self::NonFiniteWeight { .. } => {
-                ExitCode::BadData
-            }
+            Self::ReadConfig { .. } | Self::ParseConfig { .. } | Self::Shape { .. } => ExitCode::BadData,
         }
     }
 }

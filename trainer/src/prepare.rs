@@ -15,14 +15,14 @@ use serde_json::json;
 
 use self::sources::SourceRecord;
 pub use self::sources::Sources;
-use crate::checkpoint::{digest_file, digest_of, sync_folder};
+use crate::checkpoint::{HashingWriter, digest_file, digest_of, sync_folder};
 use crate::data::example::{Example, Examples};
 use crate::data::generation::GenerationRow;
 use crate::data::{self, Tokenized};
 use crate::model::Config;
 use crate::signal::Stop;
 use crate::source::{self, Access, Fetched, MODEL_TEXTS, fetch_model, fetch_rows};
-use crate::weights;
+use crate::weights::{self, WeightFiles};
 
 const MANIFEST: &str = "manifest.json";
 /// Files and columns of the product; a product of another layout is made again.
@@ -108,7 +108,7 @@ struct BaseFiles {
     revision: Option<String>,
     /// Digests of [`MODEL_TEXTS`], as far as they are there.
     texts: Vec<(&'static str, String)>,
-    weights: Vec<PathBuf>,
+    weights: WeightFiles,
 }
 
 impl BaseFiles {
@@ -124,17 +124,22 @@ impl BaseFiles {
                 texts.push((name, record.digest(&path, from)?));
             }
         }
-        let weights = weights::WeightFiles::open(&folder)?.paths().into_iter().map(Path::to_owned).collect();
+        let weights = WeightFiles::open(&folder)?;
         Ok(Self { folder, revision, texts, weights })
     }
 
-    /// Reads all weights, unless their digests are known.
+    /// Reads all weights and checks that they are finite, unless their digests are known.
     fn digest(&self, from: Sources, record: &mut SourceRecord) -> Result<Base, Error> {
         // The tokens' digest speaks for the tokenizer; the configuration decides what the weights compute.
         let mut parts: Vec<String> =
             self.texts.iter().filter(|(name, _)| *name == "config.json").map(|(_, digest)| digest.clone()).collect();
-        for path in &self.weights {
-            parts.push(record.digest(path, from)?);
+        for file in self.weights.files() {
+            let read = || {
+                let mut hash = HashingWriter::new(io::sink());
+                file.read_through(&mut hash)?;
+                Ok(hash.digest())
+            };
+            parts.push(record.digest_as_read(file.path(), from, read)?);
         }
         let digest = digest_of(parts.concat().as_bytes());
         Ok(Base { folder: self.folder.clone(), revision: self.revision.clone(), digest })

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
 use memmap2::{Mmap, UncheckedAdvice};
@@ -14,6 +14,8 @@ use safetensors::tensor::{Metadata, SafeTensors};
 
 /// Largest header that is read.
 const MAX_HEADER_BYTES: u64 = 16 << 20;
+/// Bytes that are read at once where a file is read from end to end: they stay in a core's own cache.
+const PIECE_BYTES: usize = 1 << 18;
 /// Most tensors in one file.
 const MAX_TENSORS: usize = 100_000;
 
@@ -44,6 +46,14 @@ pub enum Error {
         /// What was found and what is expected.
         message: String,
     },
+    /// A tensor holds NaN or infinity.
+    #[error("{}: tensor {name} holds NaN or infinite values; download the model again or choose another revision", path.display())]
+    NonFinite {
+        /// The file.
+        path: PathBuf,
+        /// Which tensor.
+        name: String,
+    },
     /// A tensor is not there.
     #[error("{}: tensor {name} is missing{similar}; the model is incomplete or of another architecture", folder.display())]
     MissingTensor {
@@ -73,9 +83,11 @@ impl Error {
         match self {
             Self::NoWeights { .. } => ExitCode::InputNotFound,
             Self::Read { source, .. } if source.kind() == io::ErrorKind::NotFound => ExitCode::InputNotFound,
-            Self::Read { .. } | Self::Malformed { .. } | Self::MissingTensor { .. } | Self::Dtype { .. } => {
-                ExitCode::BadData
-            }
+            Self::Read { .. }
+            | Self::Malformed { .. }
+            | Self::NonFinite { .. }
+            | Self::MissingTensor { .. }
+            | Self::Dtype { .. } => ExitCode::BadData,
         }
     }
 }
@@ -200,6 +212,39 @@ impl MappedFile {
         Some(Mapped { dtype: info.dtype, shape: info.shape.clone(), data })
     }
 
+    /// The file, to say where something was found.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Puts the whole file through `sink`, and refuses weights that are NaN or infinite: one reading for both. It does not go
+    /// through the map, where storage that fails would be a signal instead of an error.
+    pub fn read_through(&self, sink: &mut dyn Write) -> Result<(), Error> {
+        let read = |source| Error::Read { path: self.path.clone(), source };
+        let mut file = File::open(&self.path).map_err(read)?;
+        let mut buffer = vec![0; PIECE_BYTES];
+        let mut pass = |mut length: usize, check: &dyn Fn(&[u8]) -> Result<(), Error>| {
+            while length > 0 {
+                let piece = &mut buffer[..length.min(PIECE_BYTES)];
+                file.read_exact(piece).map_err(read)?;
+                check(piece)?;
+                sink.write_all(piece).map_err(read)?;
+                length -= piece.len();
+            }
+            Ok(())
+        };
+        pass(self.data_start, &|_| Ok(()))?;
+        // The header was refused if its tensors were not the rest of the file, without gaps.
+        for name in self.metadata.offset_keys() {
+            let info = self.metadata.info(&name).expect("it lists its own tensors");
+            pass(info.data_offsets.1 - info.data_offsets.0, &|piece| {
+                let finite = is_finite(info.dtype, piece);
+                finite.then_some(()).ok_or_else(|| Error::NonFinite { path: self.path.clone(), name: name.clone() })
+            })?;
+        }
+        Ok(())
+    }
+
     /// Lets go of the memory that some bytes of a tensor take since they were read; whoever reads them again reads the file.
     pub fn release(&self, data: &[u8]) {
         let start = data.as_ptr().addr() - self.map.as_ptr().addr();
@@ -269,8 +314,8 @@ impl WeightFiles {
     }
 
     /// The mapped files.
-    pub fn paths(&self) -> Vec<&Path> {
-        self.files.iter().map(|file| file.path.as_path()).collect()
+    pub fn files(&self) -> &[MappedFile] {
+        &self.files
     }
 
     /// One tensor in F32, BF16 or F16.
@@ -306,6 +351,24 @@ impl WeightFiles {
         let common = |other: &str| other.bytes().zip(name.bytes()).take_while(|(a, b)| a == b).count();
         let nearest = self.names().into_iter().max_by_key(|other| common(other));
         nearest.map_or_else(String::new, |nearest| format!(" (the nearest name there is {nearest})"))
+    }
+}
+
+/// Whether no element has the exponent of infinity and NaN, all ones. Elements of other dtypes than weights have are finite.
+fn is_finite(dtype: Dtype, little_endian: &[u8]) -> bool {
+    let halves = |exponent: u16| {
+        let (elements, _) = little_endian.as_chunks();
+        // Without an early end the loop is one of vector instructions.
+        elements.iter().fold(true, |finite, &bytes| finite & (u16::from_le_bytes(bytes) & exponent != exponent))
+    };
+    match dtype {
+        Dtype::BF16 => halves(0x7f80),
+        Dtype::F16 => halves(0x7c00),
+        Dtype::F32 => {
+            let (elements, _) = little_endian.as_chunks();
+            elements.iter().fold(true, |finite, &bytes| finite & f32::from_le_bytes(bytes).is_finite())
+        }
+        _ => true,
     }
 }
 

@@ -44,7 +44,8 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> io::Result<()> {
 }
 
 /// Counts and digests what passes through it.
-pub(super) struct HashingWriter<W> {
+#[derive(Debug)]
+pub struct HashingWriter<W> {
     /// Where the bytes go.
     pub inner: W,
     hash: Sha256,
@@ -53,12 +54,13 @@ pub(super) struct HashingWriter<W> {
 }
 
 impl<W> HashingWriter<W> {
-    pub(super) fn new(inner: W) -> Self {
+    /// Nothing has gone to `inner` yet.
+    pub fn new(inner: W) -> Self {
         Self { inner, hash: Sha256::new(), bytes: 0 }
     }
 
     /// `sha256:…` of what went.
-    pub(super) fn digest(self) -> String {
+    pub fn digest(self) -> String {
         format!("sha256:{}", hex(&self.hash.finalize()))
     }
 }

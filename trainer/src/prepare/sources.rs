@@ -94,12 +94,23 @@ impl SourceRecord {
     }
 
     pub(super) fn digest(&mut self, path: &Path, from: Sources) -> Result<String, Error> {
+        self.digest_as_read(path, from, || {
+            digest_file(path).map_err(|source| Error::Read { path: path.into(), source })
+        })
+    }
+
+    /// The digest that `read` finds, or the one that is known if the file has not been touched since.
+    pub(super) fn digest_as_read(
+        &mut self,
+        path: &Path,
+        from: Sources,
+        read: impl FnOnce() -> Result<String, Error>,
+    ) -> Result<String, Error> {
         if let Some(known) = self.digests.get(path).filter(|known| known.is_current(path)) {
             return Ok(known.digest.clone());
         }
-        let read = |source| Error::Read { path: path.into(), source };
-        let metadata = fs::metadata(path).map_err(read)?;
-        let digest = digest_file(path).map_err(read)?;
+        let metadata = fs::metadata(path).map_err(|source| Error::Read { path: path.into(), source })?;
+        let digest = read()?;
         if from == Sources::AsNoted && self.digests.get(path).is_none_or(|known| known.digest != digest) {
             return Err(Error::Changed { path: path.into() });
         }

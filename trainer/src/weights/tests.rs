@@ -83,3 +83,45 @@ fn shards_may_not_leave_the_folder() {
     let error = WeightFiles::open(folder.path()).expect_err("outside").to_string();
     assert!(error.contains("not a plain file name"), "{error}");
 }
+
+#[test]
+fn a_file_is_read_whole_and_weights_that_are_no_numbers_are_refused() {
+    let element = |dtype, bytes: &[u8]| {
+        let mut data = vec![0; bytes.len() * PIECE_BYTES];
+        data[(PIECE_BYTES - 1) * bytes.len()..].copy_from_slice(bytes);
+        let view = TensorView { name: "last".into(), dtype, shape: vec![PIECE_BYTES], data: &data };
+        let mut file = Vec::new();
+        write_safetensors(&mut file, &[], &[view]).expect("a vector takes everything");
+        let folder = folder(&file);
+        let files = WeightFiles::open(folder.path()).expect("valid");
+        let mut read = Vec::new();
+        files.files()[0].read_through(&mut read).map(|()| assert!(read == file, "not what is in the file"))
+    };
+    for (dtype, largest, refused) in [
+        (
+            Dtype::BF16,
+            &0x7f7f_u16.to_le_bytes()[..],
+            &[0x7f80_u16, 0xff80, 0x7fc0, 0xffff].map(|bits| bits.to_le_bytes().to_vec()),
+        ),
+        (
+            Dtype::F16,
+            &0xfbff_u16.to_le_bytes()[..],
+            &[0x7c00_u16, 0xfc00, 0x7e00, 0xfc01].map(|bits| bits.to_le_bytes().to_vec()),
+        ),
+        (
+            Dtype::F32,
+            &f32::MIN.to_le_bytes()[..],
+            &[f32::INFINITY, f32::NEG_INFINITY, f32::NAN, -f32::NAN].map(|value| value.to_le_bytes().to_vec()),
+        ),
+    ] {
+        element(dtype, largest).unwrap_or_else(|error| panic!("{error}"));
+        for bytes in refused {
+            let error = element(dtype, bytes).expect_err("no number").to_string();
+            assert!(
+                error.contains("model.safetensors: tensor last holds NaN or infinite values"),
+                "{bytes:?}: {error}"
+            );
+        }
+    }
+    element(Dtype::I64, &(-1_i64).to_le_bytes()).unwrap_or_else(|error| panic!("{error}"));
+}
