@@ -11,7 +11,7 @@
 
 #include "guard.h"
 
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")))
 #define INLINE AVX512 inline __attribute__((always_inline))
 
 // fp32 numbers of a vector.
@@ -49,6 +49,9 @@ struct Bf16 {
   static INLINE __m512 multiply_add(__m512 sum, uint32_t word, __m512i words) {
     return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(word)), (__m512bh)words);
   }
+  static INLINE __m256 multiply_add(__m256 sum, uint32_t word, __m256i words) {
+    return _mm256_dpbf16_ps(sum, (__m256bh)_mm256_set1_epi32(static_cast<int>(word)), (__m256bh)words);
+  }
 };
 
 struct Fp32 {
@@ -62,6 +65,10 @@ struct Fp32 {
   static INLINE __m512 multiply_add(__m512 sum, uint32_t word, __m512i words) {
     const __m512 one = _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(word)));
     return _mm512_fmadd_ps(one, _mm512_castsi512_ps(words), sum);
+  }
+  static INLINE __m256 multiply_add(__m256 sum, uint32_t word, __m256i words) {
+    const __m256 one = _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(word)));
+    return _mm256_fmadd_ps(one, _mm256_castsi256_ps(words), sum);
   }
 };
 

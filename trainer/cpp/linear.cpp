@@ -80,6 +80,8 @@ struct RowsAsLanes {
     });
   }
   int64_t width(int64_t tile) const { return std::min(TILE, padded(rows) - tile * TILE); }
+  // Lanes that are computed: not the second half of the last vector where no row is in it.
+  int64_t used(int64_t tile) const { return std::min(TILE, (rows + LANES / 2 - 1) / (LANES / 2) * (LANES / 2) - tile * TILE); }
   uint32_t *tile(int64_t index) const { return data + index * TILE * words; }
 
 private:
@@ -159,7 +161,7 @@ template <typename D> AVX512 void some_outputs(const RowsAsLanes &x, const Piece
         const uint32_t *from = weight + output * x.words + word;
         prefetch(output + ROWS < outputs ? from + ROWS * x.words : after, x.words, depth);
         product<D>({from, x.words, 1}, x.tile(tile) + word * width, width, depth, sums + output * TILE, TILE,
-                   std::min<int64_t>(ROWS, outputs - output), width, word > 0);
+                   std::min<int64_t>(ROWS, outputs - output), x.used(tile), word > 0);
       }
     }
     write_transposed<D>(sums, std::min(TILE, x.rows - tile * TILE), outputs, out + tile * TILE * stride, stride, before);

@@ -39,24 +39,35 @@ struct Words {
   int64_t place_stride;
 };
 
-// c[R x 16 V] (+)= a[R x words] b[words x 16 V]
-template <typename D, int R, int V>
+// c[R x 16 V] (+)= a[R x words] b[words x 16 V]; with HALF, 8 columns more.
+template <typename D, int R, int V, bool HALF>
 INLINE void block(Words a, const uint32_t *b, int64_t b_stride, int64_t words, float *c, int64_t c_stride, bool add) {
-  __m512 sums[R][V];
+  __m512 sums[R][V + 1];
+  __m256 halves[R];
   for (int r = 0; r < R; ++r) {
     for (int v = 0; v < V; ++v) {
       sums[r][v] = add ? _mm512_loadu_ps(c + r * c_stride + v * LANES) : _mm512_setzero_ps();
     }
+    if (HALF) {
+      halves[r] = add ? _mm256_loadu_ps(c + r * c_stride + V * LANES) : _mm256_setzero_ps();
+    }
   }
   for (int64_t p = 0; p < words; ++p) {
-    __m512i columns[V];
+    __m512i columns[V + 1];
+    __m256i half;
     for (int v = 0; v < V; ++v) {
       columns[v] = _mm512_loadu_si512(b + p * b_stride + v * LANES);
+    }
+    if (HALF) {
+      half = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(b + p * b_stride + V * LANES));
     }
     for (int r = 0; r < R; ++r) {
       const uint32_t row = a.data[r * a.row_stride + p * a.place_stride];
       for (int v = 0; v < V; ++v) {
         sums[r][v] = D::multiply_add(sums[r][v], row, columns[v]);
+      }
+      if (HALF) {
+        halves[r] = D::multiply_add(halves[r], row, half);
       }
     }
   }
@@ -64,26 +75,29 @@ INLINE void block(Words a, const uint32_t *b, int64_t b_stride, int64_t words, f
     for (int v = 0; v < V; ++v) {
       _mm512_storeu_ps(c + r * c_stride + v * LANES, sums[r][v]);
     }
+    if (HALF) {
+      _mm256_storeu_ps(c + r * c_stride + V * LANES, halves[r]);
+    }
   }
 }
 
-template <typename D, int V>
+template <typename D, int V, bool HALF = false>
 AVX512 void rows(Words a, const uint32_t *b, int64_t b_stride, int64_t words, float *c, int64_t c_stride, int64_t count,
                  bool add) {
   for (; count >= ROWS; count -= ROWS, a.data += ROWS * a.row_stride, c += ROWS * c_stride) {
-    block<D, ROWS, V>(a, b, b_stride, words, c, c_stride, add);
+    block<D, ROWS, V, HALF>(a, b, b_stride, words, c, c_stride, add);
   }
   switch (count) {
-  case 5: block<D, 5, V>(a, b, b_stride, words, c, c_stride, add); break;
-  case 4: block<D, 4, V>(a, b, b_stride, words, c, c_stride, add); break;
-  case 3: block<D, 3, V>(a, b, b_stride, words, c, c_stride, add); break;
-  case 2: block<D, 2, V>(a, b, b_stride, words, c, c_stride, add); break;
-  case 1: block<D, 1, V>(a, b, b_stride, words, c, c_stride, add); break;
+  case 5: block<D, 5, V, HALF>(a, b, b_stride, words, c, c_stride, add); break;
+  case 4: block<D, 4, V, HALF>(a, b, b_stride, words, c, c_stride, add); break;
+  case 3: block<D, 3, V, HALF>(a, b, b_stride, words, c, c_stride, add); break;
+  case 2: block<D, 2, V, HALF>(a, b, b_stride, words, c, c_stride, add); break;
+  case 1: block<D, 1, V, HALF>(a, b, b_stride, words, c, c_stride, add); break;
   default: break;
   }
 }
 
-// c[count x columns] (+)= a[count x words] b[words x columns]; columns are whole vectors.
+// c[count x columns] (+)= a[count x words] b[words x columns]; columns are whole vectors, and half of one.
 template <typename D>
 AVX512 void product(Words a, const uint32_t *b, int64_t b_stride, int64_t words, float *c, int64_t c_stride, int64_t count,
                     int64_t columns, bool add) {
@@ -94,8 +108,11 @@ AVX512 void product(Words a, const uint32_t *b, int64_t b_stride, int64_t words,
   for (; at + 2 * LANES <= columns; at += 2 * LANES) {
     rows<D, 2>(a, b + at, b_stride, words, c + at, c_stride, count, add);
   }
-  for (; at < columns; at += LANES) {
-    rows<D, 1>(a, b + at, b_stride, words, c + at, c_stride, count, add);
+  switch (columns - at) {
+  case LANES + LANES / 2: rows<D, 1, true>(a, b + at, b_stride, words, c + at, c_stride, count, add); break;
+  case LANES: rows<D, 1>(a, b + at, b_stride, words, c + at, c_stride, count, add); break;
+  case LANES / 2: rows<D, 0, true>(a, b + at, b_stride, words, c + at, c_stride, count, add); break;
+  default: break;
   }
 }
 

@@ -211,9 +211,16 @@ mod tests {
     fn few_rows_times_a_weight_are_the_product() {
         tch::set_num_threads(1);
         for (kind, most) in [(Kind::BFloat16, 3e-3), (Kind::Float, 1e-6)] {
-            for (rows, inputs, outputs) in
-                [(1, 576, 192), (3, 2, 50), (16, 8, 48), (22, 200, 97), (64, 194, 8), (150, 1536, 64), (256, 18, 33)]
-            {
+            for (rows, inputs, outputs) in [
+                (1, 576, 192),
+                (3, 2, 50),
+                (16, 8, 48),
+                (22, 200, 97),
+                (40, 34, 7),
+                (64, 194, 8),
+                (150, 1536, 64),
+                (256, 18, 33),
+            ] {
                 let random = |seed, shape: &[i64]| cpu::noise(seed, shape).to_kind(kind);
                 let (x, weight, sum) =
                     (random(1, &[rows, inputs]), random(2, &[outputs, inputs]), random(3, &[rows, outputs]));
@@ -230,6 +237,8 @@ mod tests {
                 let exact = wide(&x).matmul(&wide(&weight).tr());
                 let product = linear(&x, &weight);
                 check("product", &product, &exact);
+                let last = |matrix: &Tensor| matrix.narrow(0, rows - 1, 1);
+                assert!(linear(&last(&x), &weight).equal(&last(&product)), "a row is the same among others and alone");
                 let larger = random(4, &[outputs + 50, inputs]);
                 let [first, second] = linears(&x, [&larger, &weight]);
                 assert!(first.equal(&linear(&x, &larger)) && second.equal(&product), "one x and two weights");
