@@ -59,6 +59,7 @@ def execute(trainer, job, folder):
         while (ended := os.wait4(process.pid, os.WNOHANG))[0] == 0:
             if first_end is None and metrics.exists() and metrics.stat().st_size > 0:
                 first_end = time.time()
+            # What is seen late counts as our start; peers take their own time.
             time.sleep(0.002 if first_end is None else 0.01)
         _, status, usage = ended
         process.returncode = os.waitstatus_to_exitcode(status)

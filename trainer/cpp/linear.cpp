@@ -26,6 +26,9 @@ static_assert(OUTPUTS % LANES == 0 && OUTPUTS % ROWS == 0, "no tile of sums is c
 // Vectors that are worth a thread of their own when rows are brought into order.
 constexpr int64_t LEAST_VECTORS = 512;
 
+// Numbers up to half a vector.
+int64_t padded_to_half(int64_t size) { return (size + LANES / 2 - 1) / (LANES / 2) * (LANES / 2); }
+
 INLINE __m512 low_pairs(__m512 a, __m512 b) {
   return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
 }
@@ -80,8 +83,8 @@ struct RowsAsLanes {
     });
   }
   int64_t width(int64_t tile) const { return std::min(TILE, padded(rows) - tile * TILE); }
-  // Lanes that are computed: not the second half of the last vector where no row is in it.
-  int64_t used(int64_t tile) const { return std::min(TILE, (rows + LANES / 2 - 1) / (LANES / 2) * (LANES / 2) - tile * TILE); }
+  // Without the second half of the last vector where no row is in it.
+  int64_t computed_width(int64_t tile) const { return std::min(TILE, padded_to_half(rows) - tile * TILE); }
   uint32_t *tile(int64_t index) const { return data + index * TILE * words; }
 
 private:
@@ -106,7 +109,8 @@ private:
 // What becomes of what is in the output already.
 enum class Before { Replaced, AddedTo };
 
-// Brings sums [output][row of a tile] to out [rows][outputs].
+// Brings sums [output][row of a tile] to out [rows][outputs]. What is beside them in a vector is read, whatever it is, and goes
+// nowhere.
 template <typename D>
 AVX512 void write_transposed(const float *sums, int64_t rows, int64_t outputs, Element<D> *out, int64_t stride, Before before) {
   for (int64_t output = 0; output < outputs; output += LANES) {
@@ -161,7 +165,7 @@ template <typename D> AVX512 void some_outputs(const RowsAsLanes &x, const Piece
         const uint32_t *from = weight + output * x.words + word;
         prefetch(output + ROWS < outputs ? from + ROWS * x.words : after, x.words, depth);
         product<D>({from, x.words, 1}, x.tile(tile) + word * width, width, depth, sums + output * TILE, TILE,
-                   std::min<int64_t>(ROWS, outputs - output), x.used(tile), word > 0);
+                   std::min<int64_t>(ROWS, outputs - output), x.computed_width(tile), word > 0);
       }
     }
     write_transposed<D>(sums, std::min(TILE, x.rows - tile * TILE), outputs, out + tile * TILE * stride, stride, before);

@@ -121,8 +121,8 @@ int64_t least_rows(int64_t columns) { return LEAST / std::clamp<int64_t>(columns
 extern "C" {
 
 int ft_cpu_kernels_are_supported() {
-  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
 }
 
 // Whether libtorch's products in bf16 use AMX here.

@@ -39,26 +39,26 @@ struct Words {
   int64_t place_stride;
 };
 
-// c[R x 16 V] (+)= a[R x words] b[words x 16 V]; with HALF, 8 columns more.
+// c[R x 16 V] (+)= a[R x words] b[words x 16 V]; with HALF, 8 columns more, and V may be 0, which no array may.
 template <typename D, int R, int V, bool HALF>
 INLINE void block(Words a, const uint32_t *b, int64_t b_stride, int64_t words, float *c, int64_t c_stride, bool add) {
   __m512 sums[R][V + 1];
-  __m256 halves[R];
+  [[maybe_unused]] __m256 halves[R];
   for (int r = 0; r < R; ++r) {
     for (int v = 0; v < V; ++v) {
       sums[r][v] = add ? _mm512_loadu_ps(c + r * c_stride + v * LANES) : _mm512_setzero_ps();
     }
-    if (HALF) {
+    if constexpr (HALF) {
       halves[r] = add ? _mm256_loadu_ps(c + r * c_stride + V * LANES) : _mm256_setzero_ps();
     }
   }
   for (int64_t p = 0; p < words; ++p) {
     __m512i columns[V + 1];
-    __m256i half;
+    [[maybe_unused]] __m256i half;
     for (int v = 0; v < V; ++v) {
       columns[v] = _mm512_loadu_si512(b + p * b_stride + v * LANES);
     }
-    if (HALF) {
+    if constexpr (HALF) {
       half = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(b + p * b_stride + V * LANES));
     }
     for (int r = 0; r < R; ++r) {
@@ -66,7 +66,7 @@ INLINE void block(Words a, const uint32_t *b, int64_t b_stride, int64_t words, f
       for (int v = 0; v < V; ++v) {
         sums[r][v] = D::multiply_add(sums[r][v], row, columns[v]);
       }
-      if (HALF) {
+      if constexpr (HALF) {
         halves[r] = D::multiply_add(halves[r], row, half);
       }
     }
@@ -75,7 +75,7 @@ INLINE void block(Words a, const uint32_t *b, int64_t b_stride, int64_t words, f
     for (int v = 0; v < V; ++v) {
       _mm512_storeu_ps(c + r * c_stride + v * LANES, sums[r][v]);
     }
-    if (HALF) {
+    if constexpr (HALF) {
       _mm256_storeu_ps(c + r * c_stride + V * LANES, halves[r]);
     }
   }
@@ -97,7 +97,7 @@ AVX512 void rows(Words a, const uint32_t *b, int64_t b_stride, int64_t words, fl
   }
 }
 
-// c[count x columns] (+)= a[count x words] b[words x columns]; columns are whole vectors, and half of one.
+// c[count x columns] (+)= a[count x words] b[words x columns]; columns are a multiple of half a vector.
 template <typename D>
 AVX512 void product(Words a, const uint32_t *b, int64_t b_stride, int64_t words, float *c, int64_t c_stride, int64_t count,
                     int64_t columns, bool add) {

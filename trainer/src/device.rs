@@ -41,6 +41,8 @@ pub fn set_library_defaults(is_set: impl Fn(&str) -> bool) {
         // room for the shapes of one step is enough, and less than that makes every layer compile them anew. The default is
         // 1024.
         (&["ONEDNN_PRIMITIVE_CACHE_CAPACITY"], "128"),
+        // MKL takes as many threads as it is told, always: `set_num_threads` sees to it, and is not called everywhere.
+        (&["MKL_DYNAMIC"], "FALSE"),
     ] {
         if !names.iter().any(|name| is_set(name)) {
             // SAFETY: no other thread reads the environment yet.
@@ -102,8 +104,8 @@ pub fn limit_threads(cpus: Option<f64>) {
     set_threads(cpu_threads(cpus).0);
 }
 
-/// Not where the number is right already: to be told it, libtorch starts a second pool of threads, for its mobile kernels, which
-/// spin for 50 ms beside what is computed first.
+/// Not where the number is right already, as it is without a CPU limit: to be told it, libtorch starts a second pool of threads,
+/// for its mobile kernels, which spin for 50 ms beside what is computed first.
 fn set_threads(threads: i64) {
     if i64::from(tch::get_num_threads()) != threads {
         tch::set_num_threads(threads as i32);

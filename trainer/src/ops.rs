@@ -237,8 +237,13 @@ mod tests {
                 let exact = wide(&x).matmul(&wide(&weight).tr());
                 let product = linear(&x, &weight);
                 check("product", &product, &exact);
-                let last = |matrix: &Tensor| matrix.narrow(0, rows - 1, 1);
-                assert!(linear(&last(&x), &weight).equal(&last(&product)), "a row is the same among others and alone");
+                if cpu::fits_linear(&x, &weight) {
+                    let last = |matrix: &Tensor| matrix.narrow(0, rows - 1, 1);
+                    assert!(
+                        linear(&last(&x), &weight).equal(&last(&product)),
+                        "a row is the same among others and alone"
+                    );
+                }
                 let larger = random(4, &[outputs + 50, inputs]);
                 let [first, second] = linears(&x, [&larger, &weight]);
                 assert!(first.equal(&linear(&x, &larger)) && second.equal(&product), "one x and two weights");

@@ -3,8 +3,9 @@
 
 mod sources;
 
+use std::collections::HashSet;
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::thread;
 
@@ -19,10 +20,10 @@ use crate::checkpoint::{HashingWriter, digest_file, digest_of, sync_folder};
 use crate::data::example::{Example, Examples};
 use crate::data::generation::GenerationRow;
 use crate::data::{self, Tokenized};
-use crate::model::Config;
+use crate::model::{Config, base_shapes};
 use crate::signal::Stop;
 use crate::source::{self, Access, Fetched, MODEL_TEXTS, fetch_model, fetch_rows};
-use crate::weights::{self, WeightFiles};
+use crate::weights::{self, MappedFile, WeightFiles};
 
 const MANIFEST: &str = "manifest.json";
 /// Files and columns of the product; a product of another layout is made again.
@@ -128,21 +129,31 @@ impl BaseFiles {
         Ok(Self { folder, revision, texts, weights })
     }
 
-    /// Reads all weights and checks that they are finite, unless their digests are known.
+    /// Reads all weights, unless their digests are known.
     fn digest(&self, from: Sources, record: &mut SourceRecord) -> Result<Base, Error> {
         // The tokens' digest speaks for the tokenizer; the configuration decides what the weights compute.
         let mut parts: Vec<String> =
             self.texts.iter().filter(|(name, _)| *name == "config.json").map(|(_, digest)| digest.clone()).collect();
         for file in self.weights.files() {
-            let read = || {
-                let mut hash = HashingWriter::new(io::sink());
-                file.read_through(&mut hash)?;
-                Ok(hash.digest())
-            };
-            parts.push(record.digest_as_read(file.path(), from, read)?);
+            parts.push(record.digest_as_read(file.path(), from, || self.read_weights(file))?);
         }
         let digest = digest_of(parts.concat().as_bytes());
         Ok(Base { folder: self.folder.clone(), revision: self.revision.clone(), digest })
+    }
+
+    /// The digest of a file whose weights are finite: what is not finite has none that could be known later.
+    fn read_weights(&self, file: &MappedFile) -> Result<String, Error> {
+        let shapes = base_shapes(&Config::read(&self.folder)?);
+        let names: HashSet<&str> = shapes.iter().map(|(name, _)| name.as_str()).collect();
+        let mut hash = HashingWriter::new(io::sink());
+        let read = file.read_through(&|name| names.contains(name), &mut |piece| {
+            hash.write_all(piece).expect("a sink takes everything");
+        });
+        match read {
+            Ok(()) => Ok(hash.digest()),
+            Err(weights::Error::Read { path, source }) => Err(Error::Read { path, source }),
+            Err(error) => Err(error.into()),
+        }
     }
 }
 

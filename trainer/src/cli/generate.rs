@@ -9,11 +9,10 @@ use super::{Outcome, tell};
 use crate::export::AdapterInfo;
 use crate::generate::{Limits, generate};
 use crate::linear::Adapters;
-use crate::model::{Config, Source, build};
+use crate::model::{Config, Source, build, check_finite};
 use crate::signal::Stop;
 use crate::source::{Access, Claims, HubSettings};
 use crate::tokenizer::Tokenizer;
-use crate::weights::WeightFiles;
 
 /// A model that answers: its folder, and the adapter on it.
 struct Answering {
@@ -60,9 +59,6 @@ pub(super) fn answer(
     let failed = |error: &dyn std::fmt::Display, exit: ExitCode| (exit, error.to_string());
     let Answering { folder, adapter } = answering(folder, base, hub)?;
     let method = adapter.as_ref().map(|(_, adapter)| Method::LoRA { lora: adapter.lora.clone() });
-    let weights = WeightFiles::open(&folder)
-        .and_then(|weights| weights.files().iter().try_for_each(|file| file.read_through(&mut std::io::sink())));
-    weights.map_err(|error| failed(&error, error.exit()))?;
     let config = Config::read(&folder).map_err(|error| failed(&error, error.exit()))?;
     let tokenizer = Tokenizer::open(&folder).map_err(|error| failed(&error, error.exit()))?;
     let tokens = crate::data::prompt_tokens(&tokenizer, prompt).map_err(|error| failed(&error, error.exit()))?;
@@ -83,6 +79,7 @@ pub(super) fn answer(
         seed: 0,
         max_positions: length + max_new_tokens,
     };
+    check_finite(&folder).map_err(|error| failed(&error, error.exit()))?;
     let mut built = build(&source).map_err(|error| failed(&error, error.exit()))?;
     if let Some((folder, _)) = &adapter {
         crate::export::load_adapter(folder, &mut built.parameters).map_err(|message| (ExitCode::BadData, message))?;

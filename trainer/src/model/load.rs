@@ -56,7 +56,8 @@ pub struct Built {
     pub parameters: Parameters,
 }
 
-/// Builds the model that `source` describes.
+/// Builds the model that `source` describes. That its weights are finite was found when they were digested, or by
+/// [`check_finite`].
 pub fn build(source: &Source) -> Result<Built, Error> {
     let config = Config::read(source.folder)?;
     let files = WeightFiles::open(source.folder)?;
@@ -82,6 +83,16 @@ pub fn build(source: &Source) -> Result<Built, Error> {
     let base = base.into_iter().collect();
     let model = Assembler { config: &config, base, parameters: &parameters, lora }.assemble(source, maps)?;
     Ok(Built { model, parameters })
+}
+
+/// Reads the weights of a model that no run has prepared, and refuses NaN and infinity.
+pub fn check_finite(folder: &Path) -> Result<(), Error> {
+    let shapes = base_shapes(&Config::read(folder)?);
+    let is_weight = |name: &str| shapes.iter().any(|(weight, _)| weight == name);
+    for file in WeightFiles::open(folder)?.files() {
+        file.read_through(&is_weight, &mut |_| ())?;
+    }
+    Ok(())
 }
 
 /// Whose gradients are there at the same time: layer by layer, and the rest all the time.

@@ -86,42 +86,55 @@ fn shards_may_not_leave_the_folder() {
 
 #[test]
 fn a_file_is_read_whole_and_weights_that_are_no_numbers_are_refused() {
-    let element = |dtype, bytes: &[u8]| {
-        let mut data = vec![0; bytes.len() * PIECE_BYTES];
-        data[(PIECE_BYTES - 1) * bytes.len()..].copy_from_slice(bytes);
-        let view = TensorView { name: "last".into(), dtype, shape: vec![PIECE_BYTES], data: &data };
+    // The second tensor ends in a piece that is not full, and the last one is no weight of the model.
+    const ELEMENTS: usize = PIECE_BYTES + 3;
+    let read = |dtype: Dtype, element: &[u8], place: usize| {
+        let mut data = vec![0; element.len() * ELEMENTS];
+        data[place * element.len()..][..element.len()].copy_from_slice(element);
+        let nan = [0xff; 8];
+        let tensor = |name: &str, dtype, shape, data| TensorView { name: name.into(), dtype, shape: vec![shape], data };
+        let tensors = [
+            tensor("first", dtype, 1, &data[..element.len()]),
+            tensor("second", dtype, ELEMENTS, &data),
+            tensor("unused", Dtype::BF16, 4, &nan),
+            tensor("without elements", dtype, 0, &[]),
+        ];
         let mut file = Vec::new();
-        write_safetensors(&mut file, &[], &[view]).expect("a vector takes everything");
+        write_safetensors(&mut file, &[], &tensors).expect("a vector takes everything");
         let folder = folder(&file);
         let files = WeightFiles::open(folder.path()).expect("valid");
-        let mut read = Vec::new();
-        files.files()[0].read_through(&mut read).map(|()| assert!(read == file, "not what is in the file"))
+        let mut seen = Vec::new();
+        let result =
+            files.files()[0].read_through(&|name| name != "unused", &mut |piece| seen.extend_from_slice(piece));
+        result.map(|()| assert!(seen == file, "not what is in the file"))
     };
+    let halves = |bits: [u16; 4]| bits.map(|bits| bits.to_le_bytes().to_vec());
+    let infinite = [f32::INFINITY, f32::NEG_INFINITY, f32::NAN, -f32::NAN].map(|value| value.to_le_bytes().to_vec());
     for (dtype, largest, refused) in [
-        (
-            Dtype::BF16,
-            &0x7f7f_u16.to_le_bytes()[..],
-            &[0x7f80_u16, 0xff80, 0x7fc0, 0xffff].map(|bits| bits.to_le_bytes().to_vec()),
-        ),
-        (
-            Dtype::F16,
-            &0xfbff_u16.to_le_bytes()[..],
-            &[0x7c00_u16, 0xfc00, 0x7e00, 0xfc01].map(|bits| bits.to_le_bytes().to_vec()),
-        ),
-        (
-            Dtype::F32,
-            &f32::MIN.to_le_bytes()[..],
-            &[f32::INFINITY, f32::NEG_INFINITY, f32::NAN, -f32::NAN].map(|value| value.to_le_bytes().to_vec()),
-        ),
+        (Dtype::BF16, 0x7f7f_u16.to_le_bytes().to_vec(), halves([0x7f80, 0xff80, 0x7fc0, 0xffff])),
+        (Dtype::F16, 0xfbff_u16.to_le_bytes().to_vec(), halves([0x7c00, 0xfc00, 0x7e00, 0xfc01])),
+        (Dtype::F32, f32::MIN.to_le_bytes().to_vec(), infinite),
+        (Dtype::I64, (-1_i64).to_le_bytes().to_vec(), Default::default()),
     ] {
-        element(dtype, largest).unwrap_or_else(|error| panic!("{error}"));
-        for bytes in refused {
-            let error = element(dtype, bytes).expect_err("no number").to_string();
-            assert!(
-                error.contains("model.safetensors: tensor last holds NaN or infinite values"),
-                "{bytes:?}: {error}"
-            );
+        read(dtype, &largest, ELEMENTS - 1).unwrap_or_else(|error| panic!("{error}"));
+        for bytes in refused.iter().filter(|bytes| !bytes.is_empty()) {
+            // In the first place it is in the first tensor, too.
+            for (place, name) in [(0, "first"), (PIECE_BYTES / 2, "second"), (ELEMENTS - 1, "second")] {
+                let error = read(dtype, bytes, place).expect_err("no number").to_string();
+                let expected = format!("model.safetensors: tensor {name} holds NaN or infinite values");
+                assert!(error.contains(&expected), "{bytes:?} at {place}: {error}");
+            }
         }
     }
-    element(Dtype::I64, &(-1_i64).to_le_bytes()).unwrap_or_else(|error| panic!("{error}"));
+}
+
+#[test]
+fn a_file_that_has_grown_is_refused() {
+    let mut bytes = sample();
+    let folder = folder(&bytes);
+    let files = WeightFiles::open(folder.path()).expect("valid");
+    bytes.push(0);
+    std::fs::write(folder.path().join("model.safetensors"), &bytes).expect("writable");
+    let error = files.files()[0].read_through(&|_| true, &mut |_| ()).expect_err("longer").to_string();
+    assert!(error.contains("it has grown since it was opened"), "{error}");
 }
