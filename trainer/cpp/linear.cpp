@@ -26,9 +26,6 @@ static_assert(OUTPUTS % LANES == 0 && OUTPUTS % ROWS == 0, "no tile of sums is c
 // Vectors that are worth a thread of their own when rows are brought into order.
 constexpr int64_t LEAST_VECTORS = 512;
 
-// Numbers up to half a vector.
-int64_t padded_to_half(int64_t size) { return (size + LANES / 2 - 1) / (LANES / 2) * (LANES / 2); }
-
 INLINE __m512 low_pairs(__m512 a, __m512 b) {
   return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
 }
@@ -84,7 +81,7 @@ struct RowsAsLanes {
   }
   int64_t width(int64_t tile) const { return std::min(TILE, padded(rows) - tile * TILE); }
   // Without the second half of the last vector where no row is in it.
-  int64_t computed_width(int64_t tile) const { return std::min(TILE, padded_to_half(rows) - tile * TILE); }
+  int64_t computed_width(int64_t tile) const { return std::min(TILE, padded(rows, LANES / 2) - tile * TILE); }
   uint32_t *tile(int64_t index) const { return data + index * TILE * words; }
 
 private:

@@ -29,8 +29,8 @@ template <typename T> struct CacheAligned {
 
 template <typename T> using Numbers = std::vector<T, CacheAligned<T>>;
 
-// Numbers up to whole vectors.
-int64_t padded(int64_t size) { return (size + LANES - 1) / LANES * LANES; }
+// Numbers up to whole vectors, or to parts of one.
+int64_t padded(int64_t size, int64_t part = LANES) { return (size + part - 1) / part * part; }
 
 // Factor `a`: its word of a row and of an inner place is at a[row * row_stride + place * place_stride].
 struct Words {

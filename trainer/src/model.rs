@@ -14,8 +14,8 @@ pub use config::Config;
 pub use layer::{KeyValues, Outputs, Recompute};
 pub use llama::{BackwardPass, DeviceBatch, Llama, Noise};
 pub use load::{
-    Built, Source, base_elements, base_shapes, build, check_finite, layer_elements, lora_parameters, merged,
-    restore_base, target_linears,
+    Built, Source, base_elements, build, check_finite, layer_elements, lora_parameters, merged, restore_base,
+    target_linears, weight_names,
 };
 
 /// A model could not be built.

@@ -117,7 +117,8 @@ pub fn display_bytes(bytes: i64) -> String {
     format!("{value:.1} TiB")
 }
 
-/// FLOP/s of a matrix product as large as a layer's, in the model's dtype: of at least two products, or of as many as take a hundredth of a second.
+/// FLOP/s of a matrix product as large as a layer's, in the model's dtype: of at least two products, or of as many as take a
+/// hundredth of a second.
 pub fn measure_matmul_rate(model: &Config, kind: Kind, device: tch::Device) -> f64 {
     let (rows, inner, columns) = (512, model.hidden_size, model.intermediate_size);
     let a = Tensor::ones([rows, inner], (kind, device));

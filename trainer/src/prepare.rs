@@ -3,7 +3,6 @@
 
 mod sources;
 
-use std::collections::HashSet;
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -20,7 +19,7 @@ use crate::checkpoint::{HashingWriter, digest_file, digest_of, sync_folder};
 use crate::data::example::{Example, Examples};
 use crate::data::generation::GenerationRow;
 use crate::data::{self, Tokenized};
-use crate::model::{Config, base_shapes};
+use crate::model::{Config, weight_names};
 use crate::signal::Stop;
 use crate::source::{self, Access, Fetched, MODEL_TEXTS, fetch_model, fetch_rows};
 use crate::weights::{self, MappedFile, WeightFiles};
@@ -143,8 +142,7 @@ impl BaseFiles {
 
     /// The digest of a file whose weights are finite: what is not finite has none that could be known later.
     fn read_weights(&self, file: &MappedFile) -> Result<String, Error> {
-        let shapes = base_shapes(&Config::read(&self.folder)?);
-        let names: HashSet<&str> = shapes.iter().map(|(name, _)| name.as_str()).collect();
+        let names = weight_names(&self.folder)?;
         let mut hash = HashingWriter::new(io::sink());
         let read = file.read_through(&|name| names.contains(name), &mut |piece| {
             hash.write_all(piece).expect("a sink takes everything");

@@ -1,6 +1,7 @@
 //! From a model folder and a method to a model and its trained tensors. Names are Hugging Face tensor names throughout:
 //! there is no mapping table. Frozen CPU weights in the right dtype stay in the mapped files; nothing is copied.
 
+use std::collections::HashSet;
 use std::path::Path;
 
 use crds::run::{Lora, Method, Optimizer};
@@ -87,12 +88,16 @@ pub fn build(source: &Source) -> Result<Built, Error> {
 
 /// Reads the weights of a model that no run has prepared, and refuses NaN and infinity.
 pub fn check_finite(folder: &Path) -> Result<(), Error> {
-    let shapes = base_shapes(&Config::read(folder)?);
-    let is_weight = |name: &str| shapes.iter().any(|(weight, _)| weight == name);
+    let names = weight_names(folder)?;
     for file in WeightFiles::open(folder)?.files() {
-        file.read_through(&is_weight, &mut |_| ())?;
+        file.read_through(&|name| names.contains(name), &mut |_| ())?;
     }
     Ok(())
+}
+
+/// Names of the tensors that a model is built from; its files may have others.
+pub fn weight_names(folder: &Path) -> Result<HashSet<String>, Error> {
+    Ok(base_shapes(&Config::read(folder)?).into_iter().map(|(name, _)| name).collect())
 }
 
 /// Whose gradients are there at the same time: layer by layer, and the rest all the time.

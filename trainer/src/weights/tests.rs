@@ -1,3 +1,4 @@
+use super::reading::PIECE_BYTES;
 use super::*;
 
 fn sample() -> Vec<u8> {
