@@ -34,10 +34,11 @@ fn the_operator_uses_every_right_that_it_has_and_asks_for_no_other() {
     space.trains("held");
     // events patch: an event that repeats.
     let newest = || space.status("held")["checkpoints"].as_array().and_then(|all| all.last()?["step"].as_i64());
-    let first = newest();
-    wait_for("a later checkpoint to be told", FEW_MINUTES, || {
+    let mut first = None;
+    wait_for("a checkpoint to be told, and a later one", FEW_MINUTES, || {
         let now = newest();
-        if first.is_some() && now > first { Ok(()) } else { Err(format!("{first:?}, then {now:?}")) }
+        first = first.or(now);
+        if now > first { Ok(()) } else { Err(format!("{first:?}, then {now:?}")) }
     });
     space.patch("held", "{\"suspend\": true}");
     space.until("held", "to be held", |status| status["phase"] == "Suspended");
