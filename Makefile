@@ -66,6 +66,7 @@ compat: build base-model ## golden files from the Python peers, and our outputs 
 
 bench: build base-model ## tokens/s, memory and start beside transformers + PEFT and TRL
 	@python=$$(tools/peers-env.sh)
+	$$python tests/bench/roofline.py
 	$$python tests/bench/profile_step.py $(TRAINER)
 	$$python tests/bench/checkpoints.py $(TRAINER)
 	$$python tests/bench/bench.py $(TRAINER)

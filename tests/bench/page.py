@@ -11,6 +11,7 @@ MARKS = ("<!-- results -->", "<!-- end of results -->")
 STANDING_MARKS = ("<!-- standing -->", "<!-- end of standing -->")
 PROFILE_MARKS = ("<!-- profile -->", "<!-- end of profile -->")
 CHECKPOINT_MARKS = ("<!-- checkpoint results -->", "<!-- end of checkpoint results -->")
+ROOFLINE_MARKS = ("<!-- roofline -->", "<!-- end of roofline -->")
 LADDER_MARKS = ("<!-- ladder results -->", "<!-- end of ladder results -->")
 
 
