@@ -189,6 +189,13 @@ CUresult cuDeviceGet(CUdevice *device, int ordinal) {
   return ordinal == 0 ? CUDA_SUCCESS : CUDA_ERROR_INVALID_DEVICE;
 }
 
+// Of an H200.
+CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice) {
+  *value = attribute == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR ? 9 : 0;
+  const bool is_known = *value == 9 || attribute == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR;
+  return is_known ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+}
+
 CUresult cuDevicePrimaryCtxRetain(CUcontext *found, CUdevice) {
   *found = reinterpret_cast<CUcontext>(&context);
   return CUDA_SUCCESS;

@@ -159,6 +159,13 @@ fn what_does_not_belong_together_is_refused() {
 }
 
 #[test]
+fn the_driver_is_asked_for_the_compute_capability() {
+    let found = cuda::read_compute_capability(Path::new(env!("CUDA_ON_CPU"))).unwrap_or_else(|error| panic!("{error}"));
+    assert_eq!(found, (9, 0));
+    assert!(found > cuda::HAS_BF16);
+}
+
+#[test]
 fn a_missing_driver_is_named() {
     let error = Kernels::load(Path::new("/nowhere/libcuda.so.1")).err().expect("there is none").to_string();
     assert!(error.starts_with("/nowhere/libcuda.so.1: ") && error.contains("No such file"), "{error}");

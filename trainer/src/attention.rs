@@ -3,11 +3,16 @@
 //! Shapes: t packed tokens, n heads, k key-value heads, d head size, b examples of one length, l that length.
 //! In bf16 on a CPU that has AVX512-BF16 our own kernel takes the whole row (`shim::cpu`); elsewhere on the CPU each run of
 //! examples of equal length is one call of libtorch's flash attention, with keys and values expanded to all heads (measured
-//! faster there than native grouping). On CUDA one variable-length call takes the whole row.
+//! faster there than native grouping). On CUDA one variable-length call takes the whole row, where flash attention takes it.
 
 use tch::{Device, Kind, Tensor};
 
-use crate::shim::{self, cpu};
+use crate::shim::{self, cpu, cuda};
+
+/// Head sizes that flash attention takes on every GPU that it takes: multiples of 8 up to this one.
+const LARGEST_FLASH_HEAD: i64 = 192;
+/// Elements of a matrix of scores, where it is made: of many short examples, or of one long one.
+const SCORES: i64 = 64 << 20;
 
 /// Where the examples of a packed row begin and end, on the host and (int32, for CUDA kernels) on the device.
 #[derive(Debug)]
@@ -25,6 +30,17 @@ struct Run {
     length: i64,
 }
 
+impl Run {
+    /// Its examples, so many at a time.
+    fn parts(self, examples: i64) -> impl Iterator<Item = Self> {
+        (0..self.examples).step_by(examples as usize).map(move |first| Self {
+            start: self.start + first * self.length,
+            examples: examples.min(self.examples - first),
+            length: self.length,
+        })
+    }
+}
+
 impl Segments {
     /// From `[0, l1, l1 + l2, …]`.
     pub fn new(cu_seqlens: &[i32], device: Device) -> Self {
@@ -39,6 +55,14 @@ impl Segments {
         let max_length = runs.iter().map(|run| run.length).max().unwrap_or(0);
         Self { runs, cu_seqlens: shim::upload(cu_seqlens, device), max_length }
     }
+
+    /// What is computed at once: runs, or where their scores are made, parts of them whose scores have about so many elements.
+    fn parts(&self, heads: i64, scores: Option<i64>) -> impl Iterator<Item = Run> {
+        self.runs.iter().flat_map(move |&run| {
+            let examples = scores.map_or(run.examples, |scores| (scores / (heads * run.length * run.length)).max(1));
+            run.parts(examples)
+        })
+    }
 }
 
 /// What the backward pass needs beside q, k and v.
@@ -51,7 +75,7 @@ pub struct Saved {
 
 #[derive(Debug)]
 enum Statistics {
-    /// Log-sum-exp of each run, `[b, n, l]`.
+    /// Log-sum-exp of each run or part of one, `[b, n, l]`.
     Runs(Vec<Tensor>),
     /// Log-sum-exp, `[n, t]`.
     Kernel(Tensor),
@@ -91,8 +115,26 @@ pub fn scale(head_size: i64) -> f64 {
     1.0 / (head_size as f64).sqrt()
 }
 
-fn uses_flash(q: &Tensor) -> bool {
-    q.device().is_cuda() && matches!(q.kind(), Kind::BFloat16 | Kind::Half)
+/// Whether an accelerator makes a matrix of the scores, because flash attention takes not the dtype, the head size, or the GPU.
+pub fn makes_scores(kind: Kind, head_size: i64) -> bool {
+    let takes_heads = head_size % 8 == 0 && head_size <= LARGEST_FLASH_HEAD;
+    !matches!(kind, Kind::BFloat16 | Kind::Half)
+        || !takes_heads
+        || cuda::compute_capability().is_some_and(|capability| capability < cuda::HAS_BF16)
+}
+
+/// Elements of the largest matrix of scores of so many tokens in examples of at most `longest`.
+pub fn score_elements(heads: i64, longest: i64, tokens: i64) -> i64 {
+    (heads * longest * longest).max(SCORES.min(heads * longest * tokens))
+}
+
+fn uses_flash(q_tnd: &Tensor) -> bool {
+    q_tnd.device().is_cuda() && !makes_scores(q_tnd.kind(), q_tnd.size()[2])
+}
+
+/// How large matrices of scores are made; `None` on a CPU, where libtorch's kernel makes none.
+fn scores_at_once(q_tnd: &Tensor) -> Option<i64> {
+    (q_tnd.device() != Device::Cpu).then_some(SCORES)
 }
 
 /// `softmax(scale * q k^T) v` within each example; the output is in [`Saved::out`].
@@ -107,18 +149,18 @@ pub fn attention(q_tnd: &Tensor, k_tkd: &Tensor, v_tkd: &Tensor, segments: &Segm
         let (out, logsumexp) = cpu::attention(&q, &k, &v, &segments.cu_seqlens, scale);
         return Saved { out, statistics: Statistics::Kernel(logsumexp) };
     }
-    by_runs(q_tnd, k_tkd, v_tkd, segments, scale)
+    by_runs([q_tnd, k_tkd, v_tkd], segments, scale, scores_at_once(q_tnd))
 }
 
-/// Run by run, by libtorch.
-fn by_runs(q_tnd: &Tensor, k_tkd: &Tensor, v_tkd: &Tensor, segments: &Segments, scale: f64) -> Saved {
+/// Run by run, by libtorch: its kernel for CPUs, or matrix products with `scores` of so many elements.
+fn by_runs([q_tnd, k_tkd, v_tkd]: [&Tensor; 3], segments: &Segments, scale: f64, scores: Option<i64>) -> Saved {
     let heads = q_tnd.size()[1];
     let (k_tnd, v_tnd) = (expand_heads(k_tkd, heads), expand_heads(v_tkd, heads));
     let out_tnd = q_tnd.empty_like();
     let mut logsumexp = Vec::with_capacity(segments.runs.len());
-    for &run in &segments.runs {
+    for run in segments.parts(heads, scores) {
         let (q, k, v) = (as_batch(q_tnd, run), as_batch(&k_tnd, run), as_batch(&v_tnd, run));
-        let (out, statistics) = if q_tnd.device() == Device::Cpu {
+        let (out, statistics) = if scores.is_none() {
             Tensor::internal_scaled_dot_product_flash_attention_for_cpu::<Tensor>(&q, &k, &v, 0.0, true, None, scale)
         } else {
             plain_attention(&q, &k, &v, scale)
@@ -139,42 +181,54 @@ pub fn attention_backward(
     segments: &Segments,
     scale: f64,
 ) -> (Tensor, Tensor, Tensor) {
-    let logsumexp = match &saved.statistics {
-        Statistics::Flash(flash) => {
-            return Tensor::internal_flash_attention_backward(
-                &gradient_tnd.contiguous(),
-                q_tnd,
-                k_tkd,
-                v_tkd,
-                &flash.out,
-                &flash.logsumexp,
-                &segments.cu_seqlens,
-                &segments.cu_seqlens,
-                segments.max_length,
-                segments.max_length,
-                0.0,
-                true,
-                &flash.rng_state,
-                &flash.unused,
-                scale,
-                None,
-                None,
-            );
-        }
+    match &saved.statistics {
+        Statistics::Flash(flash) => Tensor::internal_flash_attention_backward(
+            &gradient_tnd.contiguous(),
+            q_tnd,
+            k_tkd,
+            v_tkd,
+            &flash.out,
+            &flash.logsumexp,
+            &segments.cu_seqlens,
+            &segments.cu_seqlens,
+            segments.max_length,
+            segments.max_length,
+            0.0,
+            true,
+            &flash.rng_state,
+            &flash.unused,
+            scale,
+            None,
+            None,
+        ),
         Statistics::Kernel(logsumexp) => {
             let [gradient, q, k, v] = [gradient_tnd, q_tnd, k_tkd, v_tkd].map(Tensor::contiguous);
             let forward = (&saved.out, logsumexp);
-            return cpu::attention_backward(&gradient, [&q, &k, &v], forward, &segments.cu_seqlens, scale).into();
+            cpu::attention_backward(&gradient, [&q, &k, &v], forward, &segments.cu_seqlens, scale).into()
         }
-        Statistics::Runs(logsumexp) => logsumexp,
-    };
+        Statistics::Runs(logsumexp) => {
+            let forward = (&saved.out, logsumexp.as_slice());
+            by_runs_backward(gradient_tnd, [q_tnd, k_tkd, v_tkd], forward, segments, scale, scores_at_once(q_tnd))
+        }
+    }
+}
+
+/// The gradients of [`by_runs`], from its output and each run's log-sum-exp.
+fn by_runs_backward(
+    gradient_tnd: &Tensor,
+    [q_tnd, k_tkd, v_tkd]: [&Tensor; 3],
+    (out_tnd, logsumexp): (&Tensor, &[Tensor]),
+    segments: &Segments,
+    scale: f64,
+    scores: Option<i64>,
+) -> (Tensor, Tensor, Tensor) {
     let (heads, kv_heads) = (q_tnd.size()[1], k_tkd.size()[1]);
     let (k_tnd, v_tnd) = (expand_heads(k_tkd, heads), expand_heads(v_tkd, heads));
     let (dq_tnd, dk_tnd, dv_tnd) = (q_tnd.empty_like(), k_tnd.empty_like(), v_tnd.empty_like());
-    for (&run, logsumexp) in segments.runs.iter().zip(logsumexp) {
+    for (run, logsumexp) in segments.parts(heads, scores).zip(logsumexp) {
         let [q, k, v, out, gradient] =
-            [q_tnd, &k_tnd, &v_tnd, &saved.out, gradient_tnd].map(|tensor| as_batch(tensor, run));
-        let (dq, dk, dv) = if q_tnd.device() == Device::Cpu {
+            [q_tnd, &k_tnd, &v_tnd, out_tnd, gradient_tnd].map(|tensor| as_batch(tensor, run));
+        let (dq, dk, dv) = if scores.is_none() {
             Tensor::internal_scaled_dot_product_flash_attention_for_cpu_backward::<Tensor>(
                 &gradient, &q, &k, &v, &out, logsumexp, 0.0, true, None, scale,
             )
@@ -192,14 +246,18 @@ pub fn attention_backward(
 fn masked_scores(q_bnld: &Tensor, k_bnld: &Tensor, scale: f64) -> Tensor {
     let length = q_bnld.size()[2];
     let future = Tensor::ones([length, length], (Kind::Bool, q_bnld.device())).triu(1);
-    (q_bnld.matmul(&k_bnld.transpose(2, 3)) * scale).masked_fill(&future, f64::NEG_INFINITY)
+    let mut scores_bnll = q_bnld.matmul(&k_bnld.transpose(2, 3));
+    let _ = scores_bnll.g_mul_scalar_(scale).masked_fill_(&future, f64::NEG_INFINITY);
+    scores_bnll
 }
 
-/// Attention from matrix products: for accelerators in a dtype that flash attention does not take.
+/// Attention from matrix products, on accelerators where flash attention does not do: see [`makes_scores`]. Two matrices as large
+/// as the scores are there at once.
 fn plain_attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> (Tensor, Tensor) {
-    let scores = masked_scores(q, k, scale);
+    let mut scores = masked_scores(q, k, scale);
     let logsumexp = scores.logsumexp([-1i64].as_slice(), true);
-    ((scores - &logsumexp).exp().matmul(v), logsumexp.squeeze_dim(-1))
+    let probabilities = scores.g_sub_(&logsumexp).exp_();
+    (probabilities.matmul(v), logsumexp.squeeze_dim(-1))
 }
 
 fn plain_attention_backward(
@@ -211,10 +269,11 @@ fn plain_attention_backward(
     logsumexp: &Tensor,
     scale: f64,
 ) -> (Tensor, Tensor, Tensor) {
-    let probabilities = (masked_scores(q, k, scale) - logsumexp.unsqueeze(-1)).exp();
+    let probabilities = masked_scores(q, k, scale).g_sub_(&logsumexp.unsqueeze(-1)).exp_();
     let dv = probabilities.transpose(2, 3).matmul(gradient);
     let row_sum = (gradient * out).sum_dim_intlist([-1i64].as_slice(), true, None);
-    let d_scores = probabilities * (gradient.matmul(&v.transpose(2, 3)) - row_sum) * scale;
+    let mut d_scores = gradient.matmul(&v.transpose(2, 3));
+    let _ = d_scores.g_sub_(&row_sum).g_mul_(&probabilities).g_mul_scalar_(scale);
     (d_scores.matmul(k), d_scores.transpose(2, 3).matmul(q), dv)
 }
 
@@ -241,8 +300,11 @@ mod tests {
             let scale = 1.0 / (head_dim as f64).sqrt();
             let all = |kind: Kind, ours: bool| {
                 let [q, k, v, gradient] = [&q, &k, &v, &gradient].map(|tensor| tensor.to_kind(kind));
-                let saved =
-                    if ours { attention(&q, &k, &v, &segments, scale) } else { by_runs(&q, &k, &v, &segments, scale) };
+                let saved = if ours {
+                    attention(&q, &k, &v, &segments, scale)
+                } else {
+                    by_runs([&q, &k, &v], &segments, scale, None)
+                };
                 assert_eq!(matches!(saved.statistics, Statistics::Kernel(_)), ours && cpu::fits(&[&q], 32));
                 let (dq, dk, dv) = attention_backward(&gradient, &q, &k, &v, &saved, &segments, scale);
                 [saved.out.shallow_clone(), dq, dk, dv].map(|tensor| tensor.to_kind(Kind::Double))
@@ -262,26 +324,50 @@ mod tests {
     #[test]
     fn kernel_and_plain_attention_agree_and_examples_do_not_mix() {
         tch::set_num_threads(1);
-        let cu_seqlens = [0, 5, 10, 17];
-        let segments = Segments::new(&cu_seqlens, Device::Cpu);
-        assert_eq!(segments.runs.len(), 2, "two examples of five tokens are one run");
-        let (heads, kv_heads, head_dim) = (4, 2, 8);
-        let random = |seed, heads| cpu::noise(seed, &[17, heads, head_dim]).to_kind(Kind::Double);
+        let bounds = [0, 5, 10, 15, 22];
+        let segments = Segments::new(&bounds, Device::Cpu);
+        assert_eq!(segments.runs.len(), 2, "three examples of five tokens are one run");
+        let (heads, kv_heads, head_dim, scale) = (4, 2, 8, 0.3);
+        let random = |seed, heads| cpu::noise(seed, &[22, heads, head_dim]).to_kind(Kind::Double);
         let (q, k, v, gradient) = (random(1, heads), random(2, kv_heads), random(3, kv_heads), random(4, heads));
-        let saved = attention(&q, &k, &v, &segments, 0.3);
-        let (dq, dk, dv) = attention_backward(&gradient, &q, &k, &v, &saved, &segments, 0.3);
-        for pair in cu_seqlens.windows(2) {
-            let run = Run { start: pair[0].into(), examples: 1, length: (pair[1] - pair[0]).into() };
-            let (k_all, v_all) = (expand_heads(&k, heads), expand_heads(&v, heads));
-            let [q, ke, ve, go] = [&q, &k_all, &v_all, &gradient].map(|tensor| as_batch(tensor, run));
-            let (out, logsumexp) = plain_attention(&q, &ke, &ve, 0.3);
-            let (eq, ek, ev) = plain_attention_backward(&go, &q, &ke, &ve, &out, &logsumexp, 0.3);
-            let as_rows = |x: &Tensor| x.squeeze_dim(0).transpose(0, 1).contiguous();
-            let expected = [as_rows(&out), as_rows(&eq), sum_groups(&as_rows(&ek), 2), sum_groups(&as_rows(&ev), 2)];
-            for (ours, expected) in [&saved.out, &dq, &dk, &dv].into_iter().zip(expected) {
-                let ours = ours.narrow(0, run.start, run.length);
-                assert!((ours - expected).abs().max().double_value(&[]) < 1e-12);
+        let all = |[q, k, v, gradient]: [&Tensor; 4], segments: &Segments, scores: Option<i64>| {
+            let Saved { out, statistics: Statistics::Runs(logsumexp) } = by_runs([q, k, v], segments, scale, scores)
+            else {
+                panic!("no kernel of ours takes fp64")
+            };
+            let (dq, dk, dv) = by_runs_backward(gradient, [q, k, v], (&out, &logsumexp), segments, scale, scores);
+            ([out, dq, dk, dv], logsumexp.len())
+        };
+        let (kernel, parts) = all([&q, &k, &v, &gradient], &segments, None);
+        assert_eq!(parts, 2);
+        // One example at a time, two of the short ones, all of a run.
+        for (scores, expected_parts) in [(1, 4), (2 * heads * 25, 3), (SCORES, 2)] {
+            let (plain, parts) = all([&q, &k, &v, &gradient], &segments, Some(scores));
+            assert_eq!(parts, expected_parts);
+            for (plain, kernel) in plain.iter().zip(&kernel) {
+                assert!((plain - kernel).abs().max().double_value(&[]) < 1e-12);
             }
         }
+        for pair in bounds.windows(2) {
+            let (start, length) = (i64::from(pair[0]), i64::from(pair[1] - pair[0]));
+            let alone = [&q, &k, &v, &gradient].map(|tensor| tensor.narrow(0, start, length));
+            let (alone, _) = all(alone.each_ref(), &Segments::new(&[0, length as i32], Device::Cpu), Some(SCORES));
+            for (alone, kernel) in alone.iter().zip(&kernel) {
+                assert!((alone - kernel.narrow(0, start, length)).abs().max().double_value(&[]) < 1e-12);
+            }
+        }
+    }
+
+    #[test]
+    fn scores_are_made_where_flash_attention_does_not_do() {
+        // Without a GPU the newest is taken for granted.
+        let sizes = [64, 96, 128, 192, 100, 256];
+        assert_eq!(sizes.map(|size| makes_scores(Kind::BFloat16, size)), [false, false, false, false, true, true]);
+        assert!(makes_scores(Kind::Float, 64));
+        // One long example, many short ones, few short ones.
+        let elements =
+            [(4096, 8192), (64, 8192), (64, 128)].map(|(longest, tokens)| score_elements(32, longest, tokens));
+        assert_eq!(elements, [32 << 24, 32 * 64 * 8192, 32 * 64 * 128]);
+        assert_eq!(score_elements(32, 512, 1 << 20), SCORES);
     }
 }

@@ -89,13 +89,23 @@ pub fn choose(precision: Precision, cpus: Option<f64>, cuda: &Result<(), String>
     let (kind, kind_reason) = match precision {
         Precision::BF16 => (Kind::BFloat16, "hyperparameters.precision".to_owned()),
         Precision::FP32 => (Kind::Float, "hyperparameters.precision".to_owned()),
-        Precision::Auto if device.is_cuda() => (Kind::BFloat16, "the device computes in it".to_owned()),
+        Precision::Auto if device.is_cuda() => gpu_kind(crate::shim::cuda::compute_capability()),
         Precision::Auto if cpu_has_bf16() => {
             (Kind::BFloat16, "the CPU multiplies in it (avx512_bf16 or amx)".to_owned())
         }
         Precision::Auto => (Kind::Float, "the CPU has no bf16 arithmetic".to_owned()),
     };
     Chosen { device, device_name, device_reason, kind, kind_reason, threads, threads_reason, warning }
+}
+
+/// Dtype of a GPU of a compute capability; one that is not known is a new one.
+fn gpu_kind(capability: Option<(i32, i32)>) -> (Kind, String) {
+    match capability {
+        Some((major, minor)) if (major, minor) < crate::shim::cuda::HAS_BF16 => {
+            (Kind::Float, format!("a GPU of compute capability {major}.{minor} has no bf16 arithmetic"))
+        }
+        _ => (Kind::BFloat16, "the device computes in it".to_owned()),
+    }
 }
 
 /// As many threads as [`choose`] takes, for what is computed without a device: libtorch by itself counts the machine's
@@ -256,4 +266,17 @@ fn packages() -> Vec<(PathBuf, u64, u64)> {
             Some((counter.clone(), read(counter)?, read(folder.join("max_energy_range_uj"))?))
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gpus_without_bf16_arithmetic_compute_in_fp32() {
+        let kinds = [(7, 0), (7, 5), (8, 0), (9, 0), (12, 0)].map(|capability| gpu_kind(Some(capability)).0);
+        assert_eq!(kinds, [Kind::Float, Kind::Float, Kind::BFloat16, Kind::BFloat16, Kind::BFloat16]);
+        assert_eq!(gpu_kind(None).0, Kind::BFloat16);
+        assert_eq!(gpu_kind(Some((7, 5))).1, "a GPU of compute capability 7.5 has no bf16 arithmetic");
+    }
 }

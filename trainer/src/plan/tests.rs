@@ -104,3 +104,17 @@ fn smaller_micro_batches_come_before_another_forward_pass() {
     // On a CPU half as much memory again would gain 1 %.
     assert_eq!(chosen(1 << 40, false).0, Recompute::Pointwise);
 }
+
+#[test]
+fn scores_are_counted_where_they_are_made() {
+    let activations = |kind, accelerator, longest| {
+        with_inputs(i64::MAX, accelerator, 0, |inputs| {
+            let inputs = Inputs { kind, longest, ..*inputs };
+            estimate(&inputs, &inputs.config.method).memory.activations
+        })
+    };
+    let longer = |kind, accelerator| activations(kind, accelerator, 8192) - activations(kind, accelerator, 2048);
+    // Two matrices of 32 heads in fp32.
+    assert_eq!(longer(Kind::Float, true), 2 * 4 * 32 * (8192 * 8192 - 2048 * 2048));
+    assert_eq!([longer(Kind::BFloat16, true), longer(Kind::Float, false)], [0, 0]);
+}

@@ -58,51 +58,56 @@ const BASE: Subject = Subject { adapters: Adapters::Off, prompt: Prompt::ZeroSho
 const FEW_SHOT: Subject =
     Subject { adapters: Adapters::Off, prompt: Prompt::FewShot, name: "base model with examples in the prompt" };
 
-/// Whether rows are answered beside their loss.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Answers {
-    Asked,
-    NotAsked,
-}
-
-/// Measures `subject` on the validation rows; `None` if a stop was asked for meanwhile. `progress` is told how many rows are
-/// answered, of how many.
-pub fn measure(
+/// Measures the loss of `subject` on the validation rows; `None` if a stop was asked for meanwhile.
+pub fn score(
     model: &Llama,
     prepared: &Prepared,
     subject: Subject,
-    answers: Answers,
     at_once: AtOnce,
     stop: &Stop,
-    progress: &mut dyn FnMut(usize, usize),
-) -> Result<Option<Measurement>, Error> {
+) -> Option<Measurement> {
     let examples = match subject.prompt {
         Prompt::ZeroShot => &prepared.validation,
         Prompt::FewShot => &prepared.few_shot,
     };
-    let losses = evaluate::score(model, examples, subject.adapters, at_once.micro_batch_tokens, stop);
-    let Some(losses) = losses else { return Ok(None) };
-    if answers == Answers::NotAsked || prepared.generation.is_empty() {
-        return Ok(Some(Measurement { losses, ..Measurement::default() }));
+    let losses = evaluate::score(model, examples, subject.adapters, at_once.micro_batch_tokens, stop)?;
+    Some(Measurement { losses, ..Measurement::default() })
+}
+
+/// Adds what `subject` answers to the validation rows, unless `scored` has it; `None` if a stop was asked for meanwhile. `progress` is
+/// told how many rows are answered, of how many.
+pub fn answer(
+    model: &Llama,
+    prepared: &Prepared,
+    subject: Subject,
+    scored: Measurement,
+    at_once: AtOnce,
+    stop: &Stop,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<Option<Measurement>, Error> {
+    if prepared.generation.is_empty() || !scored.hits.is_empty() {
+        return Ok(Some(scored));
     }
     let tokenizer = Tokenizer::open(&prepared.base.folder)?;
     let questions =
         Questions { rows: &prepared.generation, prompt: subject.prompt, cache_tokens: at_once.cache_tokens };
     let answered = evaluate::answer(model, questions, subject.adapters, &tokenizer, stop, progress);
-    Ok(answered.map(|answered| Measurement { losses, ..answered }))
+    Ok(answered.map(|answered| Measurement { losses: scored.losses, ..answered }))
 }
 
 impl Evaluation<'_> {
-    /// Measures and judges the parameters as they are; `None` if a stop was asked for meanwhile. Full fine-tuning has no
-    /// adapter to switch off: where the base is measured too, its weights are left in the place of the judged ones.
+    /// Judges the parameters as they are, by what was measured of them already where it is `known`; `None` if a stop was asked
+    /// for meanwhile. Full fine-tuning has no adapter to switch off: where the base is measured too, its weights are left in the
+    /// place of the judged ones.
     pub fn validate(
         &mut self,
         model: &Llama,
         parameters: &mut Parameters,
         source: &model::Source,
         step: i64,
+        known: Option<Measurement>,
     ) -> Result<Option<ValidationReport>, Error> {
-        let Some(tuned) = self.measure(model, TUNED)? else { return Ok(None) };
+        let Some(tuned) = self.measure(model, TUNED, known)? else { return Ok(None) };
         let mut measured = Measured { step, tuned, ..Measured::default() };
         let tuned_general = self.general_loss(model, Adapters::On);
         let config = &self.config.validation;
@@ -113,11 +118,11 @@ impl Evaluation<'_> {
             restore_base(source, parameters, self.stop)?;
         }
         if config.zero_shot {
-            let Some(zero_shot) = self.measure(model, BASE)? else { return Ok(None) };
+            let Some(zero_shot) = self.measure(model, BASE, None)? else { return Ok(None) };
             measured.zero_shot = Some(zero_shot);
         }
         if has_shots {
-            let Some(few_shot) = self.measure(model, FEW_SHOT)? else { return Ok(None) };
+            let Some(few_shot) = self.measure(model, FEW_SHOT, None)? else { return Ok(None) };
             measured.few_shot = (few_shot.num_scored() + few_shot.num_answered() > 0).then_some(few_shot);
         }
         let base_general = self.general_loss(model, Adapters::Off);
@@ -132,15 +137,21 @@ impl Evaluation<'_> {
         Ok(Some(report))
     }
 
-    fn measure(&mut self, model: &Llama, subject: Subject) -> Result<Option<Measurement>, Error> {
+    fn measure(
+        &mut self,
+        model: &Llama,
+        subject: Subject,
+        known: Option<Measurement>,
+    ) -> Result<Option<Measurement>, Error> {
+        let scored = known.or_else(|| score(model, self.prepared, subject, self.at_once, self.stop));
+        let Some(scored) = scored else { return Ok(None) };
         let mut told = Ok(());
         let mut progress = |answered, rows| {
             if told.is_ok() {
                 told = self.observer.observe(&Event::Answered { who: subject.name, answered, rows });
             }
         };
-        let measurement =
-            measure(model, self.prepared, subject, Answers::Asked, self.at_once, self.stop, &mut progress)?;
+        let measurement = answer(model, self.prepared, subject, scored, self.at_once, self.stop, &mut progress)?;
         told.map_err(|source| Error::Write { path: self.run.into(), source })?;
         Ok(measurement)
     }

@@ -5,11 +5,12 @@ use std::time::Instant;
 use crds::report::Scores;
 use crds::run::{CheckpointInterval, Method, Metric, RunConfig};
 
-use super::evaluation::{Answers, TUNED, measure};
+use super::evaluation::{TUNED, answer, score};
 use super::saving::{Hold, Snapshot, Writer, Written};
 use super::{Context, Error, Planned};
 use crate::checkpoint;
 use crate::device::{self, EnergyMeter};
+use crate::evaluate::Measurement;
 use crate::history::History;
 use crate::model::Llama;
 use crate::optim::Parameters;
@@ -36,6 +37,8 @@ pub struct RunSurroundings<'a> {
     pub energy: Option<EnergyMeter>,
     pub earlier: Earlier,
     pub failures: Failures,
+    /// What was measured by this attempt after which step: the newest, and the best before it.
+    pub measured: Vec<(i64, Measurement)>,
 }
 
 /// What could not be written, since it last could.
@@ -152,11 +155,16 @@ impl Surroundings for RunSurroundings<'_> {
     fn evaluate(&mut self, model: &Llama, state: &TrainState) -> Result<Option<Scores>, crate::Error> {
         // Training is between two steps: nearly all of its memory is free, and measuring needs other pieces of it.
         release_free_memory();
-        let answers =
-            if self.config.validation.metric == Metric::ExactMatch { Answers::Asked } else { Answers::NotAsked };
-        let measured =
-            measure(model, &self.planned.prepared, TUNED, answers, state.into(), self.context.stop, &mut |_, _| ())?;
-        Ok(measured.map(|measured| measured.scores()))
+        let (prepared, at_once, stop) = (&self.planned.prepared, state.into(), self.context.stop);
+        let mut measured = score(model, prepared, TUNED, at_once, stop);
+        if let Some(scored) = measured.take_if(|_| self.config.validation.metric == Metric::ExactMatch) {
+            measured = answer(model, prepared, TUNED, scored, at_once, stop, &mut |_, _| ())?;
+        }
+        let Some(measured) = measured else { return Ok(None) };
+        let scores = measured.scores();
+        self.measured.retain(|&(step, _)| state.best.is_some_and(|best| best.step == step));
+        self.measured.push((state.step, measured));
+        Ok(Some(scores))
     }
 
     fn commit(&mut self, state: &TrainState, parameters: &Parameters, need: Need) -> Result<(), crate::Error> {

@@ -118,6 +118,7 @@ pub(super) fn train_stage(
         energy,
         earlier,
         failures: Failures::default(),
+        measured: Vec::new(),
     };
     let loop_plan = loop_plan(config, planned);
     let outcome = train(&model, &mut parameters, &mut state, &loop_plan, context.stop, &mut surroundings);
@@ -148,6 +149,9 @@ pub(super) fn train_stage(
         saving::restore_weights(&judged, &mut parameters, context.stop)?;
     }
     last_word.update(|report| report.checkpoint_digest = Some(judged.digest.clone()));
+    let judged_step = judged.manifest.step;
+    let measured = std::mem::take(&mut surroundings.measured);
+    let known = measured.into_iter().find_map(|(step, known)| (step == judged_step).then_some(known));
     let mut evaluation = Evaluation {
         config,
         prepared: &planned.prepared,
@@ -156,8 +160,7 @@ pub(super) fn train_stage(
         observer: &mut *surroundings.observer,
         run: context.run,
     };
-    let judged_step = judged.manifest.step;
-    let Some(validation) = evaluation.validate(&model, &mut parameters, &source, judged_step)? else {
+    let Some(validation) = evaluation.validate(&model, &mut parameters, &source, judged_step, known)? else {
         return Err(Error::Stopped { step: state.step });
     };
     surroundings.emit_event(&Event::Validated(Box::new(validation)))?;

@@ -19,6 +19,12 @@ const DRIVER: &str = "libcuda.so.1";
 /// The device that the trainer computes on.
 const ORDINAL: c_int = 0;
 
+/// Major and minor compute capability of the first GPUs that multiply in bf16. Our kernels and flash attention are compiled for
+/// these and later ones.
+pub const HAS_BF16: (c_int, c_int) = (8, 0);
+/// `CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR` and `_MINOR`.
+const CAPABILITY_ATTRIBUTES: [c_int; 2] = [75, 76];
+
 /// What the kernels need of a row: whole vectors of 16 bytes.
 pub const ROW_WIDTH: i64 = 8;
 /// What [`Kernels::rotate`] needs of a head's size: its halves are whole vectors.
@@ -85,6 +91,8 @@ struct Driver {
     init: unsafe extern "C" fn(c_uint) -> c_int,
     error_string: unsafe extern "C" fn(c_int, *mut *const c_char) -> c_int,
     device_get: unsafe extern "C" fn(*mut c_int, c_int) -> c_int,
+    /// Value, attribute, device.
+    device_attribute: unsafe extern "C" fn(*mut c_int, c_int, c_int) -> c_int,
     retain_primary_context: unsafe extern "C" fn(*mut Handle, c_int) -> c_int,
     set_context: unsafe extern "C" fn(Handle) -> c_int,
     load_module: unsafe extern "C" fn(*mut Handle, *const c_void) -> c_int,
@@ -108,6 +116,14 @@ struct Driver {
 }
 
 impl Driver {
+    /// The driver at `path`, ready to be called.
+    fn start(path: &Path) -> Result<Self, Error> {
+        let driver = Self::open(path).map_err(|source| Error::Driver { path: path.to_path_buf(), source })?;
+        // SAFETY: it takes a number.
+        driver.check(unsafe { (driver.init)(0) }, "cuInit")?;
+        Ok(driver)
+    }
+
     fn open(path: &Path) -> Result<Self, libloading::Error> {
         // SAFETY: the driver's library, or one that stands for it; the types are those of cuda.h, which the tests' own driver
         // is compiled with.
@@ -117,6 +133,7 @@ impl Driver {
                 init: *library.get(b"cuInit\0")?,
                 error_string: *library.get(b"cuGetErrorString\0")?,
                 device_get: *library.get(b"cuDeviceGet\0")?,
+                device_attribute: *library.get(b"cuDeviceGetAttribute\0")?,
                 retain_primary_context: *library.get(b"cuDevicePrimaryCtxRetain\0")?,
                 set_context: *library.get(b"cuCtxSetCurrent\0")?,
                 load_module: *library.get(b"cuModuleLoadData\0")?,
@@ -125,6 +142,14 @@ impl Driver {
                 _library: library,
             })
         }
+    }
+
+    /// The device that the trainer computes on.
+    fn device(&self) -> Result<c_int, Error> {
+        let mut device = 0;
+        // SAFETY: the driver writes one number.
+        self.check(unsafe { (self.device_get)(&raw mut device, ORDINAL) }, "cuDeviceGet")?;
+        Ok(device)
     }
 
     fn check(&self, code: c_int, call: impl Into<String>) -> Result<(), Error> {
@@ -157,6 +182,26 @@ unsafe impl Sync for Kernels {}
 pub fn load() -> Result<&'static Kernels, &'static Error> {
     static LOADED: OnceLock<Result<Kernels, Error>> = OnceLock::new();
     LOADED.get_or_init(|| Kernels::load(Path::new(DRIVER))).as_ref()
+}
+
+/// Major and minor compute capability of the device, asked for once; `None` where there is none, or [`load`] tells why.
+pub fn compute_capability() -> Option<(c_int, c_int)> {
+    static CAPABILITY: OnceLock<Option<(c_int, c_int)>> = OnceLock::new();
+    *CAPABILITY.get_or_init(|| read_compute_capability(Path::new(DRIVER)).ok())
+}
+
+/// What the driver at `path` says about [`compute_capability`].
+pub fn read_compute_capability(path: &Path) -> Result<(c_int, c_int), Error> {
+    let driver = Driver::start(path)?;
+    let device = driver.device()?;
+    let read = |attribute| {
+        let mut value = 0;
+        // SAFETY: the driver writes one number.
+        let code = unsafe { (driver.device_attribute)(&raw mut value, attribute, device) };
+        driver.check(code, format!("cuDeviceGetAttribute of {attribute}")).map(|()| value)
+    };
+    let [major, minor] = CAPABILITY_ATTRIBUTES;
+    Ok((read(major)?, read(minor)?))
 }
 
 /// The kernels, if they take these tensors: bf16 on the device, contiguous, the last dimension a multiple of `width`.
@@ -214,13 +259,12 @@ fn threads_of_row(columns: i64, most: i64) -> i64 {
 impl Kernels {
     /// Loads the kernels with the driver at `path`.
     pub fn load(path: &Path) -> Result<Self, Error> {
-        let driver = Driver::open(path).map_err(|source| Error::Driver { path: path.to_path_buf(), source })?;
-        let (mut device, mut context, mut module) = (0, null_mut(), null_mut());
+        let driver = Driver::start(path)?;
+        let device = driver.device()?;
+        let (mut context, mut module) = (null_mut(), null_mut());
         let mut functions = [null_mut(); NAMES.len()];
         // SAFETY: the driver writes one handle through each pointer and reads the image by the sizes in it.
         unsafe {
-            driver.check((driver.init)(0), "cuInit")?;
-            driver.check((driver.device_get)(&raw mut device, ORDINAL), "cuDeviceGet")?;
             driver.check((driver.retain_primary_context)(&raw mut context, device), "cuDevicePrimaryCtxRetain")?;
             driver.check((driver.set_context)(context), "cuCtxSetCurrent")?;
             driver.check((driver.load_module)(&raw mut module, image().as_ptr().cast()), "cuModuleLoadData")?;
