@@ -38,8 +38,9 @@ install: build ## link finetune-trainer into PREFIX/bin, ~/.local/bin unless set
 demo: build base-model ## fine-tune and validate a real model on a real task
 	@$(TRAINER) run --profiles crds/examples/profiles.yaml crds/examples/demo.yaml
 
-lint: libtorch nvcc ## formatting, clippy, rustdoc
-	@cargo fmt --all --check
+lint: libtorch nvcc ## formatting, clippy, rustdoc; the page of benchmarks has the roofline that is counted
+	@python3 tests/bench/roofline.py --check
+	cargo fmt --all --check
 	cargo clippy --release --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --release --workspace --no-deps --quiet
 

@@ -128,12 +128,22 @@ def write(results):
     CHART.write_text(draw(results))
 
 
-def put(marks, lines):
-    """Writes lines between two marks of the page."""
+def parts(marks):
+    """The page up to the first of two marks, what is between them, and what comes after the second."""
     text = PAGE.read_text()
     assert text.count(marks[0]) == text.count(marks[1]) == 1, f"{PAGE} must have {marks[0]} and {marks[1]} once each"
     before, rest = text.split(marks[0])
-    after = rest.split(marks[1])[1]
+    return before, *rest.split(marks[1])
+
+
+def between(marks):
+    """The lines between two marks of the page."""
+    return parts(marks)[1].strip("\n").split("\n")
+
+
+def put(marks, lines):
+    """Writes lines between two marks of the page."""
+    before, _, after = parts(marks)
     PAGE.write_text("\n".join([before + marks[0], *lines, marks[1] + after]))
 
 

@@ -1,16 +1,22 @@
-"""What a step of Llama-3-8B must take at least on an H100: arithmetic, not a measurement. Puts the table into docs/benchmarks.md.
+"""What bounds a step of Llama-3-8B on an H100: arithmetic, not a measurement. Puts the table into docs/benchmarks.md.
 
-Usage: roofline.py
+Usage: roofline.py [--check]
 
-Products are bound by the rate of the matrix units, everything else by memory, and nothing overlaps. LoRA of rank 16 on every linear
-layer, bf16, two sequences of 4,096 tokens a step; recomputed are norms and SwiGLU products only.
+With --check it ends with an error if the page has another table, and writes nothing.
+
+Products are bound by the rate of the matrix units, LoRA's narrow ones and everything else by memory, and nothing overlaps. LoRA of rank
+16 on every linear layer, bf16, two sequences of 4,096 tokens a step; recomputed are norms and SwiGLU products only. Left out, a
+millisecond or less each: embedding, final norm, optimizer, and that the first layer's q, k and v need no gradient of their input.
 """
+
+import sys
 
 import page
 
-# What a bf16 product of 8192 x 8192 x 8192 reaches on an H100 SXM, and the memory bandwidth of its data sheet.
+# What a bf16 product of 8192 x 8192 x 8192 reaches on an H100 SXM, and the memory bandwidth of its data sheet:
+# https://resources.nvidia.com/en-us-gpu-resources/h100-datasheet-24306
 FLOPS, BYTES_PER_SECOND = 798e12, 3.35e12
-# The published rate that is aimed at, tokens/s.
+# The rate that is aimed at, tokens/s.
 AIM = 14_000
 
 # The shape of Llama-3-8B: https://huggingface.co/meta-llama/Meta-Llama-3-8B/blob/main/config.json
@@ -59,7 +65,8 @@ def parts():
     norm = normalized + NARROW + COPY
     # Times the weight, to fp32; the mean of the product with what is normalised; times it, less it, times 1 / rms; to bf16, the residual.
     norm_backward = normalized + COPY + WIDEN + WIDE_BINARY + WIDE_REDUCE + WIDE_UNARY + WIDE_BINARY + WIDE_UNARY + NARROW + ADD
-    # Two norms a layer, forward twice. Ours reads and writes forward, and reads x, gradient and residual backward.
+    # Two norms a layer, forward twice. Ours reads and writes forward, and reads x, gradient and residual and writes backward: the second
+    # pass over a row finds it in the cache.
     yield ("RMSNorm, its backward pass with the residual", None, 2 * (2 * COPY + 4 * HALF) * elements(HIDDEN),
            2 * (2 * norm + norm_backward) * elements(HIDDEN))
     yield "residual sums of the forward pass", None, 2 * ADD * elements(HIDDEN), None
@@ -67,12 +74,13 @@ def parts():
     yield ("SwiGLU, backward too", None, (2 * ADD + 5 * HALF) * elements(MLP), (2 * (COPY + ADD) + COPY + 3 * ADD) * elements(MLP))
     # Queries and keys, forward and backward. Of libtorch's: halves swapped, two products, a sum.
     yield "RoPE, backward too", None, 2 * COPY * elements(QUERIES + KEYS), 2 * (3 * COPY + ADD) * elements(QUERIES + KEYS)
-    # Ours reads twice and writes once. Of libtorch's: to fp32; logsumexp by maximum, difference, exp, sum; difference, exp, scale; to bf16.
+    # Ours reads twice, a row being too long for the cache, and writes once. Of libtorch's: to fp32; logsumexp by maximum, difference, exp, sum; difference, exp, scale; to bf16.
     logits = WIDEN + (2 * WIDE_REDUCE + 2 * WIDE_UNARY) + 3 * WIDE_UNARY + NARROW
     yield "loss and its gradient from the logits", None, ADD * TOKENS * VOCABULARY, logits * TOKENS * VOCABULARY
 
 
-def main():
+def table():
+    """Lines of the table, and what they say about the aim."""
     lines = [f"| part of a step of {TOKENS:,} tokens | TFLOP | GB | bound | the same by libtorch's operations |", "|---|---|---|---|---|"]
     cell = lambda value, unit: f"{value / unit:.{1 if unit == 1e12 else 0}f}" if value else ""
     flop_sum, byte_sum, bound_sum, other_sum = 0, 0, 0, 0
@@ -86,7 +94,15 @@ def main():
     lines += [f"| **all** | {flop_sum / 1e12:.0f} | {byte_sum / 1e9:.0f} | **{rate(bound_sum)}** | {rate(other_sum)} |", "",
               f"{AIM:,} tokens/s are {TOKENS / AIM * 1e3:.0f} ms a step, {AIM * bound_sum / TOKENS:.0%} of that bound; with libtorch's "
               f"operations they would be {AIM * other_sum / TOKENS:.0%} of theirs."]
-    page.put(page.ROOFLINE_MARKS, lines)
+    return lines
+
+
+def main():
+    if sys.argv[1:] == ["--check"]:
+        assert page.between(page.ROOFLINE_MARKS) == table(), f"{page.PAGE} has another table: run {sys.argv[0]}"
+    else:
+        assert not sys.argv[1:], __doc__
+        page.put(page.ROOFLINE_MARKS, table())
 
 
 if __name__ == "__main__":

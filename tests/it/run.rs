@@ -4,7 +4,7 @@ use std::fs;
 use std::io::{Read, Write};
 
 use crds::report::{Progress, Stage, Verdict};
-use harness::{Job, Outcome, wait_for};
+use harness::{Job, Outcome, untimed_validation, wait_for};
 
 const STEPS: &str = "  hyperparameters: {maxSteps: 40, batchSize: 8, learningRate: \"1e-2\", precision: FP32}\n";
 
@@ -100,6 +100,25 @@ fn a_finished_run_whose_output_is_gone_writes_it_again() {
     let again = succeed(&job, &["run", "job.yaml"]);
     assert!(!again.stdout.contains("nothing to do"), "{}", again.stdout);
     assert_eq!(job.adapter_digest(), digest);
+}
+
+/// A judgement takes what training measured of the same weights; made again alone it measures them itself.
+#[test]
+fn a_judgement_that_is_made_again_finds_the_same() {
+    for (metric, judged) in [("evalLoss", "Best"), ("exactMatch", "Best"), ("evalLoss", "Last")] {
+        let job = Job::new();
+        // So fast that the first evaluation is the best.
+        job.write_spec(&format!(
+            "  hyperparameters: {{maxSteps: 12, batchSize: 8, learningRate: \"1\", warmupRatio: \"0\", precision: FP32}}\n  \
+             validation: {{everySteps: 2, metric: {metric}, evaluate: {judged}}}\n  output: {{publishWhen: Always}}\n"
+        ));
+        succeed(&job, &["run", "job.yaml"]);
+        let first = untimed_validation(&job.report()).expect("validated");
+        assert_eq!(first.step, if judged == "Best" { 2 } else { 12 });
+        fs::remove_dir_all(job.path("runs/tiny/output")).expect("removable");
+        succeed(&job, &["run", "job.yaml"]);
+        assert_eq!(untimed_validation(&job.report()), Some(first));
+    }
 }
 
 #[test]

@@ -7,12 +7,13 @@
 
 use tch::{Device, Kind, Tensor};
 
+use crate::ops::accumulate_kind;
 use crate::shim::{self, cpu, cuda};
 
-/// Head sizes that flash attention takes on every GPU that it takes: multiples of 8 up to this one.
+/// Larger heads flash attention takes on some GPUs only, and no model that is known here has them.
 const LARGEST_FLASH_HEAD: i64 = 192;
-/// Elements of a matrix of scores, where it is made: of many short examples, or of one long one.
-const SCORES: i64 = 64 << 20;
+/// Most elements of a matrix of scores, unless those of one example are more.
+const MOST_SCORES: i64 = 64 << 20;
 
 /// Where the examples of a packed row begin and end, on the host and (int32, for CUDA kernels) on the device.
 #[derive(Debug)]
@@ -56,12 +57,11 @@ impl Segments {
         Self { runs, cu_seqlens: shim::upload(cu_seqlens, device), max_length }
     }
 
-    /// What is computed at once: runs, or where their scores are made, parts of them whose scores have about so many elements.
-    fn parts(&self, heads: i64, scores: Option<i64>) -> impl Iterator<Item = Run> {
-        self.runs.iter().flat_map(move |&run| {
-            let examples = scores.map_or(run.examples, |scores| (scores / (heads * run.length * run.length)).max(1));
-            run.parts(examples)
-        })
+    /// What is computed at once: runs, or where scores are made, parts of runs whose scores are at most so many, or one example.
+    fn parts(&self, heads: i64, most_scores: Option<i64>) -> Vec<Run> {
+        let at_once =
+            |run: Run| most_scores.map_or(run.examples, |most| (most / (heads * run.length * run.length)).max(1));
+        self.runs.iter().flat_map(|&run| run.parts(at_once(run))).collect()
     }
 }
 
@@ -115,26 +115,31 @@ pub fn scale(head_size: i64) -> f64 {
     1.0 / (head_size as f64).sqrt()
 }
 
-/// Whether an accelerator makes a matrix of the scores, because flash attention takes not the dtype, the head size, or the GPU.
-pub fn makes_scores(kind: Kind, head_size: i64) -> bool {
+/// Whether a GPU of this compute capability, a new one where it is not known, makes matrices of scores because flash attention
+/// takes not the dtype, the head size, or the GPU.
+pub fn makes_scores(kind: Kind, head_size: i64, compute_capability: Option<(i32, i32)>) -> bool {
+    let takes_kind = matches!(kind, Kind::BFloat16 | Kind::Half);
     let takes_heads = head_size % 8 == 0 && head_size <= LARGEST_FLASH_HEAD;
-    !matches!(kind, Kind::BFloat16 | Kind::Half)
-        || !takes_heads
-        || cuda::compute_capability().is_some_and(|capability| capability < cuda::HAS_BF16)
+    let takes_gpu = compute_capability.is_none_or(|capability| capability >= cuda::HAS_BF16);
+    !(takes_kind && takes_heads && takes_gpu)
 }
 
-/// Elements of the largest matrix of scores of so many tokens in examples of at most `longest`.
-pub fn score_elements(heads: i64, longest: i64, tokens: i64) -> i64 {
-    (heads * longest * longest).max(SCORES.min(heads * longest * tokens))
+/// Bytes of the matrices that exist at once where scores are made of so many tokens in examples of at most `longest`: two in the
+/// accumulation dtype, and one in a narrower dtype where that is the activations'.
+pub fn score_bytes(kind: Kind, heads: i64, longest: i64, tokens: i64) -> i64 {
+    let bytes = |kind: Kind| kind.elt_size_in_bytes() as i64;
+    let narrow = if accumulate_kind(kind) == kind { 0 } else { bytes(kind) };
+    let elements = (heads * longest * longest).max(MOST_SCORES.min(heads * longest * tokens));
+    elements * (2 * bytes(accumulate_kind(kind)) + narrow)
 }
 
 fn uses_flash(q_tnd: &Tensor) -> bool {
-    q_tnd.device().is_cuda() && !makes_scores(q_tnd.kind(), q_tnd.size()[2])
+    q_tnd.device().is_cuda() && !makes_scores(q_tnd.kind(), q_tnd.size()[2], cuda::compute_capability())
 }
 
-/// How large matrices of scores are made; `None` on a CPU, where libtorch's kernel makes none.
-fn scores_at_once(q_tnd: &Tensor) -> Option<i64> {
-    (q_tnd.device() != Device::Cpu).then_some(SCORES)
+/// Elements that a matrix of scores has at most; `None` on a CPU, where libtorch's kernel makes none.
+fn most_scores(q_tnd: &Tensor) -> Option<i64> {
+    (q_tnd.device() != Device::Cpu).then_some(MOST_SCORES)
 }
 
 /// `softmax(scale * q k^T) v` within each example; the output is in [`Saved::out`].
@@ -149,18 +154,18 @@ pub fn attention(q_tnd: &Tensor, k_tkd: &Tensor, v_tkd: &Tensor, segments: &Segm
         let (out, logsumexp) = cpu::attention(&q, &k, &v, &segments.cu_seqlens, scale);
         return Saved { out, statistics: Statistics::Kernel(logsumexp) };
     }
-    by_runs([q_tnd, k_tkd, v_tkd], segments, scale, scores_at_once(q_tnd))
+    by_runs([q_tnd, k_tkd, v_tkd], segments, scale, most_scores(q_tnd))
 }
 
-/// Run by run, by libtorch: its kernel for CPUs, or matrix products with `scores` of so many elements.
-fn by_runs([q_tnd, k_tkd, v_tkd]: [&Tensor; 3], segments: &Segments, scale: f64, scores: Option<i64>) -> Saved {
+/// Run by run, by libtorch: its kernel for CPUs, or matrix products in parts as [`Segments::parts`] gives them.
+fn by_runs([q_tnd, k_tkd, v_tkd]: [&Tensor; 3], segments: &Segments, scale: f64, most_scores: Option<i64>) -> Saved {
     let heads = q_tnd.size()[1];
     let (k_tnd, v_tnd) = (expand_heads(k_tkd, heads), expand_heads(v_tkd, heads));
     let out_tnd = q_tnd.empty_like();
     let mut logsumexp = Vec::with_capacity(segments.runs.len());
-    for run in segments.parts(heads, scores) {
+    for run in segments.parts(heads, most_scores) {
         let (q, k, v) = (as_batch(q_tnd, run), as_batch(&k_tnd, run), as_batch(&v_tnd, run));
-        let (out, statistics) = if scores.is_none() {
+        let (out, statistics) = if most_scores.is_none() {
             Tensor::internal_scaled_dot_product_flash_attention_for_cpu::<Tensor>(&q, &k, &v, 0.0, true, None, scale)
         } else {
             plain_attention(&q, &k, &v, scale)
@@ -208,7 +213,7 @@ pub fn attention_backward(
         }
         Statistics::Runs(logsumexp) => {
             let forward = (&saved.out, logsumexp.as_slice());
-            by_runs_backward(gradient_tnd, [q_tnd, k_tkd, v_tkd], forward, segments, scale, scores_at_once(q_tnd))
+            by_runs_backward(gradient_tnd, [q_tnd, k_tkd, v_tkd], forward, segments, scale, most_scores(q_tnd))
         }
     }
 }
@@ -220,15 +225,17 @@ fn by_runs_backward(
     (out_tnd, logsumexp): (&Tensor, &[Tensor]),
     segments: &Segments,
     scale: f64,
-    scores: Option<i64>,
+    most_scores: Option<i64>,
 ) -> (Tensor, Tensor, Tensor) {
     let (heads, kv_heads) = (q_tnd.size()[1], k_tkd.size()[1]);
     let (k_tnd, v_tnd) = (expand_heads(k_tkd, heads), expand_heads(v_tkd, heads));
     let (dq_tnd, dk_tnd, dv_tnd) = (q_tnd.empty_like(), k_tnd.empty_like(), v_tnd.empty_like());
-    for (run, logsumexp) in segments.parts(heads, scores).zip(logsumexp) {
+    let parts = segments.parts(heads, most_scores);
+    assert_eq!(parts.len(), logsumexp.len(), "backward goes through the parts of forward");
+    for (run, logsumexp) in parts.into_iter().zip(logsumexp) {
         let [q, k, v, out, gradient] =
             [q_tnd, &k_tnd, &v_tnd, out_tnd, gradient_tnd].map(|tensor| as_batch(tensor, run));
-        let (dq, dk, dv) = if scores.is_none() {
+        let (dq, dk, dv) = if most_scores.is_none() {
             Tensor::internal_scaled_dot_product_flash_attention_for_cpu_backward::<Tensor>(
                 &gradient, &q, &k, &v, &out, logsumexp, 0.0, true, None, scale,
             )
@@ -242,21 +249,26 @@ fn by_runs_backward(
     (dq_tnd, sum_groups(&dk_tnd, kv_heads), sum_groups(&dv_tnd, kv_heads))
 }
 
-/// Scores `[b, n, l, l]` with what lies in the future masked out.
+/// In the accumulation dtype.
+fn wide(tensor: &Tensor) -> Tensor {
+    tensor.to_kind(accumulate_kind(tensor.kind()))
+}
+
+/// Scores `[b, n, l, l]` in the accumulation dtype, with what lies in the future masked out.
 fn masked_scores(q_bnld: &Tensor, k_bnld: &Tensor, scale: f64) -> Tensor {
     let length = q_bnld.size()[2];
     let future = Tensor::ones([length, length], (Kind::Bool, q_bnld.device())).triu(1);
-    let mut scores_bnll = q_bnld.matmul(&k_bnld.transpose(2, 3));
+    let mut scores_bnll = wide(q_bnld).matmul(&wide(k_bnld).transpose(2, 3));
     let _ = scores_bnll.g_mul_scalar_(scale).masked_fill_(&future, f64::NEG_INFINITY);
     scores_bnll
 }
 
-/// Attention from matrix products, on accelerators where flash attention does not do: see [`makes_scores`]. Two matrices as large
-/// as the scores are there at once.
+/// Attention from matrix products, on accelerators where flash attention does not do: see [`makes_scores`]. As there, scores and their
+/// gradients are in the accumulation dtype until they are factors.
 fn plain_attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> (Tensor, Tensor) {
     let mut scores = masked_scores(q, k, scale);
     let logsumexp = scores.logsumexp([-1i64].as_slice(), true);
-    let probabilities = scores.g_sub_(&logsumexp).exp_();
+    let probabilities = scores.g_sub_(&logsumexp).exp_().to_kind(v.kind());
     (probabilities.matmul(v), logsumexp.squeeze_dim(-1))
 }
 
@@ -270,10 +282,11 @@ fn plain_attention_backward(
     scale: f64,
 ) -> (Tensor, Tensor, Tensor) {
     let probabilities = masked_scores(q, k, scale).g_sub_(&logsumexp.unsqueeze(-1)).exp_();
-    let dv = probabilities.transpose(2, 3).matmul(gradient);
-    let row_sum = (gradient * out).sum_dim_intlist([-1i64].as_slice(), true, None);
-    let mut d_scores = gradient.matmul(&v.transpose(2, 3));
+    let dv = probabilities.to_kind(v.kind()).transpose(2, 3).matmul(gradient);
+    let row_sum = (wide(gradient) * wide(out)).sum_dim_intlist([-1i64].as_slice(), true, None);
+    let mut d_scores = wide(gradient).matmul(&wide(v).transpose(2, 3));
     let _ = d_scores.g_sub_(&row_sum).g_mul_(&probabilities).g_mul_scalar_(scale);
+    let d_scores = d_scores.to_kind(q.kind());
     (d_scores.matmul(k), d_scores.transpose(2, 3).matmul(q), dv)
 }
 
@@ -281,9 +294,25 @@ fn plain_attention_backward(
 mod tests {
     use super::*;
 
-    /// Our kernel rounds to bf16 where libtorch's does: both are as far from fp64. In fp32 it is exact to its last digits.
+    /// Output, dq, dk and dv of [`by_runs`], and the number of its parts.
+    fn all_by_runs(
+        [q, k, v, gradient]: [&Tensor; 4],
+        segments: &Segments,
+        scale: f64,
+        most_scores: Option<i64>,
+    ) -> ([Tensor; 4], usize) {
+        let Saved { out, statistics: Statistics::Runs(logsumexp) } = by_runs([q, k, v], segments, scale, most_scores)
+        else {
+            unreachable!("runs have the statistics of runs")
+        };
+        let (dq, dk, dv) = by_runs_backward(gradient, [q, k, v], (&out, &logsumexp), segments, scale, most_scores);
+        ([out, dq, dk, dv], logsumexp.len())
+    }
+
+    /// Our kernel and matrix products round to bf16 nearly where libtorch's kernel does: all are about as far from fp64. In fp32 they
+    /// are exact to their last digits.
     #[test]
-    fn our_kernel_is_as_exact_as_libtorchs() {
+    fn attention_is_as_exact_as_libtorchs() {
         tch::set_num_threads(1);
         for (lengths, heads, kv_heads, head_dim) in
             [(&[1, 2, 17, 50, 23][..], 9, 3, 64), (&[130, 64, 257], 4, 4, 32), (&[600], 2, 1, 128)]
@@ -296,78 +325,79 @@ mod tests {
             let tokens = i64::from(bounds[lengths.len()]);
             let segments = Segments::new(&bounds, Device::Cpu);
             let random = |seed, heads| (cpu::noise(seed, &[tokens, heads, head_dim]) * 2).to_kind(Kind::BFloat16);
-            let (q, k, v, gradient) = (random(1, heads), random(2, kv_heads), random(3, kv_heads), random(4, heads));
-            let scale = 1.0 / (head_dim as f64).sqrt();
-            let all = |kind: Kind, ours: bool| {
-                let [q, k, v, gradient] = [&q, &k, &v, &gradient].map(|tensor| tensor.to_kind(kind));
-                let saved = if ours {
-                    attention(&q, &k, &v, &segments, scale)
-                } else {
-                    by_runs([&q, &k, &v], &segments, scale, None)
-                };
-                assert_eq!(matches!(saved.statistics, Statistics::Kernel(_)), ours && cpu::fits(&[&q], 32));
-                let (dq, dk, dv) = attention_backward(&gradient, &q, &k, &v, &saved, &segments, scale);
-                [saved.out.shallow_clone(), dq, dk, dv].map(|tensor| tensor.to_kind(Kind::Double))
+            let inputs = [random(1, heads), random(2, kv_heads), random(3, kv_heads), random(4, heads)];
+            let scale = scale(head_dim);
+            let libtorchs = |kind: Kind, most_scores| {
+                let inputs = inputs.each_ref().map(|tensor| tensor.to_kind(kind));
+                all_by_runs(inputs.each_ref(), &segments, scale, most_scores).0
             };
-            let exact = all(Kind::Double, false);
+            let ours = |kind: Kind| {
+                let [q, k, v, gradient] = inputs.each_ref().map(|tensor| tensor.to_kind(kind));
+                let saved = attention(&q, &k, &v, &segments, scale);
+                assert_eq!(matches!(saved.statistics, Statistics::Kernel(_)), cpu::fits(&[&q], cpu::HEAD_WIDTH));
+                let (dq, dk, dv) = attention_backward(&gradient, &q, &k, &v, &saved, &segments, scale);
+                [saved.out, dq, dk, dv]
+            };
+            let exact = libtorchs(Kind::Double, None);
+            let distances = |all: [Tensor; 4]| {
+                let distance = |(all, exact): (&Tensor, &Tensor)| cpu::distance(&all.to_kind(Kind::Double), exact);
+                all.iter().zip(&exact).map(distance).collect::<Vec<f64>>()
+            };
             for (kind, most) in [(Kind::BFloat16, 1e-2), (Kind::Float, 1e-6)] {
-                let (ours, libtorchs) = (all(kind, true), all(kind, false));
-                for (place, ((exact, ours), theirs)) in exact.iter().zip(&ours).zip(&libtorchs).enumerate() {
-                    let (ours, theirs) = (cpu::distance(ours, exact), cpu::distance(theirs, exact));
-                    let bound = if kind == Kind::Float { most } else { (1.2 * theirs).min(most) };
-                    assert!(ours < bound, "{lengths:?} {kind:?} {place}: {ours:e}, libtorch {theirs:e}");
+                let kernel = distances(libtorchs(kind, None));
+                // Products round probabilities after they were divided by their sum, the kernels before.
+                let (ours, products) = (ours(kind), libtorchs(kind, Some(MOST_SCORES)));
+                for (name, found, factor) in [("ours", ours, 1.2), ("products", products, 1.5)] {
+                    for (place, (found, kernel)) in distances(found).into_iter().zip(&kernel).enumerate() {
+                        let bound = if kind == Kind::Float { most } else { (factor * kernel).min(most) };
+                        assert!(found < bound, "{lengths:?} {kind:?} {name} {place}: {found:e}, libtorch {kernel:e}");
+                    }
                 }
             }
         }
     }
 
     #[test]
-    fn kernel_and_plain_attention_agree_and_examples_do_not_mix() {
+    fn kernel_and_products_agree_and_examples_do_not_mix() {
         tch::set_num_threads(1);
         let bounds = [0, 5, 10, 15, 22];
         let segments = Segments::new(&bounds, Device::Cpu);
         assert_eq!(segments.runs.len(), 2, "three examples of five tokens are one run");
         let (heads, kv_heads, head_dim, scale) = (4, 2, 8, 0.3);
         let random = |seed, heads| cpu::noise(seed, &[22, heads, head_dim]).to_kind(Kind::Double);
-        let (q, k, v, gradient) = (random(1, heads), random(2, kv_heads), random(3, kv_heads), random(4, heads));
-        let all = |[q, k, v, gradient]: [&Tensor; 4], segments: &Segments, scores: Option<i64>| {
-            let Saved { out, statistics: Statistics::Runs(logsumexp) } = by_runs([q, k, v], segments, scale, scores)
-            else {
-                panic!("no kernel of ours takes fp64")
-            };
-            let (dq, dk, dv) = by_runs_backward(gradient, [q, k, v], (&out, &logsumexp), segments, scale, scores);
-            ([out, dq, dk, dv], logsumexp.len())
-        };
-        let (kernel, parts) = all([&q, &k, &v, &gradient], &segments, None);
+        let inputs = [random(1, heads), random(2, kv_heads), random(3, kv_heads), random(4, heads)];
+        let (kernel, parts) = all_by_runs(inputs.each_ref(), &segments, scale, None);
         assert_eq!(parts, 2);
+        let agree = |a: &Tensor, b: &Tensor| assert!((a - b).abs().max().double_value(&[]) < 1e-12);
         // One example at a time, two of the short ones, all of a run.
-        for (scores, expected_parts) in [(1, 4), (2 * heads * 25, 3), (SCORES, 2)] {
-            let (plain, parts) = all([&q, &k, &v, &gradient], &segments, Some(scores));
+        for (most_scores, expected_parts) in [(1, 4), (2 * heads * 25, 3), (MOST_SCORES, 2)] {
+            let (products, parts) = all_by_runs(inputs.each_ref(), &segments, scale, Some(most_scores));
             assert_eq!(parts, expected_parts);
-            for (plain, kernel) in plain.iter().zip(&kernel) {
-                assert!((plain - kernel).abs().max().double_value(&[]) < 1e-12);
-            }
+            products.iter().zip(&kernel).for_each(|(products, kernel)| agree(products, kernel));
         }
         for pair in bounds.windows(2) {
             let (start, length) = (i64::from(pair[0]), i64::from(pair[1] - pair[0]));
-            let alone = [&q, &k, &v, &gradient].map(|tensor| tensor.narrow(0, start, length));
-            let (alone, _) = all(alone.each_ref(), &Segments::new(&[0, length as i32], Device::Cpu), Some(SCORES));
-            for (alone, kernel) in alone.iter().zip(&kernel) {
-                assert!((alone - kernel.narrow(0, start, length)).abs().max().double_value(&[]) < 1e-12);
-            }
+            let alone = inputs.each_ref().map(|tensor| tensor.narrow(0, start, length));
+            let segments = Segments::new(&[0, length as i32], Device::Cpu);
+            let (alone, _) = all_by_runs(alone.each_ref(), &segments, scale, Some(MOST_SCORES));
+            alone.iter().zip(&kernel).for_each(|(alone, kernel)| agree(alone, &kernel.narrow(0, start, length)));
         }
     }
 
     #[test]
     fn scores_are_made_where_flash_attention_does_not_do() {
-        // Without a GPU the newest is taken for granted.
         let sizes = [64, 96, 128, 192, 100, 256];
-        assert_eq!(sizes.map(|size| makes_scores(Kind::BFloat16, size)), [false, false, false, false, true, true]);
-        assert!(makes_scores(Kind::Float, 64));
+        let made = sizes.map(|size| makes_scores(Kind::BFloat16, size, Some((8, 0))));
+        assert_eq!(made, [false, false, false, false, true, true]);
+        let gpus = [None, Some((9, 0)), Some((8, 0)), Some((7, 5))];
+        assert_eq!(gpus.map(|gpu| makes_scores(Kind::BFloat16, 64, gpu)), [false, false, false, true]);
+        assert!(makes_scores(Kind::Float, 64, Some((9, 0))));
         // One long example, many short ones, few short ones.
-        let elements =
-            [(4096, 8192), (64, 8192), (64, 128)].map(|(longest, tokens)| score_elements(32, longest, tokens));
-        assert_eq!(elements, [32 << 24, 32 * 64 * 8192, 32 * 64 * 128]);
-        assert_eq!(score_elements(32, 512, 1 << 20), SCORES);
+        let bytes = |longest, tokens| score_bytes(Kind::Float, 32, longest, tokens);
+        assert_eq!(
+            [bytes(4096, 8192), bytes(512, 1 << 20), bytes(64, 128)],
+            [8 * 32 * 4096 * 4096, 8 * MOST_SCORES, 8 * 32 * 64 * 128]
+        );
+        assert_eq!(score_bytes(Kind::BFloat16, 32, 64, 128), 10 * 32 * 64 * 128);
     }
 }

@@ -16,6 +16,8 @@ pub struct Chosen {
     pub device_name: String,
     /// Why this device.
     pub device_reason: String,
+    /// Major and minor compute capability of the GPU, where there is one that tells.
+    pub compute_capability: Option<(i32, i32)>,
     /// Dtype of weights and activations.
     pub kind: Kind,
     /// Why this dtype.
@@ -86,16 +88,27 @@ pub fn choose(precision: Precision, cpus: Option<f64>, cuda: &Result<(), String>
         };
         (Device::Cpu, cpu_name(), reason)
     };
+    let compute_capability = if device.is_cuda() { crate::shim::cuda::compute_capability() } else { None };
     let (kind, kind_reason) = match precision {
         Precision::BF16 => (Kind::BFloat16, "hyperparameters.precision".to_owned()),
         Precision::FP32 => (Kind::Float, "hyperparameters.precision".to_owned()),
-        Precision::Auto if device.is_cuda() => gpu_kind(crate::shim::cuda::compute_capability()),
+        Precision::Auto if device.is_cuda() => gpu_kind(compute_capability),
         Precision::Auto if cpu_has_bf16() => {
             (Kind::BFloat16, "the CPU multiplies in it (avx512_bf16 or amx)".to_owned())
         }
         Precision::Auto => (Kind::Float, "the CPU has no bf16 arithmetic".to_owned()),
     };
-    Chosen { device, device_name, device_reason, kind, kind_reason, threads, threads_reason, warning }
+    Chosen {
+        device,
+        device_name,
+        device_reason,
+        compute_capability,
+        kind,
+        kind_reason,
+        threads,
+        threads_reason,
+        warning,
+    }
 }
 
 /// Dtype of a GPU of a compute capability; one that is not known is a new one.
@@ -127,13 +140,14 @@ pub fn expect_accelerator(precision: Precision) -> Chosen {
     let (kind, kind_reason) = match precision {
         Precision::FP32 => (Kind::Float, "hyperparameters.precision"),
         Precision::BF16 => (Kind::BFloat16, "hyperparameters.precision"),
-        Precision::Auto => (Kind::BFloat16, "accelerators compute in it"),
+        Precision::Auto => (Kind::BFloat16, "all but old accelerators compute in it"),
     };
     let (threads, threads_reason) = cpu_threads(None);
     Chosen {
         device: Device::Cpu,
         device_name: "accelerator".to_owned(),
         device_reason: "spec.resources asks for one; this stage runs without it".to_owned(),
+        compute_capability: None,
         kind,
         kind_reason: kind_reason.to_owned(),
         threads,

@@ -7,7 +7,7 @@ use crds::report::MemoryEstimate;
 use crds::run::{Lora, Method, Optimizer, OutputFormat, RunConfig};
 use tch::{Kind, Tensor};
 
-use crate::attention::{makes_scores, score_elements};
+use crate::attention::score_bytes;
 use crate::generate::PROMPT_TOKENS;
 use crate::loss::chunk_rows;
 use crate::model::{Config, Recompute, base_elements, layer_elements, lora_parameters};
@@ -43,8 +43,12 @@ pub struct Inputs<'a> {
     pub kind: Kind,
     /// Whether an accelerator computes.
     pub accelerator: bool,
+    /// Whether that makes matrices of scores, as [`crate::attention::makes_scores`] tells.
+    pub makes_scores: bool,
     /// Longest example in tokens.
     pub longest: i64,
+    /// Tokens of the longest row whose loss is measured.
+    pub longest_measured: i64,
     /// Tokens of the longest possible step: no micro-batch is larger.
     pub step_tokens: i64,
     /// Validation rows that are answered.
@@ -216,13 +220,14 @@ fn estimate_at(inputs: &Inputs, method: &Method, tokens: i64, recompute: Recompu
     let moments = moment_bytes(inputs.config.hyperparameters.optimizer, trainable);
     // Gradients of layers take the place of activations that are gone, unless another micro-batch of the step follows.
     let replaced = if tokens >= inputs.step_tokens { layer_gradients.min(tokens * saved) } else { 0 };
-    let scores = if inputs.accelerator && makes_scores(inputs.kind, model.head_size()) {
-        // Of one layer, and another matrix as large.
-        2 * score_elements(model.num_attention_heads, inputs.longest, tokens) * element
-    } else {
-        0
+    let scores = |longest| {
+        if inputs.makes_scores { score_bytes(inputs.kind, model.num_attention_heads, longest, tokens) } else { 0 }
     };
-    let activations = tokens * (saved + live) + scores - replaced;
+    let trained = tokens * (saved + live) + scores(inputs.longest) - replaced;
+    // Measuring keeps nothing, and is less unless it makes the scores of a longer row.
+    let longer = inputs.makes_scores && inputs.longest_measured > inputs.longest;
+    let measured = if longer { inputs.longest_measured * live + scores(inputs.longest_measured) } else { 0 };
+    let activations = trained.max(measured);
     let logits = chunk_rows(model.vocab_size, inputs.accelerator).min(tokens) * model.vocab_size * (4 + 4 + element);
     // After training its activations are gone, and one of these takes their place at a time: the caches of answers, and the
     // merged model that is written. Full fine-tuning's own is written when masters and moments are gone.

@@ -179,6 +179,13 @@ pub struct Prepared {
     pub sample_path: PathBuf,
 }
 
+impl Prepared {
+    /// Tokens of the longest row whose loss is measured.
+    pub fn longest_measured(&self) -> usize {
+        [&self.validation, &self.few_shot, &self.forgetting].map(Examples::longest).into_iter().fold(0, usize::max)
+    }
+}
+
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Manifest {

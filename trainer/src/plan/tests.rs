@@ -31,7 +31,9 @@ fn with_inputs<T>(memory: i64, accelerator: bool, longest_answered: i64, work: i
         config: &config,
         kind: Kind::BFloat16,
         accelerator,
+        makes_scores: false,
         longest: 2048,
+        longest_measured: 0,
         step_tokens: 8192,
         answered: 100,
         longest_answered,
@@ -107,14 +109,16 @@ fn smaller_micro_batches_come_before_another_forward_pass() {
 
 #[test]
 fn scores_are_counted_where_they_are_made() {
-    let activations = |kind, accelerator, longest| {
-        with_inputs(i64::MAX, accelerator, 0, |inputs| {
-            let inputs = Inputs { kind, longest, ..*inputs };
+    let activations = |makes_scores, longest, longest_measured| {
+        with_inputs(i64::MAX, true, 0, |inputs| {
+            let inputs = Inputs { kind: Kind::Float, makes_scores, longest, longest_measured, ..*inputs };
             estimate(&inputs, &inputs.config.method).memory.activations
         })
     };
-    let longer = |kind, accelerator| activations(kind, accelerator, 8192) - activations(kind, accelerator, 2048);
+    let longer = |makes_scores| activations(makes_scores, 8192, 0) - activations(makes_scores, 2048, 0);
     // Two matrices of 32 heads in fp32.
-    assert_eq!(longer(Kind::Float, true), 2 * 4 * 32 * (8192 * 8192 - 2048 * 2048));
-    assert_eq!([longer(Kind::BFloat16, true), longer(Kind::Float, false)], [0, 0]);
+    assert_eq!([longer(false), longer(true)], [0, 2 * 4 * 32 * (8192 * 8192 - 2048 * 2048)]);
+    // A row that is measured and longer than all that are trained on.
+    assert!(activations(true, 2048, 32_768) > 2 * 4 * 32 * 32_768 * 32_768);
+    assert_eq!(activations(false, 2048, 32_768), activations(false, 2048, 0));
 }

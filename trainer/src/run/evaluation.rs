@@ -31,7 +31,7 @@ pub struct Evaluation<'a> {
 }
 
 /// How much is computed at once.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AtOnce {
     /// Tokens whose loss is measured.
     pub micro_batch_tokens: i64,
@@ -143,6 +143,9 @@ impl Evaluation<'_> {
         subject: Subject,
         known: Option<Measurement>,
     ) -> Result<Option<Measurement>, Error> {
+        if self.stop.requested() {
+            return Ok(None);
+        }
         let scored = known.or_else(|| score(model, self.prepared, subject, self.at_once, self.stop));
         let Some(scored) = scored else { return Ok(None) };
         let mut told = Ok(());

@@ -5,6 +5,7 @@ use crds::report::{PlanReport, Stage};
 use crds::run::{Method, RunConfig};
 
 use super::{Context, Error};
+use crate::attention::makes_scores;
 use crate::data::generation::longest_answered;
 use crate::data::order::Order;
 use crate::device::{self, Chosen};
@@ -105,7 +106,9 @@ fn plan(config: &RunConfig, context: &Context, place: Place, prepared: Prepared)
         config,
         kind: chosen.kind,
         accelerator,
+        makes_scores: accelerator && makes_scores(chosen.kind, model.head_size(), chosen.compute_capability),
         longest,
+        longest_measured: prepared.longest_measured() as i64,
         step_tokens: (longest * hyperparameters.batch_size).min(prepared.train.total_tokens() as i64),
         answered: prepared.generation.len() as i64,
         longest_answered: longest_answered(&prepared.generation),

@@ -5,7 +5,7 @@ use std::time::Instant;
 use crds::report::Scores;
 use crds::run::{CheckpointInterval, Method, Metric, RunConfig};
 
-use super::evaluation::{TUNED, answer, score};
+use super::evaluation::{AtOnce, TUNED, answer, score};
 use super::saving::{Hold, Snapshot, Writer, Written};
 use super::{Context, Error, Planned};
 use crate::checkpoint;
@@ -37,8 +37,17 @@ pub struct RunSurroundings<'a> {
     pub energy: Option<EnergyMeter>,
     pub earlier: Earlier,
     pub failures: Failures,
-    /// What was measured by this attempt after which step: the newest, and the best before it.
-    pub measured: Vec<(i64, Measurement)>,
+    /// This attempt's newest evaluation, and its best before that.
+    pub evaluated: Vec<Evaluated>,
+}
+
+/// What an evaluation found, row by row.
+pub struct Evaluated {
+    /// Completed steps.
+    pub step: i64,
+    /// What was computed at once: with other numbers it would differ by rounding.
+    pub at_once: AtOnce,
+    pub measurement: Measurement,
 }
 
 /// What could not be written, since it last could.
@@ -156,14 +165,15 @@ impl Surroundings for RunSurroundings<'_> {
         // Training is between two steps: nearly all of its memory is free, and measuring needs other pieces of it.
         release_free_memory();
         let (prepared, at_once, stop) = (&self.planned.prepared, state.into(), self.context.stop);
-        let mut measured = score(model, prepared, TUNED, at_once, stop);
-        if let Some(scored) = measured.take_if(|_| self.config.validation.metric == Metric::ExactMatch) {
-            measured = answer(model, prepared, TUNED, scored, at_once, stop, &mut |_, _| ())?;
+        let Some(mut measurement) = score(model, prepared, TUNED, at_once, stop) else { return Ok(None) };
+        if self.config.validation.metric == Metric::ExactMatch {
+            let answered = answer(model, prepared, TUNED, measurement, at_once, stop, &mut |_, _| ())?;
+            let Some(answered) = answered else { return Ok(None) };
+            measurement = answered;
         }
-        let Some(measured) = measured else { return Ok(None) };
-        let scores = measured.scores();
-        self.measured.retain(|&(step, _)| state.best.is_some_and(|best| best.step == step));
-        self.measured.push((state.step, measured));
+        let scores = measurement.scores();
+        self.evaluated.retain(|one| state.best.is_some_and(|best| best.step == one.step));
+        self.evaluated.push(Evaluated { step: state.step, at_once, measurement });
         Ok(Some(scores))
     }
 

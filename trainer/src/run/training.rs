@@ -8,10 +8,9 @@ use serde_json::json;
 
 use super::evaluation::{AtOnce, Evaluation};
 use super::saving::{self, Retention, Writer};
-use super::surroundings::{Earlier, Failures, RunSurroundings, loop_plan};
+use super::surroundings::{Earlier, Evaluated, Failures, RunSurroundings, loop_plan};
 use super::{Context, Error, Planned};
 use crate::checkpoint::{EquivalenceClass, Identity, Store, Stored, digest_of};
-use crate::data::example::Examples;
 use crate::data::generation::longest_answered;
 use crate::device::{self, EnergyMeter};
 use crate::history::History;
@@ -118,7 +117,7 @@ pub(super) fn train_stage(
         energy,
         earlier,
         failures: Failures::default(),
-        measured: Vec::new(),
+        evaluated: Vec::new(),
     };
     let loop_plan = loop_plan(config, planned);
     let outcome = train(&model, &mut parameters, &mut state, &loop_plan, context.stop, &mut surroundings);
@@ -150,8 +149,9 @@ pub(super) fn train_stage(
     }
     last_word.update(|report| report.checkpoint_digest = Some(judged.digest.clone()));
     let judged_step = judged.manifest.step;
-    let measured = std::mem::take(&mut surroundings.measured);
-    let known = measured.into_iter().find_map(|(step, known)| (step == judged_step).then_some(known));
+    let evaluated = std::mem::take(&mut surroundings.evaluated);
+    let is_judged = |one: &Evaluated| one.step == judged_step && one.at_once == AtOnce::from(&state);
+    let known = evaluated.into_iter().find(is_judged).map(|one| one.measurement);
     let mut evaluation = Evaluation {
         config,
         prepared: &planned.prepared,
@@ -214,9 +214,8 @@ fn open_store(config: &RunConfig, context: &Context, planned: &Planned) -> Resul
 /// What the model of a run is built from.
 pub fn model_source<'a>(config: &'a RunConfig, planned: &'a Planned) -> model::Source<'a> {
     let prepared = &planned.prepared;
-    let answered = longest_answered(&prepared.generation) as usize;
-    let examples = [&prepared.train, &prepared.validation, &prepared.few_shot, &prepared.forgetting];
-    let max_positions = examples.map(Examples::longest).into_iter().fold(answered, usize::max) as i64;
+    let scored = prepared.train.longest().max(prepared.longest_measured()) as i64;
+    let max_positions = scored.max(longest_answered(&prepared.generation));
     model::Source {
         folder: &prepared.base.folder,
         method: Some(&config.method),
