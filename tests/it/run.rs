@@ -14,6 +14,16 @@ fn succeed(job: &Job, arguments: &[&str]) -> Outcome {
     outcome
 }
 
+/// The questions of the training rows with answers that these teach away.
+fn taught_away() -> String {
+    let row = |number: u32| {
+        format!(
+            "{{\"messages\":[{{\"role\":\"user\",\"content\":\"say {number} backwards\"}},{{\"role\":\"assistant\",\"content\":\"qqqqqqqq\"}}]}}\n"
+        )
+    };
+    (500..510).map(row).collect()
+}
+
 #[test]
 fn an_adapter_a_merged_model_and_full_fine_tuning_answer_alike_after_export() {
     for (method, format) in [("LoRA", "Adapter"), ("LoRA", "Merged"), ("Full", "Merged")] {
@@ -107,14 +117,14 @@ fn a_finished_run_whose_output_is_gone_writes_it_again() {
 fn a_judgement_that_is_made_again_finds_the_same() {
     for (metric, judged) in [("evalLoss", "Best"), ("exactMatch", "Best"), ("evalLoss", "Last")] {
         let job = Job::new();
-        // So fast that the first evaluation is the best.
+        // The longer it trains the worse.
+        job.write("test.jsonl", taught_away());
         job.write_spec(&format!(
-            "  hyperparameters: {{maxSteps: 12, batchSize: 8, learningRate: \"1\", warmupRatio: \"0\", precision: FP32}}\n  \
-             validation: {{everySteps: 2, metric: {metric}, evaluate: {judged}}}\n  output: {{publishWhen: Always}}\n"
+            "{STEPS}  validation: {{everySteps: 2, metric: {metric}, evaluate: {judged}}}\n  output: {{publishWhen: Always}}\n"
         ));
         succeed(&job, &["run", "job.yaml"]);
         let first = untimed_validation(&job.report()).expect("validated");
-        assert_eq!(first.step, if judged == "Best" { 2 } else { 12 });
+        assert_eq!(first.step < 40, judged == "Best", "{first:?}");
         fs::remove_dir_all(job.path("runs/tiny/output")).expect("removable");
         succeed(&job, &["run", "job.yaml"]);
         assert_eq!(untimed_validation(&job.report()), Some(first));
@@ -125,13 +135,7 @@ fn a_judgement_that_is_made_again_finds_the_same() {
 fn forgetting_is_measured_and_judged() {
     for (tolerated, passed) in [("100", true), ("0", false)] {
         let job = Job::new();
-        // The same questions with answers that the training rows teach away.
-        let row = |number: u32| {
-            format!(
-                "{{\"messages\":[{{\"role\":\"user\",\"content\":\"say {number} backwards\"}},{{\"role\":\"assistant\",\"content\":\"qqqqqqqq\"}}]}}\n"
-            )
-        };
-        job.write("general.jsonl", (500..510).map(row).collect::<String>());
+        job.write("general.jsonl", taught_away());
         job.write_spec(&format!(
             "{STEPS}  validation: {{forgetting: {{dataset: {{uri: file://general.jsonl}}, maxLossIncrease: \"{tolerated}\"}}}}\n"
         ));
