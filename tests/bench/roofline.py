@@ -2,13 +2,12 @@
 
 Usage: roofline.py [--check]
 
-With --check it ends with an error if the page has another table, and writes nothing.
-
 Products are bound by the rate of the matrix units, LoRA's narrow ones and everything else by memory, and nothing overlaps. LoRA of rank
 16 on every linear layer, bf16, two sequences of 4,096 tokens a step; recomputed are norms and SwiGLU products only. Left out, a
 millisecond or less each: embedding, final norm, optimizer, and that the first layer's q, k and v need no gradient of their input.
 """
 
+import argparse
 import sys
 
 import page
@@ -98,11 +97,12 @@ def table():
 
 
 def main():
-    if sys.argv[1:] == ["--check"]:
-        assert page.between(page.ROOFLINE_MARKS) == table(), f"{page.PAGE} has another table: run {sys.argv[0]}"
-    else:
-        assert not sys.argv[1:], __doc__
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing, and end with an error if the page has another table")
+    if not parser.parse_args().check:
         page.put(page.ROOFLINE_MARKS, table())
+    elif page.between(page.ROOFLINE_MARKS) != table():
+        sys.exit(f"{page.PAGE} has another table: run {parser.prog}")
 
 
 if __name__ == "__main__":

@@ -191,9 +191,16 @@ CUresult cuDeviceGet(CUdevice *device, int ordinal) {
 
 // Of an H200.
 CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice) {
-  *value = attribute == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR ? 9 : 0;
-  const bool is_known = *value == 9 || attribute == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR;
-  return is_known ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+  switch (attribute) {
+  case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR:
+    *value = 9;
+    return CUDA_SUCCESS;
+  case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR:
+    *value = 0;
+    return CUDA_SUCCESS;
+  default:
+    return CUDA_ERROR_INVALID_VALUE;
+  }
 }
 
 CUresult cuDevicePrimaryCtxRetain(CUcontext *found, CUdevice) {

@@ -6,6 +6,7 @@ use crds::run::Precision;
 use tch::{Cuda, Device, Kind};
 
 use crate::gpu::Gpus;
+use crate::shim::cuda::{ComputeCapability, multiplies_bf16};
 
 /// What was chosen and why.
 #[derive(Clone, Debug)]
@@ -16,8 +17,8 @@ pub struct Chosen {
     pub device_name: String,
     /// Why this device.
     pub device_reason: String,
-    /// Major and minor compute capability of the GPU, where there is one that tells.
-    pub compute_capability: Option<(i32, i32)>,
+    /// Of the GPU, where there is one that tells.
+    pub compute_capability: Option<ComputeCapability>,
     /// Dtype of weights and activations.
     pub kind: Kind,
     /// Why this dtype.
@@ -111,10 +112,10 @@ pub fn choose(precision: Precision, cpus: Option<f64>, cuda: &Result<(), String>
     }
 }
 
-/// Dtype of a GPU of a compute capability; one that is not known is a new one.
-fn gpu_kind(capability: Option<(i32, i32)>) -> (Kind, String) {
+/// The dtype that a GPU computes in, and why.
+fn gpu_kind(capability: Option<ComputeCapability>) -> (Kind, String) {
     match capability {
-        Some((major, minor)) if (major, minor) < crate::shim::cuda::HAS_BF16 => {
+        Some((major, minor)) if !multiplies_bf16(capability) => {
             (Kind::Float, format!("a GPU of compute capability {major}.{minor} has no bf16 arithmetic"))
         }
         _ => (Kind::BFloat16, "the device computes in it".to_owned()),

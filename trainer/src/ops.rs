@@ -13,9 +13,14 @@ pub fn accumulate_kind(kind: Kind) -> Kind {
     if kind == Kind::Double { Kind::Double } else { Kind::Float }
 }
 
+/// A copy in the dtype that statistics are taken in, or the tensor itself where it is in that.
+pub fn widened(x: &Tensor) -> Tensor {
+    x.to_kind(accumulate_kind(x.kind()))
+}
+
 /// `x / rms(x)` in the accumulation dtype, and `1 / rms(x)` `[t, 1]`.
 fn normalized(x_th: &Tensor, eps: f64) -> (Tensor, Tensor) {
-    let x_th = x_th.to_kind(accumulate_kind(x_th.kind()));
+    let x_th = widened(x_th);
     let inverse_rms_t1 = (x_th.square().mean_dim(-1, true, None) + eps).rsqrt();
     (x_th * &inverse_rms_t1, inverse_rms_t1)
 }

@@ -19,9 +19,10 @@ const DRIVER: &str = "libcuda.so.1";
 /// The device that the trainer computes on.
 const ORDINAL: c_int = 0;
 
-/// Major and minor compute capability of the first GPUs that multiply in bf16. Our kernels and flash attention are compiled for
-/// these and later ones.
-pub const HAS_BF16: (c_int, c_int) = (8, 0);
+/// Major and minor.
+pub type ComputeCapability = (c_int, c_int);
+/// Of the first GPUs that multiply in bf16. Our kernels and flash attention are compiled for these and later ones.
+const FIRST_WITH_BF16: ComputeCapability = (8, 0);
 /// `CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR` and `_MINOR`.
 const CAPABILITY_ATTRIBUTES: [c_int; 2] = [75, 76];
 
@@ -184,14 +185,19 @@ pub fn load() -> Result<&'static Kernels, &'static Error> {
     LOADED.get_or_init(|| Kernels::load(Path::new(DRIVER))).as_ref()
 }
 
-/// Major and minor compute capability of the device, asked for once; `None` where there is none, or [`load`] tells why.
-pub fn compute_capability() -> Option<(c_int, c_int)> {
-    static CAPABILITY: OnceLock<Option<(c_int, c_int)>> = OnceLock::new();
+/// Whether a GPU multiplies in bf16; one whose compute capability is not known is a new one.
+pub fn multiplies_bf16(capability: Option<ComputeCapability>) -> bool {
+    capability.is_none_or(|capability| capability >= FIRST_WITH_BF16)
+}
+
+/// Compute capability of the device, asked for once; `None` where there is none, or [`load`] tells why.
+pub fn compute_capability() -> Option<ComputeCapability> {
+    static CAPABILITY: OnceLock<Option<ComputeCapability>> = OnceLock::new();
     *CAPABILITY.get_or_init(|| read_compute_capability(Path::new(DRIVER)).ok())
 }
 
 /// What the driver at `path` says about [`compute_capability`].
-pub fn read_compute_capability(path: &Path) -> Result<(c_int, c_int), Error> {
+pub fn read_compute_capability(path: &Path) -> Result<ComputeCapability, Error> {
     let driver = Driver::start(path)?;
     let device = driver.device()?;
     let read = |attribute| {
