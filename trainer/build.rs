@@ -21,6 +21,7 @@ fn compile_shim() {
     let include = Path::new(&lib).parent().expect("the library folder has a parent").join("include");
     let files = [
         "cpp/shim.cpp",
+        "cpp/kernels.cpp",
         "cpp/profiler.cpp",
         "cpp/attention.cpp",
         "cpp/pointwise.cpp",
@@ -28,7 +29,7 @@ fn compile_shim() {
         "cpp/linear.cpp",
     ];
     let optimizer = "cpp/optimizer.cpp";
-    for file in files.into_iter().chain([optimizer, "cpp/guard.h", "cpp/avx512.h", "cpp/product.h"]) {
+    for file in files.into_iter().chain([optimizer, "cpp/guard.h", "cpp/kernels.h", "cpp/avx512.h", "cpp/product.h"]) {
         println!("cargo:rerun-if-changed={file}");
     }
     let mut build = cc::Build::new();

@@ -1,6 +1,9 @@
 //! The exit codes of the trainer: what each means and whether another attempt can help.
 //!
-//! The trainer leaves with one of these, the operator decides from it; nobody else keeps a copy of the table.
+//! The trainer leaves with one of these, the operator decides from it; nobody else keeps a copy of the table. Where native code
+//! ends the process by a signal, [`Fault`] says what that was.
+
+use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
@@ -126,9 +129,70 @@ impl ExitCode {
     }
 }
 
+/// A signal that ends a process whose native code went wrong. Displayed as its name and what it means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// The number on Linux.
+    pub signal: i32,
+    name: &'static str,
+    meaning: &'static str,
+}
+
+impl Fault {
+    /// Every one, in the order of its number.
+    pub const ALL: [Self; 7] = [
+        Self::new(4, "SIGILL", "an instruction that the processor does not have"),
+        Self::new(5, "SIGTRAP", "a trap"),
+        Self::new(6, "SIGABRT", "an abort"),
+        Self::new(7, "SIGBUS", "a page of memory that could not be read: a mapped file was cut, or its volume failed"),
+        Self::new(8, "SIGFPE", "an integer division by zero"),
+        Self::new(11, "SIGSEGV", "memory that is not the program's"),
+        Self::new(31, "SIGSYS", "a system call that is forbidden here"),
+    ];
+
+    const fn new(signal: i32, name: &'static str, meaning: &'static str) -> Self {
+        Self { signal, name, meaning }
+    }
+
+    /// The fault that a signal stands for; none for signals that somebody sends, such as SIGTERM.
+    pub fn from_signal(signal: i32) -> Option<Self> {
+        Self::ALL.into_iter().find(|fault| fault.signal == signal)
+    }
+
+    /// The fault that ended a container, whose exit code is then 128 more than the signal.
+    pub fn from_exit_code(code: i32) -> Option<Self> {
+        Self::from_signal(code - 128)
+    }
+
+    /// What is told of a process that ended so while it did `what`, and what to do.
+    pub fn message(self, what: &str) -> String {
+        format!(
+            "the trainer was ended by {self} in native code while {what}. That is a bug in the trainer or in a library below it, \
+             not in the job; the next attempt, on a laptop the same command, goes on from the newest checkpoint. If it comes \
+             again, report it with this message and the machine's processor and GPU"
+        )
+    }
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({})", self.name, self.meaning)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn faults_are_found_by_signal_and_by_exit_code() {
+        for fault in Fault::ALL {
+            assert_eq!(Fault::from_signal(fault.signal), Some(fault));
+            assert_eq!(Fault::from_exit_code(128 + fault.signal), Some(fault));
+        }
+        // SIGKILL and SIGTERM come from outside; a code of the table is no signal.
+        assert_eq!([137, 143, 70].map(Fault::from_exit_code), [None; 3]);
+    }
 
     #[test]
     fn numbers_are_unique_ascending_and_found_again() {

@@ -2,23 +2,15 @@
 # Builds what the test cluster runs and prints its folder: Kubernetes, etcd and the tools from their Go modules,
 # containerd and its helpers from Debian's packages (unpacked, never installed), and two small images.
 # Each part lies in the cache under the digest of what decides it, so that a changed part alone is built again.
-set -euo pipefail
-HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-REPO=$(cd "$HERE/../.." && pwd)
-CACHE=${FINETUNE_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/finetune-operator}
+source "$(dirname "${BASH_SOURCE[0]}")/../../tools/common.sh"
+HERE=$REPO/tests/cluster
 PARTS=$CACHE/cluster-parts
 
 KUBERNETES_VERSION=1.36.2
 VERSION_PACKAGE=k8s.io/component-base/version
-# Debian keeps only the newest build of a release's package, so the release is what is pinned.
-DEBIAN_RELEASE=12
 DEBIAN_PACKAGES=(containerd runc containernetworking-plugins iptables nftables busybox-static
   libnftables1 libedit2 libjansson4 libgmp10 libbsd0 libmd0 libmnl0 libnftnl11 libxtables12)
 
-say() { printf '==> %s\n' "$*" >&2; }
-die() { printf 'error: %s\n' "$*" >&2; exit 1; }
-# Exit 3: this machine lacks something.
-lacks() { printf 'error: %s\n' "$*" >&2; exit 3; }
 digest() { sha256sum | cut -c1-12; }
 
 # go_key MODULE FLAGS…: the part's key; only what changes the binaries counts.
@@ -42,24 +34,15 @@ go_part() {
 }
 
 debian_part() {
-  local folder=$1 work package apt
+  local folder=$1 work package
   [ -d "$folder" ] && return
-  for tool in apt-get dpkg-deb; do
-    command -v "$tool" >/dev/null || lacks "$tool is missing: containerd, runc and the CNI plugins come from packages of Debian $DEBIAN_RELEASE"
-  done
-  # shellcheck source=/dev/null
-  . /etc/os-release
-  [ "$ID $VERSION_ID" = "debian $DEBIAN_RELEASE" ] || lacks "this is $ID $VERSION_ID; the packages of the test cluster are those of Debian $DEBIAN_RELEASE"
   say "unpacking ${DEBIAN_PACKAGES[*]}"
   work=$folder.partial
   rm -rf "$work"
-  mkdir -p "$work/unpacked" "$work/packages" "$work/apt/lists/partial" "$work/apt/cache/archives/partial"
-  # Lists of its own: the host's may be missing or old, and are not ours to change.
-  apt=(apt-get -qq -o "Dir::State::Lists=$work/apt/lists" -o "Dir::Cache=$work/apt/cache" -o "APT::Sandbox::User=$(id -un)")
-  "${apt[@]}" update >&2 || die "the lists of Debian's packages could not be downloaded"
-  (cd "$work/packages" && "${apt[@]}" download "${DEBIAN_PACKAGES[@]}" >&2) || die "Debian's packages could not be downloaded"
+  mkdir -p "$work/unpacked" "$work/packages"
+  fetch_debian "$work/packages" "containerd, runc and the CNI plugins come" "${DEBIAN_PACKAGES[@]}"
   for package in "$work"/packages/*.deb; do dpkg-deb -x "$package" "$work/unpacked"; done
-  rm -r "$work/packages" "$work/apt"
+  rm -r "$work/packages"
   mkdir "$work/bin"
   ln -s ../unpacked/usr/bin/{containerd,containerd-shim-runc-v2,ctr} ../unpacked/usr/sbin/runc ../unpacked/bin/busybox "$work/bin/"
   ln -s ../unpacked/usr/lib/cni "$work/bin/cni"
@@ -108,7 +91,7 @@ local_path_flags=(-ldflags "-s -w")
 kubernetes=$PARTS/kubernetes-$(go_key kubernetes "${kubernetes_flags[@]}")
 tools=$PARTS/tools-$(go_key tools "${tools_flags[@]}")
 local_path=$PARTS/local-path-$(go_key local-path "${local_path_flags[@]}")
-debian=$PARTS/debian-$({ echo 1 "$DEBIAN_RELEASE" "${DEBIAN_PACKAGES[@]}"; declare -f debian_part wrap; } | digest)
+debian=$PARTS/debian-$({ echo 1 "$DEBIAN_RELEASE" "${DEBIAN_PACKAGES[@]}"; declare -f debian_part fetch_debian wrap; } | digest)
 images=$PARTS/images-$({ echo "$debian"; declare -f image_part; cat "$HERE/pause.c" "$REPO/images/oci_image.py"; } | digest)
 cluster=$CACHE/cluster-$(printf '%s\n' "$kubernetes" "$tools" "$local_path" "$debian" "$images" | digest)
 

@@ -12,6 +12,7 @@ mod numerics;
 mod observed;
 mod operator;
 mod optimizer;
+mod processors;
 mod resume;
 mod rights;
 mod run;

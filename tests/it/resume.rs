@@ -4,7 +4,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use harness::{Job, terminate, untimed_validation, wait_for};
+use harness::{Job, signal, terminate, untimed_validation, wait_for};
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
@@ -46,6 +46,32 @@ fn kill_9_at_random_moments_changes_no_byte() {
         }
         assert_eq!(job.adapter_digest(), expected, "after {kills} kills");
     }
+}
+
+#[test]
+fn a_crash_in_native_code_leaves_a_word_and_the_same_command_continues() {
+    let undisturbed = Job::new();
+    assert_eq!(undisturbed.run().code, Some(0));
+    let job = Job::new();
+    for (crash, name) in [("ILL", "SIGILL (an instruction that the processor does not have)"), ("ABRT", "SIGABRT")] {
+        let already = job.logged_steps();
+        let mut child = job.start();
+        assert!(wait_for(&mut child, || job.logged_steps() > already + 5));
+        signal(&child, crash);
+        assert_eq!(child.wait().expect("a child of ours").code(), Some(70));
+        let report = job.report();
+        let failure = report.failure.expect("a last word");
+        assert_eq!((failure.reason.as_str(), failure.exit_code), ("InternalError", 70));
+        for words in
+            [name, "while training, after step", "a bug", "the same command, goes on from the newest checkpoint"]
+        {
+            assert!(failure.message.contains(words), "no {words:?} in {}", failure.message);
+        }
+    }
+    let outcome = job.run();
+    assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
+    assert!(outcome.stderr.contains("resumed at step"), "{}", outcome.stderr);
+    assert_eq!(job.adapter_digest(), undisturbed.adapter_digest());
 }
 
 #[test]

@@ -107,17 +107,25 @@ impl Job {
         self.write("job.yaml", text.replace(from, to));
     }
 
-    /// The trainer with these arguments, on one core: several tests run at once, and threads are part of what a run is.
+    /// The trainer with these arguments, on one core: several tests run at once, and threads are part of what a run is. Where
+    /// FINETUNE_EMULATOR has words, they come before it: another processor's emulation.
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new("taskset");
-        command.args(["-c", "0"]).arg(trainer_binary()).args(arguments).current_dir(self.folder());
+        let emulator = std::env::var("FINETUNE_EMULATOR").unwrap_or_default();
+        command.args(["-c", "0"]).args(emulator.split_whitespace());
+        command.arg(trainer_binary()).args(arguments).current_dir(self.folder());
         command.env_remove("RUST_BACKTRACE").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command
     }
 
     /// Runs the trainer to its end.
     pub fn trainer(&self, arguments: &[&str]) -> Outcome {
-        let output = self.command(arguments).output().expect("the trainer starts");
+        self.outcome(&mut self.command(arguments))
+    }
+
+    /// Runs a [`Job::command`] to its end.
+    pub fn outcome(&self, command: &mut Command) -> Outcome {
+        let output = command.output().expect("the trainer starts");
         let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("UTF-8");
         Outcome { code: output.status.code(), stdout: text(output.stdout), stderr: text(output.stderr) }
     }

@@ -160,4 +160,4 @@ mod pods;
 
 pub use hub::{Fault, Hub, Received, Server, Storage};
 pub use job::{Job, Outcome, trainer_binary, untimed_validation};
-pub use pods::{Ended, Pods, hang, terminate, wait_for};
+pub use pods::{Ended, Pods, hang, signal, terminate, wait_for};

@@ -176,9 +176,14 @@ pub fn wait_for(child: &mut Child, condition: impl Fn() -> bool) -> bool {
 /// Asks a process to stop, as a kubelet does, and waits for its end.
 pub fn terminate(child: &mut Child) -> (Option<i32>, Duration) {
     let asked = Instant::now();
-    let status = Command::new("kill").args(["-TERM", &child.id().to_string()]).status().expect("kill runs");
-    assert!(status.success());
+    signal(child, "TERM");
     (child.wait().expect("a child of ours").code(), asked.elapsed())
+}
+
+/// Sends a signal by its name without SIG.
+pub fn signal(child: &Child, name: &str) {
+    let status = Command::new("kill").args([&format!("-{name}"), &child.id().to_string()]).status().expect("kill runs");
+    assert!(status.success());
 }
 
 /// Puts a pipe that nobody writes to in the place of a file: reading it never ends.

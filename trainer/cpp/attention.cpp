@@ -284,7 +284,7 @@ extern "C" {
 // query, out [t, n, d] and key, value [t, k, d], bf16 or fp32; logsumexp fp32 [n, t]; bounds int32
 // [examples + 1], ascending from 0 to t.
 int ft_cpu_attention(void *query, void *key, void *value, void *bounds, double scale, void *out, void *logsumexp) {
-  return recorded_by_dtype("finetune::attention", {query, key, value}, [&](auto dtype) {
+  return recorded_by_dtype(kernels::attention, {query, key, value}, [&](auto dtype) {
     using D = decltype(dtype);
     const Examples examples(query, key, bounds);
     const Packed<D> q(query, "query", examples.query), k(key, "key", examples.key);
@@ -303,7 +303,7 @@ int ft_cpu_attention(void *query, void *key, void *value, void *bounds, double s
 // The gradients of query, key and value, in tensors of their shapes.
 int ft_cpu_attention_backward(void *gradient, void *query, void *key, void *value, void *out, void *logsumexp,
                               void *bounds, double scale, void *d_query, void *d_key, void *d_value) {
-  return recorded_by_dtype("finetune::attention_backward", {gradient, query, key, value}, [&](auto dtype) {
+  return recorded_by_dtype(kernels::attention_backward, {gradient, query, key, value}, [&](auto dtype) {
     using D = decltype(dtype);
     const Examples examples(query, key, bounds);
     const Packed<D> q(query, "query", examples.query), k(key, "key", examples.key), v(value, "value", examples.key);

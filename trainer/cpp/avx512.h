@@ -1,5 +1,5 @@
-// What the kernels for CPUs with AVX512-BF16 share, in bf16 and fp32. Only functions marked AVX512 use these instructions: they
-// are called where ft_cpu_kernels_are_supported says so.
+// What the kernels for CPUs with AVX512-BF16 share, in bf16 and fp32. Only functions marked AVX512 use these instructions, and
+// they are called by entries of kernels.h only.
 
 #pragma once
 
@@ -9,7 +9,7 @@
 
 #include <cstdint>
 
-#include "guard.h"
+#include "kernels.h"
 
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")))
 #define INLINE AVX512 inline __attribute__((always_inline))
@@ -89,9 +89,9 @@ template <typename D> struct Matrix {
   Element<D> *row(int64_t index) const { return data + index * columns; }
 };
 
-// Work that the profiler shows by this name: body(Bf16{}) or body(Fp32{}), as the first of its inputs is.
-template <typename F> int recorded_by_dtype(const char *name, c10::ArrayRef<void *> inputs, F body) {
-  return recorded(name, inputs, [&] {
+// Runs body(Bf16{}) or body(Fp32{}), as the first of its inputs is.
+template <typename F> int recorded_by_dtype(const Kernel &kernel, c10::ArrayRef<void *> inputs, F body) {
+  return recorded(kernel, inputs, [&](Instructions) {
     if (tensor(inputs.front()).scalar_type() == at::kBFloat16) {
       body(Bf16{});
     } else {

@@ -189,7 +189,7 @@ extern "C" {
 // prefix_keys and prefix_values the same with one slot, undefined where there is no prefix. All but rows bf16 or fp32.
 int ft_cpu_cached_attention(void *query, void *key, void *value, void *rows, void *keys, void *values, void *prefix_keys,
                             void *prefix_values, int64_t prefix_length, double scale, void *out) {
-  return recorded_by_dtype("finetune::cached_attention", {query, key, value}, [&](auto dtype) {
+  return recorded_by_dtype(kernels::cached_attention, {query, key, value}, [&](auto dtype) {
     using D = decltype(dtype);
     const Cache<D> cache(tensor(keys), tensor(values)), prefix(tensor(prefix_keys), tensor(prefix_values));
     for (void *packed : {query, key, value, out}) {
@@ -248,7 +248,7 @@ int ft_cpu_cached_attention(void *query, void *key, void *value, void *rows, voi
 
 // The place of the largest of each row of logits [n, v], bf16 or fp32, the first of several and of NaN: places int64 [n].
 int ft_cpu_argmax(void *logits, void *places) {
-  return recorded_by_dtype("finetune::argmax", {logits}, [&](auto dtype) {
+  return recorded_by_dtype(kernels::argmax, {logits}, [&](auto dtype) {
     using D = decltype(dtype);
     const Matrix<D> l(logits, "logits");
     int64_t *found = elements<int64_t>(places, "places", at::kLong, {l.rows});
@@ -263,7 +263,7 @@ int ft_cpu_argmax(void *logits, void *places) {
 // The negative log-likelihood of each label, int64 [n], under its row of logits [n, v], bf16 or fp32: losses fp32 [n] in nats;
 // and whether the label is what ft_cpu_argmax finds: correct bool [n].
 int ft_cpu_score(void *logits, void *labels, void *losses, void *correct) {
-  return recorded_by_dtype("finetune::score", {logits, labels}, [&](auto dtype) {
+  return recorded_by_dtype(kernels::score, {logits, labels}, [&](auto dtype) {
     using D = decltype(dtype);
     const Matrix<D> l(logits, "logits");
     const int64_t *targets = elements<int64_t>(labels, "labels", at::kLong, {l.rows});

@@ -3,13 +3,11 @@
 #pragma once
 
 #include <ATen/ATen.h>
-#include <ATen/record_function.h>
 
 #include <c10/core/GradMode.h>
 
 #include <exception>
 #include <new>
-#include <vector>
 
 #ifndef _OPENMP
 #error "without OpenMP at::parallel_for is a loop of one thread"
@@ -44,16 +42,4 @@ template <typename T> T *elements(void *handle, const char *name, at::ScalarType
   TORCH_CHECK(held.is_cpu() && held.is_contiguous() && held.scalar_type() == type && held.sizes() == shape, name,
               " must be contiguous ", type, " ", shape, " on the CPU, found ", held.scalar_type(), " ", held.sizes());
   return static_cast<T *>(held.data_ptr());
-}
-
-// Work that the profiler shows by this name, with the shapes of its inputs.
-template <typename F> int recorded(const char *name, c10::ArrayRef<void *> inputs, F body) {
-  return guarded([&] {
-    std::vector<c10::IValue> values;
-    for (void *input : inputs) {
-      values.emplace_back(tensor(input));
-    }
-    RECORD_FUNCTION(name, c10::ArrayRef<const c10::IValue>(values.data(), values.size()));
-    body();
-  });
 }

@@ -176,7 +176,7 @@ extern "C" {
 // x [t, in] times each weight [out, in] transposed, in bf16 or fp32: written to its out [t, out], or added to it where `add` is
 // not 0. The first of the inputs is x, the others are weights; there is an out for each weight.
 int ft_cpu_linear(void *const *inputs, void *const *outs, int num_weights, int add) {
-  return recorded_by_dtype("finetune::linear", {inputs, static_cast<size_t>(num_weights) + 1}, [&](auto dtype) {
+  return recorded_by_dtype(kernels::linear, {inputs, static_cast<size_t>(num_weights) + 1}, [&](auto dtype) {
     using D = decltype(dtype);
     const at::Tensor &x = tensor(inputs[0]);
     TORCH_CHECK(x.dim() == 2, "x must be a matrix, found ", x.sizes());

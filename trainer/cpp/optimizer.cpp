@@ -10,15 +10,16 @@
 #include <cstdint>
 #include <cstring>
 
-#include "guard.h"
+#include "kernels.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
-#define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#define AVX2 __attribute__((target("avx2")))
 #define AVX512 __attribute__((target("avx512f")))
-#else
-#define CLONES
 #endif
+
+// Compiled for the instructions of the variant that it becomes part of.
+#define INLINE inline __attribute__((always_inline))
 
 namespace {
 
@@ -41,28 +42,27 @@ struct Constants {
   float decay, one_minus_beta1, one_minus_beta2, eps, step_size, root;
 };
 
-void decode_each(const uint8_t *codes, float scale, const float *values, float *out, int64_t count) {
-  for (int64_t i = 0; i < count; i++) {
-    out[i] = values[codes[i]] * scale;
-  }
-}
-
-void encode_each(const float *numbers, float scale, const float *tree, uint8_t *codes, int64_t count) {
-  for (int64_t i = 0; i < count; i++) {
-    const float number = numbers[i] / scale;
-    int32_t node = 1;
-    while (node < 256) {
-      node = 2 * node + (number >= tree[node]);
+struct OneByOne {
+  static INLINE void decode(const uint8_t *codes, float scale, const float *values, float *out, int64_t count) {
+    for (int64_t i = 0; i < count; i++) {
+      out[i] = values[codes[i]] * scale;
     }
-    codes[i] = static_cast<uint8_t>(node - 256);
   }
-}
+  static INLINE void encode(const float *numbers, float scale, const float *tree, uint8_t *codes, int64_t count) {
+    for (int64_t i = 0; i < count; i++) {
+      const float number = numbers[i] / scale;
+      int32_t node = 1;
+      while (node < 256) {
+        node = 2 * node + (number >= tree[node]);
+      }
+      codes[i] = static_cast<uint8_t>(node - 256);
+    }
+  }
+};
 
 #if defined(__x86_64__)
-#define INLINE AVX512 inline __attribute__((always_inline))
-
 // table[index] of a table of 2^BITS numbers, which lies in registers: a gather would read them one by one.
-template <int BITS> INLINE __m512 look_up(const float *table, __m512i index) {
+template <int BITS> AVX512 INLINE __m512 look_up(const float *table, __m512i index) {
   if constexpr (BITS <= 4) {
     return _mm512_permutexvar_ps(index, _mm512_loadu_ps(table));
   } else if constexpr (BITS == 5) {
@@ -75,7 +75,7 @@ template <int BITS> INLINE __m512 look_up(const float *table, __m512i index) {
 }
 
 // From a node's place in its level of the tree to that of the leaf below it.
-template <int LEVEL> INLINE __m512i descend(__m512 numbers, const float *tree, __m512i place) {
+template <int LEVEL> AVX512 INLINE __m512i descend(__m512 numbers, const float *tree, __m512i place) {
   if constexpr (LEVEL == 8) {
     return place;
   } else {
@@ -85,45 +85,29 @@ template <int LEVEL> INLINE __m512i descend(__m512 numbers, const float *tree, _
   }
 }
 
-AVX512 void decode_vectors(const uint8_t *codes, float scale, const float *values, float *out, int64_t count) {
-  for (int64_t i = 0; i < count; i += 16) {
-    const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(codes + i)));
-    _mm512_storeu_ps(out + i, _mm512_mul_ps(look_up<8>(values, index), _mm512_set1_ps(scale)));
+// Whole vectors, and what is left one by one.
+struct InVectors {
+  static AVX512 void decode(const uint8_t *codes, float scale, const float *values, float *out, int64_t count) {
+    const int64_t whole = count - count % 16;
+    for (int64_t i = 0; i < whole; i += 16) {
+      const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(codes + i)));
+      _mm512_storeu_ps(out + i, _mm512_mul_ps(look_up<8>(values, index), _mm512_set1_ps(scale)));
+    }
+    OneByOne::decode(codes + whole, scale, values, out + whole, count - whole);
   }
-}
-
-AVX512 void encode_vectors(const float *numbers, float scale, const float *tree, uint8_t *codes, int64_t count) {
-  for (int64_t i = 0; i < count; i += 16) {
-    const __m512 number = _mm512_div_ps(_mm512_loadu_ps(numbers + i), _mm512_set1_ps(scale));
-    const __m512i code = descend<0>(number, tree, _mm512_setzero_si512());
-    _mm_storeu_si128(reinterpret_cast<__m128i *>(codes + i), _mm512_cvtepi32_epi8(code));
+  static AVX512 void encode(const float *numbers, float scale, const float *tree, uint8_t *codes, int64_t count) {
+    const int64_t whole = count - count % 16;
+    for (int64_t i = 0; i < whole; i += 16) {
+      const __m512 number = _mm512_div_ps(_mm512_loadu_ps(numbers + i), _mm512_set1_ps(scale));
+      const __m512i code = descend<0>(number, tree, _mm512_setzero_si512());
+      _mm_storeu_si128(reinterpret_cast<__m128i *>(codes + i), _mm512_cvtepi32_epi8(code));
+    }
+    OneByOne::encode(numbers + whole, scale, tree, codes + whole, count - whole);
   }
-}
-
-// How many of so many numbers vectors take; the rest is taken one by one.
-int64_t in_vectors(int64_t count) {
-  static const bool has_avx512 = __builtin_cpu_supports("avx512f");
-  return has_avx512 ? count - count % 16 : 0;
-}
-#else
-int64_t in_vectors(int64_t) { return 0; }
-void decode_vectors(const uint8_t *, float, const float *, float *, int64_t) {}
-void encode_vectors(const float *, float, const float *, uint8_t *, int64_t) {}
+};
 #endif
 
-void decode(const uint8_t *codes, float scale, const float *values, float *out, int64_t count) {
-  const int64_t whole = in_vectors(count);
-  decode_vectors(codes, scale, values, out, whole);
-  decode_each(codes + whole, scale, values, out + whole, count - whole);
-}
-
-void encode(const float *numbers, float scale, const float *tree, uint8_t *codes, int64_t count) {
-  const int64_t whole = in_vectors(count);
-  encode_vectors(numbers, scale, tree, codes, whole);
-  encode_each(numbers + whole, scale, tree, codes + whole, count - whole);
-}
-
-CLONES void update(float *parameter, const float *gradient, float *exp_avg, float *exp_avg_sq, int64_t count,
+INLINE void update(float *parameter, const float *gradient, float *exp_avg, float *exp_avg_sq, int64_t count,
                    const Constants c) {
   for (int64_t i = 0; i < count; i++) {
     const float g = gradient[i];
@@ -135,7 +119,7 @@ CLONES void update(float *parameter, const float *gradient, float *exp_avg, floa
   }
 }
 
-CLONES float largest(const float *numbers, int64_t count) {
+INLINE float largest(const float *numbers, int64_t count) {
   // Numbers without a sign order as their bits do.
   int32_t largest = 0;
   for (int64_t i = 0; i < count; i++) {
@@ -148,18 +132,48 @@ CLONES float largest(const float *numbers, int64_t count) {
   return std::max(result, SMALLEST_SCALE);
 }
 
-void update_blocks(float *parameter, const float *gradient, Moment exp_avg, Moment exp_avg_sq, int64_t count,
-                   const Constants &constants) {
+template <typename Coder>
+INLINE void update_blocks(float *parameter, const float *gradient, Moment exp_avg, Moment exp_avg_sq, int64_t count,
+                          const Constants constants) {
   float m[BLOCK], v[BLOCK];
   for (int64_t start = 0, block = 0; start < count; start += BLOCK, block++) {
     const int64_t length = std::min(BLOCK, count - start);
-    decode(exp_avg.codes + start, exp_avg.scales[block], exp_avg.codec.values, m, length);
-    decode(exp_avg_sq.codes + start, exp_avg_sq.scales[block], exp_avg_sq.codec.values, v, length);
+    Coder::decode(exp_avg.codes + start, exp_avg.scales[block], exp_avg.codec.values, m, length);
+    Coder::decode(exp_avg_sq.codes + start, exp_avg_sq.scales[block], exp_avg_sq.codec.values, v, length);
     update(parameter + start, gradient + start, m, v, length, constants);
     exp_avg.scales[block] = largest(m, length);
     exp_avg_sq.scales[block] = largest(v, length);
-    encode(m, exp_avg.scales[block], exp_avg.codec.tree, exp_avg.codes + start, length);
-    encode(v, exp_avg_sq.scales[block], exp_avg_sq.codec.tree, exp_avg_sq.codes + start, length);
+    Coder::encode(m, exp_avg.scales[block], exp_avg.codec.tree, exp_avg.codes + start, length);
+    Coder::encode(v, exp_avg_sq.scales[block], exp_avg_sq.codec.tree, exp_avg_sq.codes + start, length);
+  }
+}
+
+using UpdateBlocks = void(float *, const float *, Moment, Moment, int64_t, const Constants &);
+
+void update_blocks_baseline(float *parameter, const float *gradient, Moment exp_avg, Moment exp_avg_sq, int64_t count,
+                            const Constants &constants) {
+  update_blocks<OneByOne>(parameter, gradient, exp_avg, exp_avg_sq, count, constants);
+}
+
+#if defined(__x86_64__)
+AVX2 void update_blocks_avx2(float *parameter, const float *gradient, Moment exp_avg, Moment exp_avg_sq, int64_t count,
+                             const Constants &constants) {
+  update_blocks<OneByOne>(parameter, gradient, exp_avg, exp_avg_sq, count, constants);
+}
+
+AVX512 void update_blocks_avx512(float *parameter, const float *gradient, Moment exp_avg, Moment exp_avg_sq, int64_t count,
+                                 const Constants &constants) {
+  update_blocks<InVectors>(parameter, gradient, exp_avg, exp_avg_sq, count, constants);
+}
+#endif
+
+UpdateBlocks *variant_for(Instructions instructions) {
+  switch (instructions) {
+#if defined(__x86_64__)
+  case Instructions::Avx512: return update_blocks_avx512;
+  case Instructions::Avx2: return update_blocks_avx2;
+#endif
+  default: return update_blocks_baseline;
   }
 }
 
@@ -175,7 +189,8 @@ extern "C" {
 // `found_inf` (fp32 scalar) is 1 nothing moves. A moment is its codes, its scales, and the codec's two tables.
 int ft_cpu_adamw_8bit(void *parameter, void *gradient, void *const *exp_avg, void *const *exp_avg_sq, void *rates,
                       void *found_inf, double decay, double one_minus_beta1, double one_minus_beta2, double eps) {
-  return recorded("finetune::adamw_8bit", {parameter, gradient}, [&] {
+  return recorded(kernels::adamw_8bit, {parameter, gradient}, [&](Instructions variant) {
+    UpdateBlocks *const update = variant_for(variant);
     if (*elements<float>(found_inf, "found_inf", at::kFloat, {}) != 0.0f) {
       return;
     }
@@ -195,7 +210,7 @@ int ft_cpu_adamw_8bit(void *parameter, void *gradient, void *const *exp_avg, voi
       const auto from = [&](const Moment &whole) {
         return Moment{whole.codes + start, whole.scales + first, whole.codec};
       };
-      update_blocks(p + start, g + start, from(m), from(v), length, constants);
+      update(p + start, g + start, from(m), from(v), length, constants);
     });
   });
 }

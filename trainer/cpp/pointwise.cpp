@@ -120,17 +120,9 @@ int64_t least_rows(int64_t columns) { return LEAST / std::clamp<int64_t>(columns
 
 extern "C" {
 
-int ft_cpu_kernels_are_supported() {
-  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
-}
-
-// Whether libtorch's products in bf16 use AMX here.
-int ft_cpu_has_tiles() { return __builtin_cpu_supports("amx-bf16") != 0; }
-
 // silu(gate) * up
 int ft_cpu_swiglu(void *gate, void *up, void *out) {
-  return recorded_by_dtype("finetune::swiglu", {gate, up}, [&](auto dtype) {
+  return recorded_by_dtype(kernels::swiglu, {gate, up}, [&](auto dtype) {
     using D = decltype(dtype);
     const Matrix<D> g(gate, "gate"), u(up, "up", g.shape), o(out, "out", g.shape);
     at::parallel_for(0, g.rows, least_rows(g.columns), [&](int64_t first, int64_t last) {
@@ -140,7 +132,7 @@ int ft_cpu_swiglu(void *gate, void *up, void *out) {
 }
 
 int ft_cpu_swiglu_backward(void *gradient, void *gate, void *up, void *d_gate, void *d_up) {
-  return recorded_by_dtype("finetune::swiglu_backward", {gradient, gate, up}, [&](auto dtype) {
+  return recorded_by_dtype(kernels::swiglu_backward, {gradient, gate, up}, [&](auto dtype) {
     using D = decltype(dtype);
     const Matrix<D> g(gate, "gate"), u(up, "up", g.shape), d(gradient, "gradient", g.shape);
     const Matrix<D> dg(d_gate, "d_gate", g.shape), du(d_up, "d_up", g.shape);
@@ -151,7 +143,7 @@ int ft_cpu_swiglu_backward(void *gradient, void *gate, void *up, void *d_gate, v
 }
 
 int ft_cpu_rms_norm(void *x, void *weight, double eps, void *out) {
-  return recorded_by_dtype("finetune::rms_norm", {x, weight}, [&](auto dtype) {
+  return recorded_by_dtype(kernels::rms_norm, {x, weight}, [&](auto dtype) {
     using D = decltype(dtype);
     const Matrix<D> input(x, "x"), w(weight, "weight", {input.columns}), o(out, "out", input.shape);
     at::parallel_for(0, input.rows, least_rows(input.columns), [&](int64_t first, int64_t last) {
@@ -164,7 +156,7 @@ int ft_cpu_rms_norm(void *x, void *weight, double eps, void *out) {
 
 // out = residual + the gradient of x.
 int ft_cpu_rms_norm_backward(void *gradient, void *x, void *weight, double eps, void *residual, void *out) {
-  return recorded_by_dtype("finetune::rms_norm_backward", {gradient, x, weight, residual}, [&](auto dtype) {
+  return recorded_by_dtype(kernels::rms_norm_backward, {gradient, x, weight, residual}, [&](auto dtype) {
     using D = decltype(dtype);
     const Matrix<D> input(x, "x"), w(weight, "weight", {input.columns}), g(gradient, "gradient", input.shape);
     const Matrix<D> r(residual, "residual", input.shape), o(out, "out", input.shape);
@@ -178,7 +170,7 @@ int ft_cpu_rms_norm_backward(void *gradient, void *x, void *weight, double eps, 
 
 // x and out [t, n, d], d a multiple of 32; cos and sin [t, 1, d]; `sign` -1 turns back.
 int ft_cpu_rotate(void *x, void *cos, void *sin, double sign, void *out) {
-  return recorded_by_dtype("finetune::rotate", {x, cos, sin}, [&](auto dtype) {
+  return recorded_by_dtype(kernels::rotate, {x, cos, sin}, [&](auto dtype) {
     using D = decltype(dtype);
     const Matrix<D> input(x, "x"), o(out, "out", input.shape);
     TORCH_CHECK(input.shape.size() == 3 && input.columns % (2 * LANES) == 0, "x must be [t, n, d], d a multiple of 32, found ",
@@ -195,7 +187,7 @@ int ft_cpu_rotate(void *x, void *cos, void *sin, double sign, void *out) {
 
 // logits [n, v], which become scale * (softmax - onehot); labels int64 [n]; losses fp32 [n], in nats.
 int ft_cpu_cross_entropy(void *logits, void *labels, double scale, void *losses) {
-  return recorded_by_dtype("finetune::cross_entropy", {logits, labels}, [&](auto dtype) {
+  return recorded_by_dtype(kernels::cross_entropy, {logits, labels}, [&](auto dtype) {
     using D = decltype(dtype);
     const Matrix<D> l(logits, "logits");
     const auto *targets = elements<int64_t>(labels, "labels", at::kLong, {l.rows});

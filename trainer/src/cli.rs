@@ -72,8 +72,14 @@ pub fn execute(arguments: &Arguments, environment: &Environment) -> ExitCode {
         Command::Profile { job, trace } => profile_job(job, trace.as_ref(), environment),
         Command::Check { file, local } => check_file(file, local),
         Command::Generate { folder, prompt, base, max_new_tokens, precision } => {
-            let chosen = crate::device::choose(precision.precision(), None, &environment.cuda);
-            answer(folder, prompt, base.as_deref(), *max_new_tokens, &chosen, &environment.hub)
+            let watched = crate::crash::watch(&LastWord::default()).map_err(|error| unhandled(&error));
+            watched.and_then(|()| {
+                let chosen = crate::device::choose(precision.precision(), None, &environment.cuda);
+                if let Some(warning) = &chosen.warning {
+                    let _ = writeln!(std::io::stderr(), "warning: {warning}");
+                }
+                answer(folder, prompt, base.as_deref(), *max_new_tokens, &chosen, &environment.hub)
+            })
         }
     };
     result.unwrap_or_else(|(exit, message)| fail(exit, &message))
@@ -167,8 +173,11 @@ fn run_job(file: &Path, job: &RunArguments, listen: Option<SocketAddr>, environm
 }
 
 fn stop_on_signals(last_word: &LastWord) -> Result<Stop, (ExitCode, String)> {
-    Stop::on_signals(last_word)
-        .map_err(|error| (ExitCode::InternalError, format!("signals cannot be handled: {error}")))
+    Stop::on_signals(last_word).map_err(|error| unhandled(&error))
+}
+
+fn unhandled(error: &std::io::Error) -> (ExitCode, String) {
+    (ExitCode::InternalError, format!("signals cannot be handled: {error}"))
 }
 
 fn local_context<'a>(

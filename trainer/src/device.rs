@@ -1,11 +1,13 @@
 //! Where the model is computed and in which dtype, and what the machine offers: threads, memory, energy.
 
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use crds::run::Precision;
-use tch::{Cuda, Device, Kind};
+use tch::{Cuda, Device, Kind, Tensor};
 
 use crate::gpu::Gpus;
+use crate::shim::cpu::{self, Instructions};
 use crate::shim::cuda::{ComputeCapability, multiplies_bf16};
 
 /// What was chosen and why.
@@ -31,10 +33,16 @@ pub struct Chosen {
     pub warning: Option<String>,
 }
 
-/// Settings that libtorch's libraries read from the environment when they are loaded, where the user made none. Must run
-/// before [`load_cuda`], in a process of one thread.
-pub fn set_library_defaults(is_set: impl Fn(&str) -> bool) {
-    for (names, value) in [
+/// Settings that libtorch's libraries read from the environment when they are loaded, where the user made none; `variable` gives
+/// the value of one. Must run before [`load_cuda`], in a process of one thread.
+pub fn set_library_defaults(variable: impl Fn(&str) -> Option<String>) {
+    // Where libtorch's kernels may not use all of the processor, its libraries for products may not either.
+    let limits: &[(&[&str], &str)] = match variable("ATEN_CPU_CAPABILITY").as_deref() {
+        Some("default") => &[(&["ONEDNN_MAX_CPU_ISA"], "SSE41"), (&["MKL_ENABLE_INSTRUCTIONS"], "SSE4_2")],
+        Some("avx2") => &[(&["ONEDNN_MAX_CPU_ISA"], "AVX2"), (&["MKL_ENABLE_INSTRUCTIONS"], "AVX2")],
+        _ => &[],
+    };
+    let defaults = [
         // cuBLAS is deterministic with workspaces of its own only.
         (&["CUBLAS_WORKSPACE_CONFIG"][..], ":4096:8"),
         // Packed rows have a new length every step: segments that grow leave no gaps behind that fit nothing. libtorch takes
@@ -46,8 +54,9 @@ pub fn set_library_defaults(is_set: impl Fn(&str) -> bool) {
         (&["ONEDNN_PRIMITIVE_CACHE_CAPACITY"], "128"),
         // MKL takes as many threads as it is told, always: `set_num_threads` sees to it, and is not called everywhere.
         (&["MKL_DYNAMIC"], "FALSE"),
-    ] {
-        if !names.iter().any(|name| is_set(name)) {
+    ];
+    for (names, value) in defaults.iter().chain(limits) {
+        if !names.iter().any(|name| variable(name).is_some()) {
             // SAFETY: no other thread reads the environment yet.
             unsafe { std::env::set_var(names[0], value) };
         }
@@ -91,10 +100,15 @@ pub fn choose(precision: Precision, cpus: Option<f64>, cuda: &Result<(), String>
     };
     let compute_capability = if device.is_cuda() { crate::shim::cuda::compute_capability() } else { None };
     let (kind, kind_reason) = match precision {
-        Precision::BF16 => (Kind::BFloat16, "hyperparameters.precision".to_owned()),
+        Precision::BF16 => {
+            if device == Device::Cpu && !cpu::multiplies_bf16() {
+                warning = Some(slow_bf16());
+            }
+            (Kind::BFloat16, "hyperparameters.precision".to_owned())
+        }
         Precision::FP32 => (Kind::Float, "hyperparameters.precision".to_owned()),
         Precision::Auto if device.is_cuda() => gpu_kind(compute_capability),
-        Precision::Auto if cpu_has_bf16() => {
+        Precision::Auto if cpu::multiplies_bf16() => {
             (Kind::BFloat16, "the CPU multiplies in it (avx512_bf16 or amx)".to_owned())
         }
         Precision::Auto => (Kind::Float, "the CPU has no bf16 arithmetic".to_owned()),
@@ -109,6 +123,54 @@ pub fn choose(precision: Precision, cpus: Option<f64>, cuda: &Result<(), String>
         threads,
         threads_reason,
         warning,
+    }
+}
+
+/// What bf16 costs on a CPU that does not multiply in it.
+fn slow_bf16() -> String {
+    let rate = |kind| matmul_rate([512; 3], (kind, Device::Cpu), Duration::from_millis(10));
+    format!(
+        "precision BF16: this CPU has no bf16 arithmetic, a matrix product takes {:.0} times as long as in fp32; Auto and FP32 \
+         compute in fp32",
+        rate(Kind::Float) / rate(Kind::BFloat16)
+    )
+}
+
+/// A product that would take longer than this is not measured with more rows.
+const LONGEST_PRODUCT: Duration = Duration::from_millis(500);
+/// Rows that a measurement begins with, and by how many times as many it goes on.
+const FEWEST_ROWS: i64 = 8;
+
+/// FLOP/s of products `[rows, inner] x [inner, columns]`, over as many as `measured` has room for. Where products are slow, they
+/// have fewer rows: what this takes is bounded on every machine.
+pub fn matmul_rate([rows, inner, columns]: [i64; 3], options: (Kind, Device), measured: Duration) -> f64 {
+    let b = Tensor::ones([columns, inner], options);
+    let mut some = FEWEST_ROWS.min(rows);
+    loop {
+        let a = Tensor::ones([some, inner], options);
+        let product = |times: i32| {
+            let started = Instant::now();
+            for _ in 1..times {
+                let _ = a.matmul(&b.tr());
+            }
+            // Reading one value waits for an asynchronous device.
+            let _ = a.matmul(&b.tr()).get(0).get(0).to_kind(Kind::Float).double_value(&[]);
+            started.elapsed() / times.unsigned_abs()
+        };
+        let mut seconds = product(1).as_secs_f64();
+        // The first one of a shape takes longer.
+        if seconds < LONGEST_PRODUCT.as_secs_f64() {
+            seconds = product(1).as_secs_f64();
+        }
+        if some < rows && seconds * (FEWEST_ROWS as f64) < LONGEST_PRODUCT.as_secs_f64() {
+            some = (some * FEWEST_ROWS).min(rows);
+            continue;
+        }
+        let times = (measured.as_secs_f64() / seconds) as i32;
+        if times > 1 {
+            seconds = product(times.min(2000)).as_secs_f64();
+        }
+        return 2.0 * some as f64 * inner as f64 * columns as f64 / seconds;
     }
 }
 
@@ -164,11 +226,14 @@ fn kernel_value(path: &Path, name: &str) -> Option<String> {
     Some(value.trim().to_owned())
 }
 
-/// The instruction sets that libtorch chooses kernels by, as far as this CPU has them.
+/// The instruction sets that kernels are chosen by, as the kernel of the operating system calls them.
 fn cpu_instruction_sets() -> Vec<&'static str> {
-    let flags = kernel_value(Path::new("/proc/cpuinfo"), "flags").unwrap_or_default();
-    let has = |name: &&str| flags.split_whitespace().any(|flag| flag == *name);
-    ["avx2", "avx512f", "avx512_bf16", "amx_bf16"].into_iter().filter(has).collect()
+    let sets =
+        [(Instructions::Avx2, "avx2"), (Instructions::Avx512, "avx512f"), (Instructions::Avx512Bf16, "avx512_bf16")];
+    let has = cpu::instructions();
+    let mut names: Vec<_> = sets.into_iter().filter(|(set, _)| has >= *set).map(|(_, name)| name).collect();
+    names.extend(cpu::has_tiles().then_some("amx_bf16"));
+    names
 }
 
 fn cpu_name() -> String {
@@ -186,10 +251,6 @@ fn cuda_name() -> String {
         Some(format!(", driver {numbers}"))
     });
     format!("{}{}", model.unwrap_or_else(|| "cuda:0".to_owned()), driver.unwrap_or_default())
-}
-
-fn cpu_has_bf16() -> bool {
-    cpu_instruction_sets().iter().any(|set| set.ends_with("bf16"))
 }
 
 /// As many threads as the process may use: the affinity mask, the cgroup's CPU limit or the job's, whichever is lowest.

@@ -68,21 +68,22 @@ impl Display {
         }
     }
 
-    fn answered(&mut self, who: &str, answered: usize, rows: usize) {
+    fn answered(&mut self, who: &str, answered: usize, rows: usize, tokens: usize) {
         if self.terminal {
-            if answered == 0 {
-                let style = ProgressStyle::with_template("{msg}: {pos}/{len} rows answered [{bar:30}]");
+            if tokens == 0 {
+                let style = ProgressStyle::with_template("{prefix}: {pos}/{len} rows answered [{bar:30}] {msg}");
                 let style = style.expect("a valid template").progress_chars("=> ");
-                self.bar = Some(ProgressBar::new(rows as u64).with_style(style).with_message(who.to_owned()));
+                self.bar = Some(ProgressBar::new(rows as u64).with_style(style).with_prefix(who.to_owned()));
             }
             if let Some(bar) = &self.bar {
                 bar.set_position(answered as u64);
+                bar.set_message(format!("{tokens} tokens"));
                 if answered == rows {
                     bar.finish();
                 }
             }
         } else if answered == rows || self.line_is_due() {
-            self.print(&format!("{who}: {answered}/{rows} rows answered"));
+            self.print(&format!("{who}: {answered}/{rows} rows answered, {tokens} tokens"));
             self.last_line = Some(Instant::now());
         }
     }
@@ -161,7 +162,7 @@ impl Observer for Display {
                 self.print(&format!("resumed at step {step}; {exact}"));
             }
             Event::Step(record) => self.step(record),
-            Event::Answered { who, answered, rows } => self.answered(who, *answered, *rows),
+            Event::Answered { who, answered, rows, tokens } => self.answered(who, *answered, *rows, *tokens),
             Event::Evaluation(record) => {
                 self.eval_loss = record.scores.eval_loss;
                 let value =

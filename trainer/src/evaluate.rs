@@ -10,7 +10,7 @@ use tch::{Device, Kind, Tensor};
 use crate::data::example::Examples;
 use crate::data::generation::{GenerationRow, max_new_tokens};
 use crate::data::pack::pack;
-use crate::generate::{Limits, StopText, generate};
+use crate::generate::{Limits, Progress, StopText, generate};
 use crate::linear::Adapters;
 use crate::model::{DeviceBatch, Llama};
 use crate::signal::Stop;
@@ -167,14 +167,14 @@ pub fn score(
 
 /// Whether the greedy answer to each row's prompt equals the reference after trimming white space, beside the answer; `None`
 /// for a row that has no such prompt or that does not fit into the model's context, and as a whole if a stop was asked for
-/// meanwhile. `progress` is told how many are answered, of how many.
+/// meanwhile. `progress` is told how far it is, and of how many prompts.
 pub fn answer(
     model: &Llama,
     Questions { rows, prompt, cache_tokens }: Questions,
     adapters: Adapters,
     tokenizer: &Tokenizer,
     stop: &Stop,
-    progress: &mut dyn FnMut(usize, usize),
+    progress: &mut dyn FnMut(Progress, usize),
 ) -> Option<Measurement> {
     let asked: Vec<(usize, &[u32])> = rows
         .iter()
@@ -200,9 +200,9 @@ pub fn answer(
         cache_tokens,
     };
     let total = prompts.len();
-    progress(0, total);
+    progress(Progress::default(), total);
     let started = Instant::now();
-    let answers = generate(model, &prompts, adapters, &limits, stop, &mut |answered| progress(answered, total))?;
+    let answers = generate(model, &prompts, adapters, &limits, stop, &mut |so_far| progress(so_far, total))?;
     let tokens = answers.iter().map(|answer| answer.generated as i64).sum();
     let generated = Generated { tokens, seconds: started.elapsed().as_secs_f64() };
     let mut answered = vec![None; rows.len()];

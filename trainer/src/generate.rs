@@ -67,8 +67,16 @@ pub struct Answer {
     pub generated: usize,
 }
 
-/// The greedy continuation of each prompt; `None` if a stop was asked for meanwhile. `progress` is told how many are
-/// answered. A prompt has at least one token and at most as many as the model has positions; where it has them all, its answer is
+/// How far answering is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Prompts that are answered.
+    pub answered: usize,
+    /// New tokens of all answers.
+    pub tokens: usize,
+}
+
+/// The greedy continuation of each prompt; `None` if a stop was asked for meanwhile. `progress` is told after each token. A prompt has at least one token and at most as many as the model has positions; where it has them all, its answer is
 /// empty. Where memory runs out, fewer prompts are computed at once.
 pub fn generate(
     model: &Llama,
@@ -76,7 +84,7 @@ pub fn generate(
     adapters: Adapters,
     limits: &Limits,
     stop: &Stop,
-    progress: &mut dyn FnMut(usize),
+    progress: &mut dyn FnMut(Progress),
 ) -> Option<Vec<Answer>> {
     let shared = shared_prefix(prompts);
     let mut prefix = None;
@@ -100,7 +108,11 @@ pub fn generate(
     in_batches(&widths, limits.cache_tokens, &mut |rows, slots| {
         let batch: Vec<Question> = by_width[rows.clone()].iter().map(|&index| questions[index]).collect();
         let mut cache = Cache::new(model, slots, widths[rows.end - 1], prefix.as_ref());
-        let mut told = |answered| progress(unasked + rows.start + answered);
+        let tokens: usize = answers.iter().map(|answer| answer.generated).sum();
+        let mut told = |of_batch: Progress| {
+            let answered = unasked + rows.start + of_batch.answered;
+            progress(Progress { answered, tokens: tokens + of_batch.tokens });
+        };
         let batch_answers = answer_all(model, &mut cache, &batch, adapters, limits, stop, &mut told)?;
         for (&index, answer) in by_width[rows].iter().zip(batch_answers) {
             answers[index] = answer;
@@ -189,15 +201,16 @@ fn answer_all(
     adapters: Adapters,
     limits: &Limits,
     stop: &Stop,
-    progress: &mut dyn FnMut(usize),
+    progress: &mut dyn FnMut(Progress),
 ) -> Option<Vec<Answer>> {
+    let mut tokens = 0;
     let mut answers = vec![Answer::default(); questions.len()];
     let mut waiting = 0..questions.len();
     let mut free: Vec<usize> = (0..cache.slots()).rev().collect();
     let mut running: Vec<Running> = Vec::new();
     loop {
         let answered = questions.len() - waiting.len() - running.len();
-        progress(answered);
+        progress(Progress { answered, tokens });
         let left = free.len() - admitted(&questions[waiting.clone()], free.len());
         for (slot, question) in free.drain(left..).zip(waiting.by_ref()) {
             cache.clear(slot);
@@ -214,6 +227,7 @@ fn answer_all(
         let next: Vec<i64> = Vec::try_from(next).expect("int64 tokens");
         for (row, token) in running.iter_mut().zip(next) {
             row.newest = Some([token as u32]);
+            tokens += 1;
             answers[row.question].add(token as u32, limits);
         }
         running.retain(|row| {

@@ -4,6 +4,7 @@ pub mod attention;
 pub mod checkpoint;
 pub mod cli;
 pub mod control;
+pub mod crash;
 pub mod data;
 pub mod device;
 pub mod display;

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use trainer::cli::{Arguments, Environment, execute, parse_arguments};
 
 fn main() -> ExitCode {
-    trainer::device::set_library_defaults(|name| std::env::var_os(name).is_some());
+    trainer::device::set_library_defaults(|name| std::env::var(name).ok());
     // The message of a panic is told once, below, with what to do about it.
     std::panic::set_hook(Box::new(|_| ()));
     let code = std::panic::catch_unwind(|| match parse_arguments(std::env::args_os()) {

@@ -3,9 +3,11 @@
 //!
 //! Exact parts are counted; activations follow from what `model::layer` saves; time from one measured matrix product.
 
+use std::time::Duration;
+
 use crds::report::MemoryEstimate;
 use crds::run::{Lora, Method, Optimizer, OutputFormat, RunConfig};
-use tch::{Kind, Tensor};
+use tch::Kind;
 
 use crate::attention::score_bytes;
 use crate::generate::PROMPT_TOKENS;
@@ -122,24 +124,10 @@ pub fn display_bytes(bytes: i64) -> String {
     format!("{value:.1} TiB")
 }
 
-/// FLOP/s of a matrix product as large as a layer's, in the model's dtype: of at least two products, or of as many as take a
-/// hundredth of a second.
+/// FLOP/s of a matrix product as large as a layer's, in the model's dtype.
 pub fn measure_matmul_rate(model: &Config, kind: Kind, device: tch::Device) -> f64 {
-    let (rows, inner, columns) = (512, model.hidden_size, model.intermediate_size);
-    let a = Tensor::ones([rows, inner], (kind, device));
-    let b = Tensor::ones([columns, inner], (kind, device));
-    let product = |times: i32| {
-        let started = std::time::Instant::now();
-        for _ in 0..times {
-            let _ = a.matmul(&b.tr());
-        }
-        // Reading one value waits for an asynchronous device.
-        let _ = a.matmul(&b.tr()).get(0).get(0).to_kind(Kind::Float).double_value(&[]);
-        started.elapsed().as_secs_f64() / f64::from(times + 1)
-    };
-    let once = product(1);
-    let seconds = product(((0.01 / once) as i32).clamp(1, 2000));
-    2.0 * rows as f64 * inner as f64 * columns as f64 / seconds
+    let shape = [512, model.hidden_size, model.intermediate_size];
+    crate::device::matmul_rate(shape, (kind, device), Duration::from_millis(10))
 }
 
 /// Predicts the needs of `method` with the micro-batch and recomputation that fit best.

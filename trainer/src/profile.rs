@@ -1,20 +1,22 @@
 //! Where the time of a step goes: every operation beside what the machine could do. `finetune-trainer profile`.
 //!
 //! The roofline of an operation is the larger of its arithmetic at the machine's measured matrix-product rate and its
-//! traffic at the measured memory bandwidth; both are measured here, in the same process.
+//! traffic at the measured memory bandwidth; both are measured here, in the same process, in what the run computes in, and for no
+//! longer than a few seconds on the slowest machine.
 
 mod cost;
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crds::run::RunConfig;
 use tch::{Device, Kind, Tensor};
 
 use self::cost::{bytes, flops, tensors};
 use crate::data::pack::pack;
+use crate::device::matmul_rate;
 use crate::model::{Built, build};
 use crate::record::Observer;
 use crate::run::{Context, Error, Place, loop_plan, model_source, plan_run};
@@ -25,8 +27,10 @@ use crate::train::train_step;
 const WARM_STEPS: i64 = 2;
 /// How often the step is timed without the profiler.
 const TIMED_STEPS: i64 = 5;
-/// Attempts of which the fastest counts, for what the machine can do.
+/// Attempts of which the fastest counts, for what the machine can do, unless they take longer than [`PATIENCE`].
 const ATTEMPTS: usize = 10;
+/// What a measurement of the machine may take, its last attempt not counted.
+const PATIENCE: Duration = Duration::from_secs(1);
 /// Rows and columns of the matrices that the peak is measured with.
 const PEAK_SIZE: i64 = 2048;
 /// Elements that are copied to measure the bandwidth: larger than any cache.
@@ -39,43 +43,48 @@ const LINES: usize = 16;
 pub struct Peaks {
     /// FLOP/s of a large matrix product in fp32.
     pub fp32: f64,
-    /// FLOP/s of a large matrix product in bf16.
-    pub bf16: f64,
+    /// The same in bf16; `None` where the run does not compute in it.
+    pub bf16: Option<f64>,
     /// Bytes read and written in a second.
     pub bandwidth: f64,
 }
 
 impl Peaks {
-    /// Measures them.
-    fn measure(device: Device) -> Self {
+    /// Measures what a run in `kind` uses.
+    fn measure(kind: Kind, device: Device) -> Self {
         let rate = |kind| {
-            let a = Tensor::randn([PEAK_SIZE, PEAK_SIZE], (Kind::Float, device)).to_kind(kind);
-            2.0 * (PEAK_SIZE as f64).powi(3) / fastest(|| drop(a.matmul(&a)), device)
+            let attempt = || matmul_rate([PEAK_SIZE; 3], (kind, device), Duration::ZERO);
+            attempts(attempt).fold(0.0, f64::max)
         };
         let (from, mut to) =
             (Tensor::ones([COPIED], (Kind::Float, device)), Tensor::zeros([COPIED], (Kind::Float, device)));
-        let bandwidth = 2.0 * 4.0 * COPIED as f64 / fastest(|| to.copy_(&from), device);
-        Self { fp32: rate(Kind::Float), bf16: rate(Kind::BFloat16), bandwidth }
+        let copy = || {
+            let started = Instant::now();
+            to.copy_(&from);
+            wait(device);
+            2.0 * 4.0 * COPIED as f64 / started.elapsed().as_secs_f64()
+        };
+        let bandwidth = attempts(copy).fold(0.0, f64::max);
+        Self { fp32: rate(Kind::Float), bf16: (kind == Kind::BFloat16).then(|| rate(kind)), bandwidth }
     }
 
-    const fn matmul(&self, kind: Kind) -> f64 {
+    fn matmul(&self, kind: Kind) -> f64 {
         match kind {
-            Kind::BFloat16 => self.bf16,
+            Kind::BFloat16 => self.bf16.unwrap_or(self.fp32),
             _ => self.fp32,
         }
     }
 }
 
-/// Seconds of the fastest attempt.
-fn fastest(mut work: impl FnMut(), device: Device) -> f64 {
-    let attempt = |work: &mut dyn FnMut()| {
-        let started = Instant::now();
-        work();
-        wait(device);
-        started.elapsed().as_secs_f64()
-    };
-    attempt(&mut work);
-    (0..ATTEMPTS).map(|_| attempt(&mut work)).fold(f64::INFINITY, f64::min)
+/// The results of several attempts.
+fn attempts(mut attempt: impl FnMut() -> f64) -> impl Iterator<Item = f64> {
+    let started = Instant::now();
+    let mut count = 0;
+    std::iter::from_fn(move || {
+        let goes_on = count == 0 || count < ATTEMPTS && started.elapsed() < PATIENCE;
+        count += 1;
+        goes_on.then(&mut attempt)
+    })
 }
 
 /// Waits until the device has done what it was asked for.
@@ -152,7 +161,7 @@ pub fn profile(
     let batches = micro_batches(measured);
     let tokens =
         batches.iter().fold((0, 0), |(all, trained), batch| (all + batch.tokens.len(), trained + batch.labels.len()));
-    let peaks = Peaks::measure(device);
+    let peaks = Peaks::measure(planned.chosen.kind, device);
     let lines = lines(&operations, device.is_cuda(), &peaks);
     let seconds = times[times.len() / 2];
     Ok(Profile {
@@ -228,10 +237,10 @@ impl fmt::Display for Profile {
             tokens as f64 / self.seconds,
             self.profiled_seconds * 1e3
         )?;
+        let bf16 = self.peaks.bf16.map_or(String::new(), |rate| format!("{:.0} GFLOP/s in bf16, ", rate * 1e-9));
         writeln!(
             f,
-            "this machine: matrix products {:.0} GFLOP/s in bf16, {:.0} in fp32; memory {:.1} GB/s",
-            self.peaks.bf16 * 1e-9,
+            "this machine: matrix products {bf16}{:.0} GFLOP/s in fp32; memory {:.1} GB/s",
             self.peaks.fp32 * 1e-9,
             self.peaks.bandwidth * 1e-9
         )?;
@@ -282,7 +291,7 @@ impl fmt::Display for Profile {
 mod tests {
     use super::*;
 
-    const PEAKS: Peaks = Peaks { fp32: 1e9, bf16: 2e9, bandwidth: 1e9 };
+    const PEAKS: Peaks = Peaks { fp32: 1e9, bf16: Some(2e9), bandwidth: 1e9 };
 
     fn operation(name: &str, start: u64, duration: u64, inputs: &str) -> Operation {
         Operation { name: name.into(), start, duration, on_device: false, inputs: inputs.into() }

@@ -36,6 +36,8 @@ pub enum Event {
         answered: usize,
         /// Rows that there are.
         rows: usize,
+        /// New tokens so far.
+        tokens: usize,
     },
     /// The plan is made.
     Plan(Box<PlanReport>),

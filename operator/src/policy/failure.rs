@@ -1,9 +1,10 @@
 //! What an ended attempt means for its job.
 
 use crds::condition::reason;
-use crds::exit::{Disposition, ExitCode};
+use crds::exit::{Disposition, ExitCode, Fault};
 use crds::finetunejob::AttemptOutcome;
 use crds::report::Report;
+use crds::run::PodStage;
 
 use crate::observe::{AttemptSeen, JobSeen, PodSeen};
 
@@ -48,9 +49,9 @@ pub enum Reading {
 const SIGKILL_EXIT: i32 = 137;
 const SIGTERM_EXIT: i32 = 143;
 
-/// Reads an attempt that runs no more. `report` is its last word, from the pod or from the volume; `volume_was_read` when
-/// there is no use in asking again.
-pub fn read(attempt: &AttemptSeen, report: Option<&Report>, volume_was_read: bool) -> Reading {
+/// Reads an attempt of `stage` that runs no more. `report` is its last word, from the pod or from the volume; `volume_was_read`
+/// when there is no use in asking again.
+pub fn read(attempt: &AttemptSeen, stage: PodStage, report: Option<&Report>, volume_was_read: bool) -> Reading {
     let ended = |outcome, reason: &str, message: String, exit_code| {
         Reading::Ended(Box::new(Ended {
             outcome,
@@ -109,7 +110,14 @@ pub fn read(attempt: &AttemptSeen, report: Option<&Report>, volume_was_read: boo
             let message = format!("the container was killed (exit code {code}) and no condition says by whom");
             ended(AttemptOutcome::Failed, reason::KILLED, message, Some(code))
         }
-        code => by_code(code, told(format!("the trainer ended with exit code {code}")), &ended),
+        code => {
+            // Where the trainer could not say itself what ended it.
+            let untold = Fault::from_exit_code(code).map_or_else(
+                || format!("the trainer ended with exit code {code}"),
+                |fault| fault.message(&format!("the {} stage ran", stage.name())),
+            );
+            by_code(code, told(untold), &ended)
+        }
     }
 }
 
@@ -205,6 +213,7 @@ mod tests {
             ("80", attempt(80, false, None), None, Some((Failed, "Stalled"))),
             ("134", attempt(134, false, None), None, Some((Failed, "InternalError"))),
             ("139", attempt(139, false, None), None, Some((Failed, "InternalError"))),
+            ("132", attempt(132, false, None), None, Some((Failed, "InternalError"))),
             ("1", attempt(1, false, None), None, Some((Failed, "InternalError"))),
             ("out of memory", attempt(137, true, None), None, Some((Failed, "OutOfMemory"))),
             ("killed", attempt(137, false, None), None, Some((Failed, "Killed"))),
@@ -221,7 +230,7 @@ mod tests {
             ("gone, 65 on the volume", gone(None), Some(failed(ExitCode::BadData)), Some((Final, "BadData"))),
             ("gone, 75 on the volume", gone(None), Some(failed(ExitCode::Preempted)), Some((Preempted, "Preempted"))),
         ] {
-            let found = match read(&attempt, report.as_ref(), false) {
+            let found = match read(&attempt, PodStage::Train, report.as_ref(), false) {
                 Reading::Ended(ended) => Some((ended.outcome, ended.reason)),
                 Reading::AskTheVolume => None,
             };
@@ -231,13 +240,32 @@ mod tests {
     }
 
     #[test]
+    fn a_signal_in_native_code_is_named_where_the_trainer_could_not() {
+        let message = |report: Option<&Report>| match read(&attempt(132, false, None), PodStage::Train, report, true) {
+            Reading::Ended(ended) => ended.message,
+            Reading::AskTheVolume => panic!("the pod tells"),
+        };
+        let named = message(None);
+        for words in [
+            "SIGILL (an instruction that",
+            "while the train stage ran",
+            "a bug",
+            "newest checkpoint",
+            "(exit code 132)",
+        ] {
+            assert!(named.contains(words), "no {words:?} in {named:?}");
+        }
+        assert_eq!(message(Some(&failed(ExitCode::InternalError))), "told (exit code 132)");
+    }
+
+    #[test]
     fn a_volume_that_knows_nothing_is_asked_once() {
         for (attempt, expected) in [
             (gone(None), "ReportMissing"),
             (attempt(0, false, None), "ReportMissing"),
             (AttemptSeen::default(), "JobDeleted"),
         ] {
-            let Reading::Ended(ended) = read(&attempt, None, true) else { panic!("{attempt:?}") };
+            let Reading::Ended(ended) = read(&attempt, PodStage::Train, None, true) else { panic!("{attempt:?}") };
             assert_eq!((ended.outcome, ended.reason.as_str()), (AttemptOutcome::Failed, expected));
         }
     }

@@ -22,7 +22,7 @@ pub(super) fn reading(job: &FineTuneJob, observed: &Observed, current: &JobRefer
     let read_job = observed.report_job.as_ref().filter(|read| !read.is_live());
     let from_volume = read_job.and_then(|read| read.report(&uid, current.stage, current.attempt));
     let volume_was_read = observed.report_job.as_ref().is_some_and(AttemptSeen::has_ended);
-    Some(read(attempt, own.or(from_volume).as_ref(), volume_was_read))
+    Some(read(attempt, current.stage, own.or(from_volume).as_ref(), volume_was_read))
 }
 
 impl Transition<'_> {

@@ -16,10 +16,12 @@ fn all_by_runs(
 }
 
 /// Our kernel and matrix products round to bf16 nearly where libtorch's kernel does: all are about as far from fp64. In fp32 they
-/// are exact to their last digits.
+/// are as far as sums of the longest example's terms are, whose roundings of 2^-24 add up as a random walk does: with their root.
 #[test]
 fn attention_is_as_exact_as_libtorchs() {
+    const LONGEST: f64 = 600.0;
     tch::set_num_threads(1);
+    let kernels_run_here = cpu::kernels_run_here();
     for (lengths, heads, kv_heads, head_dim) in
         [(&[1, 2, 17, 50, 23][..], 9, 3, 64), (&[130, 64, 257], 4, 4, 32), (&[600], 2, 1, 128)]
     {
@@ -49,11 +51,13 @@ fn attention_is_as_exact_as_libtorchs() {
             let distance = |(all, exact): (&Tensor, &Tensor)| cpu::distance(&all.to_kind(Kind::Double), exact);
             all.iter().zip(&exact).map(distance).collect::<Vec<f64>>()
         };
-        for (kind, most) in [(Kind::BFloat16, 1e-2), (Kind::Float, 1e-6)] {
+        for (kind, most) in [(Kind::BFloat16, 1e-2), (Kind::Float, LONGEST.sqrt() / f64::from(1 << 24))] {
             let kernel = distances(libtorchs(kind, None));
             // Products round probabilities after they were divided by their sum, the kernels before.
             let (ours, products) = (ours(kind), libtorchs(kind, Some(MOST_SCORES)));
-            for (name, found, factor) in [("ours", ours, 1.2), ("products", products, 1.5)] {
+            // Where there is no kernel of ours it is libtorch's that stands in for it, and nothing is told.
+            let ours = kernels_run_here.then_some(("ours", ours, 1.2));
+            for (name, found, factor) in ours.into_iter().chain([("products", products, 1.5)]) {
                 for (place, (found, kernel)) in distances(found).into_iter().zip(&kernel).enumerate() {
                     let bound = if kind == Kind::Float { most } else { (factor * kernel).min(most) };
                     assert!(found < bound, "{lengths:?} {kind:?} {name} {place}: {found:e}, libtorch {kernel:e}");

@@ -10,6 +10,7 @@ use serde_json::json;
 use super::Error;
 use crate::checkpoint::write_atomically;
 use crate::evaluate::{self, Measurement, Prompt, Questions};
+use crate::generate::Progress;
 use crate::judge::{Measured, judge};
 use crate::linear::Adapters;
 use crate::model::{self, Llama, restore_base};
@@ -83,7 +84,7 @@ pub fn answer(
     scored: Measurement,
     at_once: AtOnce,
     stop: &Stop,
-    progress: &mut dyn FnMut(usize, usize),
+    progress: &mut dyn FnMut(Progress, usize),
 ) -> Result<Option<Measurement>, Error> {
     if prepared.generation.is_empty() || !scored.hits.is_empty() {
         return Ok(Some(scored));
@@ -149,9 +150,9 @@ impl Evaluation<'_> {
         let scored = known.or_else(|| score(model, self.prepared, subject, self.at_once, self.stop));
         let Some(scored) = scored else { return Ok(None) };
         let mut told = Ok(());
-        let mut progress = |answered, rows| {
+        let mut progress = |Progress { answered, tokens }, rows| {
             if told.is_ok() {
-                told = self.observer.observe(&Event::Answered { who: subject.name, answered, rows });
+                told = self.observer.observe(&Event::Answered { who: subject.name, answered, rows, tokens });
             }
         };
         let measurement = answer(model, self.prepared, subject, scored, self.at_once, self.stop, &mut progress)?;

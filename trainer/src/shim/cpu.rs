@@ -1,8 +1,9 @@
-//! Our kernels for bf16 and fp32 on CPUs with AVX512-BF16 (`cpp/attention.cpp`, `cpp/pointwise.cpp`, `cpp/linear.cpp`,
-//! `cpp/optimizer.cpp`). Like tch's own functions they panic with libtorch's message where arguments do not belong together;
-//! [`fits`] says beforehand whether they can be used.
+//! Our kernels for bf16 and fp32 on CPUs (`cpp/attention.cpp`, `cpp/pointwise.cpp`, `cpp/linear.cpp`, `cpp/optimizer.cpp`). Which
+//! instructions each is compiled for stands in one table, `cpp/kernels.h`, and one that the processor cannot run is refused before
+//! it is entered. Like tch's own functions they panic with libtorch's message where arguments do not belong together; [`fits`]
+//! says beforehand whether they can be used.
 
-use std::ffi::{c_int, c_void};
+use std::ffi::{CStr, c_char, c_int, c_void};
 use std::sync::OnceLock;
 
 use tch::{Device, Kind, Tensor};
@@ -10,8 +11,9 @@ use tch::{Device, Kind, Tensor};
 use super::{check, done, handle};
 
 unsafe extern "C" {
-    fn ft_cpu_kernels_are_supported() -> c_int;
+    fn ft_cpu_instructions() -> c_int;
     fn ft_cpu_has_tiles() -> c_int;
+    fn ft_cpu_kernel(index: c_int, variant: *mut c_int) -> *const c_char;
     fn ft_cpu_attention(
         query: *mut c_void,
         key: *mut c_void,
@@ -68,11 +70,51 @@ unsafe extern "C" {
     fn ft_cpu_cross_entropy(logits: *mut c_void, labels: *mut c_void, scale: f64, losses: *mut c_void) -> c_int;
 }
 
-/// Whether this CPU has the instructions.
+/// What code is compiled for, each with all before it. libtorch calls the first three `DEFAULT`, `AVX2` and `AVX512`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Instructions {
+    /// What every processor of the architecture has.
+    Baseline,
+    /// AVX2 and FMA.
+    Avx2,
+    /// AVX-512 F, VL, BW and DQ.
+    Avx512,
+    /// Products of bf16 as well.
+    Avx512Bf16,
+}
+
+impl Instructions {
+    const ALL: [Self; 4] = [Self::Baseline, Self::Avx2, Self::Avx512, Self::Avx512Bf16];
+
+    fn numbered(number: c_int) -> Option<Self> {
+        Self::ALL.get(usize::try_from(number).ok()?).copied()
+    }
+}
+
+/// What this processor has, as far as libtorch's variable `ATEN_CPU_CAPABILITY` (`default`, `avx2`, `avx512`) lets kernels, its own
+/// and ours, use it.
+pub fn instructions() -> Instructions {
+    // SAFETY: asks the CPU.
+    Instructions::numbered(unsafe { ft_cpu_instructions() }).expect("the shim knows the same instructions")
+}
+
+/// Each kernel of ours by the name that profiles show, and what its variant is compiled for that runs here, if one does.
+pub fn kernels() -> Vec<(&'static str, Option<Instructions>)> {
+    let kernel = |index| {
+        let mut variant = -1;
+        // SAFETY: the shim writes the variant, and gives a string literal or null.
+        let name = unsafe { ft_cpu_kernel(index, &raw mut variant) };
+        // SAFETY: as above.
+        let name = (!name.is_null()).then(|| unsafe { CStr::from_ptr(name) })?;
+        Some((name.to_str().expect("ASCII"), Instructions::numbered(variant)))
+    };
+    (0..).map_while(kernel).collect()
+}
+
+/// Whether every kernel has a variant that runs here.
 fn is_supported() -> bool {
     static SUPPORTED: OnceLock<bool> = OnceLock::new();
-    // SAFETY: asks the CPU.
-    *SUPPORTED.get_or_init(|| unsafe { ft_cpu_kernels_are_supported() != 0 })
+    *SUPPORTED.get_or_init(|| kernels().iter().all(|(_, variant)| variant.is_some()))
 }
 
 /// Whether this CPU multiplies whole tiles of bf16 (AMX): libtorch's products use them, ours do not.
@@ -80,6 +122,11 @@ pub fn has_tiles() -> bool {
     static TILES: OnceLock<bool> = OnceLock::new();
     // SAFETY: asks the CPU.
     *TILES.get_or_init(|| unsafe { ft_cpu_has_tiles() != 0 })
+}
+
+/// Whether products in bf16 are arithmetic of this CPU; libtorch computes them number by number elsewhere.
+pub fn multiplies_bf16() -> bool {
+    instructions() >= Instructions::Avx512Bf16 || has_tiles()
 }
 
 /// Whether the kernels take these tensors: all bf16 or all fp32, on a CPU that has the instructions, contiguous, the last
@@ -267,6 +314,19 @@ pub fn noise(seed: i64, shape: &[i64]) -> Tensor {
 pub fn distance(ours: &Tensor, exact: &Tensor) -> f64 {
     let [ours, exact] = [ours, exact].map(|tensor| tensor.to_kind(Kind::Double));
     (ours - &exact).norm().double_value(&[]) / exact.norm().double_value(&[])
+}
+
+/// Whether the kernels run here. A test that can prove nothing elsewhere says so, past the runner that keeps what tests print:
+/// `make test` counts these lines.
+#[cfg(test)]
+pub fn kernels_run_here() -> bool {
+    use std::io::Write;
+
+    if !is_supported() {
+        let test = std::thread::current().name().unwrap_or_default().to_owned();
+        writeln!(std::io::stderr(), "skipped: needs avx512_bf16: {test}").expect("standard error is open");
+    }
+    is_supported()
 }
 
 /// What a kernel says of arguments that it refuses.

@@ -9,6 +9,62 @@ fn fp32(shape: &[i64]) -> Tensor {
     Tensor::zeros(shape, (Kind::Float, Device::Cpu))
 }
 
+/// The table says what runs here, and nothing else is entered: an entry that went past it would end this process.
+#[test]
+fn every_kernel_of_the_table_runs_or_refuses() {
+    tch::set_num_threads(1);
+    let (row, head) = (fp32(&[2, 32]), fp32(&[2, 1, 32]));
+    let (labels, bounds) = (Tensor::from_slice(&[0i64, 1]), Tensor::from_slice(&[0, 2]));
+    let logsumexp = fp32(&[1, 2]);
+    let (table, codes) = (fp32(&[256]), Tensor::zeros([64], (Kind::Uint8, Device::Cpu)));
+    let eight_bit = || {
+        let (flat, scale, found_inf) = (fp32(&[64]), fp32(&[1]), Tensor::from(0f32));
+        let moments = [[&codes, &scale, &table, &table]; 2];
+        let constants = Adamw8BitConstants { decay: 1.0, beta1: 0.9, beta2: 0.999, eps: 1e-8 };
+        adamw_8bit(&flat, &flat, moments, &Tensor::from_slice(&[1f32, 1.0]), &found_inf, constants)
+            .unwrap_or_else(|error| panic!("{error}"));
+    };
+    let cached = || {
+        let cache = decode::empty_cache([1, 1, 16, 32], (Kind::Float, Device::Cpu));
+        let rows = Tensor::from_slice(&[0, 2, 0, 0]).view([1, 4]);
+        drop(decode::cached_attention([&head; 3], &rows, &cache, None, 1.0));
+    };
+    let weight = fp32(&[32]);
+    let calls: [(&str, &dyn Fn()); 13] = [
+        ("attention", &|| drop(attention(&head, &head, &head, &bounds, 1.0))),
+        ("attention_backward", &|| {
+            drop(attention_backward(&head, [&head; 3], (&head, &logsumexp), &bounds, 1.0));
+        }),
+        ("swiglu", &|| drop(swiglu(&row, &row))),
+        ("swiglu_backward", &|| drop(swiglu_backward(&row, &row, &row))),
+        ("rms_norm", &|| drop(rms_norm(&row, &weight, 1.0))),
+        ("rms_norm_backward", &|| drop(rms_norm_backward(&row, &row, &weight, 1.0, &row))),
+        ("rotate", &|| drop(rotate(&head, &head, &head, 1.0))),
+        ("cross_entropy", &|| drop(cross_entropy(&row.copy(), &labels, 1.0))),
+        ("linear", &|| drop(linears(&row, [&row]))),
+        ("cached_attention", &cached),
+        ("argmax", &|| drop(decode::argmax(&row))),
+        ("score", &|| drop(decode::score(&row, &labels))),
+        ("adamw_8bit", &eight_bit),
+    ];
+    let kernels = kernels();
+    assert_eq!(kernels.len(), calls.len(), "{kernels:?}");
+    for ((kernel, variant), (name, call)) in kernels.into_iter().zip(calls) {
+        assert_eq!(kernel, format!("finetune::{name}"));
+        match variant {
+            Some(variant) => {
+                assert!(variant <= instructions(), "{kernel} is compiled for {variant:?}");
+                call();
+            }
+            None => {
+                let message = refusal(call);
+                assert!(message.contains("has no variant for the instructions"), "{message}");
+            }
+        }
+    }
+    assert!(is_supported() || instructions() < Instructions::Avx512Bf16);
+}
+
 fn check_refusals(cases: &[(&dyn Fn(), &str)]) {
     for (work, expected) in cases {
         let message = refusal(work);
@@ -19,11 +75,11 @@ fn check_refusals(cases: &[(&dyn Fn(), &str)]) {
 #[test]
 fn rows_that_do_not_belong_together_are_refused() {
     tch::set_num_threads(1);
-    let (x, fewer, narrower, wider) = (zeros(&[6, 32]), zeros(&[5, 32]), zeros(&[6, 16]), zeros(&[6, 33]));
-    let (weight, other, turned) = (zeros(&[32]), zeros(&[16]), zeros(&[32, 6]).tr());
-    if !fits(&[&x], ROW_WIDTH) {
+    if !kernels_run_here() {
         return;
     }
+    let (x, fewer, narrower, wider) = (zeros(&[6, 32]), zeros(&[5, 32]), zeros(&[6, 16]), zeros(&[6, 33]));
+    let (weight, other, turned) = (zeros(&[32]), zeros(&[16]), zeros(&[32, 6]).tr());
     check_refusals(&[
         (&|| drop(swiglu(&x, &fewer)), "up must be contiguous BFloat16 [6, 32] on the CPU, found BFloat16 [5, 32]"),
         (&|| drop(swiglu(&fewer, &x)), "up must be contiguous BFloat16 [5, 32] on the CPU, found BFloat16 [6, 32]"),
@@ -78,10 +134,10 @@ fn rows_that_do_not_belong_together_are_refused() {
 #[test]
 fn examples_that_do_not_belong_together_are_refused() {
     tch::set_num_threads(1);
-    let (q, kv) = (zeros(&[6, 4, 32]), zeros(&[6, 2, 32]));
-    if !fits(&[&q], HEAD_WIDTH) {
+    if !kernels_run_here() {
         return;
     }
+    let (q, kv) = (zeros(&[6, 4, 32]), zeros(&[6, 2, 32]));
     let bounds = |bounds: &[i32]| drop(attention(&q, &kv, &kv, &Tensor::from_slice(bounds), 1.0));
     let whole = Tensor::from_slice(&[0, 6]);
     let with_key = |key: &Tensor, value: &Tensor| drop(attention(&q, key, value, &whole, 1.0));
@@ -113,6 +169,9 @@ fn examples_that_do_not_belong_together_are_refused() {
 /// Each sum has one order, whichever thread takes it.
 #[test]
 fn threads_change_no_bit() {
+    if !kernels_run_here() {
+        return;
+    }
     let all = |kind: Kind, threads: i32| {
         // A thread takes over the process's number at its first loop, unless it has asked for it before.
         tch::get_num_threads();
@@ -122,9 +181,6 @@ fn threads_change_no_bit() {
         let (a, b, c, weight) = (rows(1), rows(2), rows(3), noise(4, &[192]).to_kind(kind));
         let heads = |x: &Tensor, heads| x.narrow(1, 0, heads * 64).reshape([300, heads, 64]).contiguous();
         let (q, k, v, table) = (heads(&a, 3), heads(&b, 1), heads(&c, 1), heads(&c, 1));
-        if !fits(&[&q], HEAD_WIDTH) {
-            return Vec::new();
-        }
         let (logits, labels) = (a.copy(), Tensor::arange(300, (Kind::Int64, Device::Cpu)).remainder(192));
         let (d_gate, d_up) = swiglu_backward(&c, &a, &b);
         let sum = noise(5, &[300, 300]).to_kind(kind);
