@@ -23,7 +23,6 @@ import importlib.metadata
 import json
 import os
 import pathlib
-import platform
 import statistics
 import subprocess
 import sys
@@ -32,6 +31,7 @@ import time
 
 import ours
 import page
+from machine import processor
 from peers import RANK, WARM_STEPS
 from workloads import WORKLOADS
 
@@ -71,13 +71,6 @@ def equal_answers(answers):
     """By peer: the share of rows that it and the trainer answered with the same text."""
     ours = answers.pop("ours")
     return {peer: sum(map(str.__eq__, ours, theirs)) / len(ours) for peer, theirs in answers.items()}
-
-
-def processor():
-    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()
 
 
 def commit():

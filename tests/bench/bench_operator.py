@@ -19,7 +19,6 @@ import http.client
 import json
 import os
 import pathlib
-import platform
 import queue
 import signal
 import ssl
@@ -27,6 +26,8 @@ import subprocess
 import sys
 import threading
 import time
+
+from machine import processor
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 CLUSTER = REPOSITORY / "tests/cluster/cluster"
@@ -333,13 +334,6 @@ def measure(program, run_dir, count, idle_seconds):
 
 
 # ---- outside
-
-
-def processor():
-    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()
 
 
 def in_cluster(arguments):

@@ -18,7 +18,8 @@ import tempfile
 
 import ours
 import page
-from bench import RESULTS, commit, processor
+from bench import RESULTS, commit
+from machine import processor
 from workloads import WORKLOADS
 
 EVERY, STEPS = 50, 110

@@ -39,10 +39,14 @@ pub struct Cluster {
 
 impl Cluster {
     /// The one cluster of this test process, started by the first test that asks. `None`, with the reason printed,
-    /// where the machine cannot run it; the test then passes over.
+    /// where the machine cannot run it; the test then passes over and is counted.
     pub fn shared() -> Option<&'static Self> {
         static SHARED: OnceLock<Option<Cluster>> = OnceLock::new();
-        SHARED.get_or_init(Self::start).as_ref()
+        let shared = SHARED.get_or_init(Self::start).as_ref();
+        if shared.is_none() {
+            crate::skipped("a cluster");
+        }
+        shared
     }
 
     fn start() -> Option<Self> {

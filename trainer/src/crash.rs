@@ -93,6 +93,13 @@ mod tests {
     /// Set in the process that crashes.
     const CRASH: &str = "FINETUNE_TEST_CRASH";
 
+    /// What a thread runs that Rust did not make, as libtorch's threads are.
+    extern "C" fn crash(nothing: *mut libc::c_void) -> *mut libc::c_void {
+        // SAFETY: none: it is the crash.
+        unsafe { nothing.cast::<u8>().write_volatile(1) };
+        nothing
+    }
+
     /// The test starts itself again in a process that crashes.
     #[test]
     fn a_crash_in_native_code_leaves_a_word() {
@@ -101,12 +108,6 @@ mod tests {
         if let Some(path) = std::env::var_os(CRASH) {
             let report = Report { stage: Stage::Training, step: 7, total_steps: 9, ..Report::default() };
             watch(&LastWord::new(report, None, Some(path.into()))).expect("watched");
-            // In a thread that Rust did not make, as libtorch's threads are.
-            extern "C" fn crash(nothing: *mut libc::c_void) -> *mut libc::c_void {
-                // SAFETY: none: it is the crash.
-                unsafe { nothing.cast::<u8>().write_volatile(1) };
-                nothing
-            }
             let mut thread = 0;
             // SAFETY: the thread takes nothing, and is waited for.
             unsafe {

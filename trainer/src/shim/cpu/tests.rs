@@ -51,15 +51,12 @@ fn every_kernel_of_the_table_runs_or_refuses() {
     assert_eq!(kernels.len(), calls.len(), "{kernels:?}");
     for ((kernel, variant), (name, call)) in kernels.into_iter().zip(calls) {
         assert_eq!(kernel, format!("finetune::{name}"));
-        match variant {
-            Some(variant) => {
-                assert!(variant <= instructions(), "{kernel} is compiled for {variant:?}");
-                call();
-            }
-            None => {
-                let message = refusal(call);
-                assert!(message.contains("has no variant for the instructions"), "{message}");
-            }
+        if let Some(variant) = variant {
+            assert!(variant <= instructions(), "{kernel} is compiled for {variant:?}");
+            call();
+        } else {
+            let message = refusal(call);
+            assert!(message.contains("has no variant for the instructions"), "{message}");
         }
     }
     assert!(is_supported() || instructions() < Instructions::Avx512Bf16);
