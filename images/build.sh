@@ -43,7 +43,9 @@ trainer() {
   if [ -n "${CUDA:-}" ]; then
     need "$CUDA/libtorch_cuda.so" "CUDA names a folder with the CUDA libraries of PyTorch"
     name=finetune-trainer-cuda
-    libraries+=(--layer --folder "$CUDA=/usr/lib/x86_64-linux-gnu" --env "NVIDIA_DRIVER_CAPABILITIES=compute,utility")
+    libraries+=(--layer --folder "$CUDA=/usr/lib/x86_64-linux-gnu" --env "NVIDIA_DRIVER_CAPABILITIES=compute,utility"
+      # Where Google's device plugin mounts the driver; elsewhere it is where the loader looks.
+      --env "LD_LIBRARY_PATH=/usr/local/nvidia/lib64")
   fi
   image "$name" --entrypoint /usr/local/bin/finetune-trainer "${common[@]}" "${libraries[@]}" \
     --layer --add "$program=/usr/local/bin/finetune-trainer"

@@ -46,6 +46,10 @@ pub struct Profile {
     /// The most that a job may ask for, by resource; a resource that is not named is not limited.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub max_resources: BTreeMap<String, Quantity>,
+    /// Memory of one accelerator that these pods get, such as `80Gi`: what does not fit is refused before one is taken. Absent: it is
+    /// found when the accelerator is there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub accelerator_memory: Option<String>,
     /// Volumes that the operator makes.
     pub storage: ProfileStorage,
     /// Price of an hour of one accelerator, or of the machine where there is none, in any one currency; absent: costs are
@@ -169,7 +173,8 @@ pub fn parse(text: &str) -> Result<Profiles, Error> {
         }
         let size = profile.storage.size.as_ref().map(|size| ("storage.size".to_owned(), size));
         let maxima = profile.max_resources.iter().map(|(key, max)| (format!("maxResources.{key}"), &max.0));
-        for (field, text) in size.into_iter().chain(maxima) {
+        let card = profile.accelerator_memory.as_ref().map(|memory| ("acceleratorMemory".to_owned(), memory));
+        for (field, text) in size.into_iter().chain(maxima).chain(card) {
             if quantity::value(text).is_none() {
                 return Err(Error::Quantity { field: format!("{name}.{field}"), found: text.clone() });
             }
@@ -196,6 +201,7 @@ mod tests {
             ("default: {price: 1}", "price"),
             ("default: {maxResources: {memory: lots}}", "default.maxResources.memory: found \"lots\""),
             ("default: {storage: {size: big}}", "default.storage.size: found \"big\""),
+            ("default: {acceleratorMemory: 80 GB}", "default.acceleratorMemory: found \"80 GB\""),
         ] {
             let error = parse(text).expect_err(text).to_string();
             assert!(error.contains(expected), "{text}: {error}");

@@ -206,6 +206,9 @@ pub struct ResourceLimits {
     /// Memory limit in bytes; `None`: the cgroup's or the machine's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory_bytes: Option<i64>,
+    /// Memory of the accelerator in bytes, as the profile tells it to those who plan without one; `None`: nobody tells.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub accelerator_memory_bytes: Option<i64>,
     /// Price of an hour of the machine or accelerator, in the currency of the profile's owner.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub price_per_hour: Option<f64>,

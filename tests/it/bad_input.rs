@@ -222,7 +222,9 @@ fn the_base_that_is_merged_into() {
     let job = Job::new();
     halve_norm(&job);
     let stop = trainer::signal::Stop::default();
-    let error = trainer::model::merged(&job.path("model"), &|_| None, None, &stop).expect_err("misshapen").to_string();
+    let files = trainer::weights::WeightFiles::open(&job.path("model")).expect("a file");
+    let merged = trainer::model::merged(&job.path("model"), &files, &files.files()[0], None, &stop);
+    let error = merged.err().expect("misshapen").to_string();
     assert!(error.contains("tensor model.norm.weight has shape [32], config.json says [64]"), "{error}");
 }
 

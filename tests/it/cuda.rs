@@ -159,9 +159,9 @@ fn what_does_not_belong_together_is_refused() {
 }
 
 #[test]
-fn the_driver_is_asked_for_the_compute_capability() {
-    let found = cuda::read_compute_capability(Path::new(env!("CUDA_ON_CPU"))).unwrap_or_else(|error| panic!("{error}"));
-    assert_eq!(found, (9, 0));
+fn the_driver_is_asked_for_what_the_device_is() {
+    let found = cuda::read_properties(Path::new(env!("CUDA_ON_CPU"))).unwrap_or_else(|error| panic!("{error}"));
+    assert_eq!(found, cuda::Properties { compute_capability: (9, 0), multiprocessors: 132 });
 }
 
 #[test]

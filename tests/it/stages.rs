@@ -65,6 +65,29 @@ fn three_pods_make_the_bytes_that_one_process_makes() {
     }
 }
 
+/// The profile tells the card's memory, so that what does not fit takes none.
+#[test]
+fn a_job_that_does_not_fit_the_accelerator_is_refused_before_one_is_taken() {
+    let pods = Pods::new(short());
+    let with = |memory| {
+        pods.write_config(|config| {
+            config.resources.accelerator = true;
+            config.resources.accelerator_memory_bytes = memory;
+        });
+    };
+    with(Some(1 << 20));
+    refused(&pods, Prepare, 1, 71, &["the run needs", "1.0 MiB are there"]);
+    with(Some(80 << 30));
+    let Ended { outcome, report } = pods.run(Prepare, 2);
+    assert_eq!((outcome.code, report.failure), (Some(0), None), "{}", outcome.stderr);
+    assert_eq!(report.plan.expect("a plan").memory_available, 80 << 30);
+    assert!(!outcome.stderr.contains("nobody tells"), "{}", outcome.stderr);
+    with(None);
+    let Ended { outcome, .. } = pods.run(Prepare, 3);
+    assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
+    assert!(outcome.stderr.contains("warning: nobody tells how much memory the accelerator has"), "{}", outcome.stderr);
+}
+
 #[test]
 fn training_and_publishing_need_no_network() {
     let job = short();

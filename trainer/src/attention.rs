@@ -123,6 +123,30 @@ pub fn makes_scores(kind: Kind, head_size: i64, compute_capability: Option<Compu
     !(takes_kind && takes_heads && cuda::multiplies_bf16(compute_capability))
 }
 
+/// What attention on a GPU computes with, and why.
+pub fn describe(kind: Kind, head_size: i64, compute_capability: Option<ComputeCapability>) -> (&'static str, String) {
+    let narrow = matches!(kind, Kind::BFloat16 | Kind::Half);
+    let why = match compute_capability {
+        Some((major, minor)) if !cuda::multiplies_bf16(compute_capability) => {
+            format!("flash attention is not for a GPU of compute capability {major}.{minor}")
+        }
+        _ if !narrow => format!("flash attention computes in bf16, the run in {kind:?}"),
+        _ => format!(
+            "heads of {head_size}; flash attention takes multiples of 8 up to {LARGEST_FLASH_HEAD}, at any length, without a matrix"
+        ),
+    };
+    (if makes_scores(kind, head_size, compute_capability) { "matrices of scores" } else { "flash attention" }, why)
+}
+
+/// Bytes in which flash attention's backward pass sums the gradients of queries, in fp32, for so many tokens of so many examples. In
+/// deterministic mode there are as many sums of each as let all `multiprocessors` work: `mha_varlen_bwd` of libtorch 2.11.
+pub fn flash_backward_bytes([heads, head_size]: [i64; 2], tokens: i64, examples: i64, multiprocessors: i64) -> i64 {
+    const BLOCK: i64 = 128;
+    let sums = (multiprocessors + heads * examples - 1) / (heads * examples);
+    let width = if head_size <= BLOCK { 32 } else { 64 };
+    sums * (tokens + BLOCK * examples) * heads * ((head_size + width - 1) / width * width) * 4
+}
+
 /// Bytes of the matrices that exist at once where scores are made of so many tokens in examples of at most `longest`: two in the
 /// accumulation dtype, and one in a narrower dtype where that is the activations'.
 pub fn score_bytes(kind: Kind, heads: i64, longest: i64, tokens: i64) -> i64 {
@@ -133,7 +157,8 @@ pub fn score_bytes(kind: Kind, heads: i64, longest: i64, tokens: i64) -> i64 {
 }
 
 fn uses_flash(q_tnd: &Tensor) -> bool {
-    q_tnd.device().is_cuda() && !makes_scores(q_tnd.kind(), q_tnd.size()[2], cuda::compute_capability())
+    q_tnd.device().is_cuda()
+        && !makes_scores(q_tnd.kind(), q_tnd.size()[2], cuda::properties().map(|gpu| gpu.compute_capability))
 }
 
 /// Elements that a matrix of scores has at most; `None` on a CPU, where libtorch's kernel makes none.

@@ -75,7 +75,7 @@ pub fn execute(arguments: &Arguments, environment: &Environment) -> ExitCode {
             let watched = crate::crash::watch(&LastWord::default()).map_err(|error| unhandled(&error));
             watched.and_then(|()| {
                 let chosen = crate::device::choose(precision.precision(), None, &environment.cuda);
-                if let Some(warning) = &chosen.warning {
+                for warning in &chosen.warnings {
                     let _ = writeln!(std::io::stderr(), "warning: {warning}");
                 }
                 answer(folder, prompt, base.as_deref(), *max_new_tokens, &chosen, &environment.hub)

@@ -8,7 +8,7 @@ use tch::{Cuda, Device, Kind, Tensor};
 
 use crate::gpu::Gpus;
 use crate::shim::cpu::{self, Instructions};
-use crate::shim::cuda::{ComputeCapability, multiplies_bf16};
+use crate::shim::cuda::{ComputeCapability, DRIVER, library, multiplies_bf16, properties};
 
 /// What was chosen and why.
 #[derive(Clone, Debug)]
@@ -29,8 +29,8 @@ pub struct Chosen {
     pub threads: i64,
     /// Why so many.
     pub threads_reason: String,
-    /// What is slower than it could be, and why.
-    pub warning: Option<String>,
+    /// What is slower than it could be or not known, and why.
+    pub warnings: Vec<String>,
 }
 
 /// Settings that libtorch's libraries read from the environment when they are loaded, where the user made none; `variable` gives
@@ -68,17 +68,23 @@ pub fn set_library_defaults(variable: impl Fn(&str) -> Option<String>) {
 pub fn load_cuda(folder: Option<&Path>) -> Result<(), String> {
     use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_LAZY};
     let path = folder.map_or_else(|| PathBuf::from("libtorch_cuda.so"), |folder| folder.join("libtorch_cuda.so"));
-    // SAFETY: libtorch's own library of the same version; its initialisers only register kernels.
-    let library = unsafe { Library::open(Some(&path), RTLD_LAZY | RTLD_GLOBAL) };
+    // SAFETY: the driver's library, and libtorch's own of the same version, whose initialisers only register kernels.
+    let load = |path: &Path| unsafe { Library::open(Some(path), RTLD_LAZY | RTLD_GLOBAL) };
+    let driver = library(DRIVER);
+    if driver.is_absolute() {
+        // CUDA's runtime asks for the driver by its name, and then finds what is loaded already. Without it there is no device,
+        // which is told where one is looked for.
+        let _ = load(&driver).map(std::mem::forget);
+    }
     // It stays loaded until the process ends: kernels are called through it.
-    library.map(std::mem::forget).map_err(|error| error.to_string())
+    load(&path).map(std::mem::forget).map_err(|error| error.to_string())
 }
 
 /// Chooses device, dtype and threads; `cpus` is what the job may use of them.
 pub fn choose(precision: Precision, cpus: Option<f64>, cuda: &Result<(), String>) -> Chosen {
     let (threads, threads_reason) = cpu_threads(cpus);
     set_threads(threads);
-    let mut warning = None;
+    let mut warnings = Vec::new();
     let (device, device_name, device_reason) = if cuda.is_ok() && Cuda::is_available() {
         let deterministic = match crate::shim::set_deterministic() {
             Ok(()) => String::new(),
@@ -86,7 +92,7 @@ pub fn choose(precision: Precision, cpus: Option<f64>, cuda: &Result<(), String>
         };
         let mut name = cuda_name();
         if let Err(error) = crate::shim::cuda::load() {
-            warning = Some(format!("libtorch's kernels stand in for the trainer's own on {name}: {error}"));
+            warnings.push(format!("libtorch's kernels stand in for the trainer's own on {name}: {error}"));
             // They round elsewhere, so a run that is resumed with the others is not bit-equal.
             name += ", libtorch's kernels";
         }
@@ -98,11 +104,11 @@ pub fn choose(precision: Precision, cpus: Option<f64>, cuda: &Result<(), String>
         };
         (Device::Cpu, cpu_name(), reason)
     };
-    let compute_capability = if device.is_cuda() { crate::shim::cuda::compute_capability() } else { None };
+    let compute_capability = if device.is_cuda() { properties().map(|gpu| gpu.compute_capability) } else { None };
     let (kind, kind_reason) = match precision {
         Precision::BF16 => {
             if device == Device::Cpu && !cpu::multiplies_bf16() {
-                warning = Some(slow_bf16());
+                warnings.push(slow_bf16());
             }
             (Kind::BFloat16, "hyperparameters.precision".to_owned())
         }
@@ -122,7 +128,7 @@ pub fn choose(precision: Precision, cpus: Option<f64>, cuda: &Result<(), String>
         kind_reason,
         threads,
         threads_reason,
-        warning,
+        warnings,
     }
 }
 
@@ -215,7 +221,7 @@ pub fn expect_accelerator(precision: Precision) -> Chosen {
         kind_reason: kind_reason.to_owned(),
         threads,
         threads_reason,
-        warning: None,
+        warnings: Vec::new(),
     }
 }
 

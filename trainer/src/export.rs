@@ -5,6 +5,7 @@ mod card;
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use crds::run::Lora;
@@ -12,7 +13,7 @@ use safetensors::Dtype;
 use serde_json::json;
 
 use crate::checkpoint::{digest_file, sync_folder};
-use crate::weights::{TensorView, write_safetensors};
+use crate::weights::{StreamedTensor, TensorView, stream_safetensors};
 
 pub use card::model_card;
 
@@ -44,7 +45,6 @@ impl Error {
 }
 
 /// What is written.
-#[derive(Debug)]
 pub enum Weights<'a> {
     /// A PEFT adapter.
     Adapter {
@@ -62,7 +62,7 @@ pub enum Weights<'a> {
     /// A whole model.
     Model {
         /// Tensors by Hugging Face name.
-        tensors: &'a [TensorView<'a>],
+        tensors: &'a [StreamedTensor<'a>],
     },
 }
 
@@ -101,15 +101,15 @@ fn write_files(folder: &Path, base: &Path, weights: &Weights, card: &str, plot: 
         Weights::Adapter { lora, targets, tensors, base_model, revision } => {
             let config = adapter_config(lora, targets, base_model, *revision);
             fs::write(folder.join("adapter_config.json"), config)?;
-            let renamed: Vec<TensorView> = tensors
+            let renamed: Vec<StreamedTensor> = tensors
                 .iter()
-                .map(|tensor| TensorView { name: format!("base_model.model.{}", tensor.name), ..tensor.clone() })
+                .map(|tensor| StreamedTensor { name: format!("base_model.model.{}", tensor.name), ..tensor.into() })
                 .collect();
             write_weights(&folder.join("adapter_model.safetensors"), &renamed)?
         }
         Weights::Model { tensors } => {
             copy_existing(base, folder, &CONFIG_FILES)?;
-            write_shards(folder, tensors)?
+            write_shards(folder, tensors, MAX_SHARD_BYTES)?
         }
     };
     for entry in fs::read_dir(folder)? {
@@ -131,32 +131,39 @@ fn copy_existing(from: &Path, to: &Path, names: &[&str]) -> io::Result<()> {
     Ok(())
 }
 
-fn write_weights(path: &Path, tensors: &[TensorView]) -> io::Result<PathBuf> {
+fn write_weights(path: &Path, tensors: &[StreamedTensor]) -> io::Result<PathBuf> {
     let mut sink = BufWriter::with_capacity(1 << 20, File::create(path)?);
-    write_safetensors(&mut sink, &[("format", "pt")], tensors)?;
+    stream_safetensors(&mut sink, &[("format", "pt")], tensors)?;
     sink.flush()?;
     Ok(path.into())
 }
 
-fn write_shards(folder: &Path, tensors: &[TensorView]) -> io::Result<PathBuf> {
-    let total: usize = tensors.iter().map(|tensor| tensor.data.len()).sum();
-    if total <= MAX_SHARD_BYTES {
+/// Ranges of tensors for files of at most `most` bytes each, or of one tensor.
+fn shards(tensors: &[StreamedTensor], most: usize) -> Vec<Range<usize>> {
+    let mut shards = Vec::new();
+    let (mut start, mut used) = (0, 0);
+    for (index, tensor) in tensors.iter().enumerate() {
+        if used + tensor.num_bytes() > most && used > 0 {
+            shards.push(start..index);
+            (start, used) = (index, 0);
+        }
+        used += tensor.num_bytes();
+    }
+    shards.push(start..tensors.len());
+    shards
+}
+
+fn write_shards(folder: &Path, tensors: &[StreamedTensor], most: usize) -> io::Result<PathBuf> {
+    let shards = shards(tensors, most);
+    if shards.len() == 1 {
         return write_weights(&folder.join("model.safetensors"), tensors);
     }
-    let mut shards: Vec<Vec<TensorView>> = vec![Vec::new()];
-    let mut used = 0;
-    for tensor in tensors {
-        if used + tensor.data.len() > MAX_SHARD_BYTES && used > 0 {
-            shards.push(Vec::new());
-            used = 0;
-        }
-        used += tensor.data.len();
-        shards.last_mut().expect("there is always one").push(tensor.clone());
-    }
+    let total: usize = tensors.iter().map(StreamedTensor::num_bytes).sum();
     let mut weight_map = serde_json::Map::new();
     let mut first = None;
     for (index, shard) in shards.iter().enumerate() {
         let name = format!("model-{:05}-of-{:05}.safetensors", index + 1, shards.len());
+        let shard = &tensors[shard.clone()];
         for tensor in shard {
             weight_map.insert(tensor.name.clone(), name.clone().into());
         }
@@ -264,6 +271,34 @@ pub fn dtype(kind: tch::Kind) -> Dtype {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_model_that_is_too_large_for_one_file_is_split_and_indexed() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let data: Vec<u8> = (0..40).collect();
+        let view = |name: &str, range: Range<usize>| TensorView {
+            name: name.to_owned(),
+            dtype: Dtype::U8,
+            shape: vec![range.len()],
+            data: &data[range],
+        };
+        let views = [view("a", 0..10), view("b", 10..20), view("c", 20..38), view("d", 38..40)];
+        let tensors: Vec<StreamedTensor> = views.iter().map(Into::into).collect();
+        assert_eq!(shards(&tensors, 20), [0..2, 2..4]);
+        assert_eq!(shards(&tensors, 15), [0..1, 1..2, 2..3, 3..4], "one that is larger has a file of its own");
+        assert_eq!(shards(&tensors, 40), [0..4]);
+        let first = write_shards(folder.path(), &tensors, 20).expect("written");
+        assert_eq!(first, folder.path().join("model-00001-of-00002.safetensors"));
+        let index = fs::read_to_string(folder.path().join("model.safetensors.index.json")).expect("there");
+        let index: serde_json::Value = serde_json::from_str(&index).expect("JSON");
+        assert_eq!(index["metadata"]["total_size"], 40);
+        for view in &views {
+            let file = index["weight_map"][&view.name].as_str().expect("a file");
+            let bytes = fs::read(folder.path().join(file)).expect("there");
+            let parsed = safetensors::SafeTensors::deserialize(&bytes).expect("valid");
+            assert_eq!(parsed.tensor(&view.name).expect("there").data(), view.data);
+        }
+    }
 
     #[test]
     fn the_adapter_has_pefts_layout() {

@@ -1,8 +1,8 @@
 //! NVIDIA GPUs as the driver's management library shows them. It is loaded if it is there; a machine without it has none.
 
-use std::ffi::OsStr;
-
 use nvml_wrapper::Nvml;
+
+use crate::shim::cuda::library;
 
 /// The GPUs that this process may see.
 #[derive(Debug)]
@@ -25,7 +25,7 @@ impl Gpus {
     /// Loads the library; `None` where there is no driver.
     pub fn open() -> Option<Self> {
         // Containers get the library under this name only.
-        Nvml::builder().lib_path(OsStr::new("libnvidia-ml.so.1")).init().ok().map(Self)
+        Nvml::builder().lib_path(library("libnvidia-ml.so.1").as_os_str()).init().ok().map(Self)
     }
 
     /// Asks each GPU.

@@ -9,14 +9,16 @@ mod config;
 mod layer;
 mod llama;
 mod load;
+mod merge;
 
 pub use config::Config;
 pub use layer::{KeyValues, Outputs, Recompute};
 pub use llama::{BackwardPass, DeviceBatch, Llama, Noise};
 pub use load::{
-    Built, Source, base_elements, build, check_finite, layer_elements, lora_parameters, merged, restore_base,
-    target_linears, weight_names,
+    Built, Source, base_elements, build, check_finite, layer_elements, lora_parameters, restore_base, target_linears,
+    weight_names,
 };
+pub use merge::merged;
 
 /// A model could not be built.
 #[derive(Debug, thiserror::Error)]

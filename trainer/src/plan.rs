@@ -6,10 +6,10 @@
 use std::time::Duration;
 
 use crds::report::MemoryEstimate;
-use crds::run::{Lora, Method, Optimizer, OutputFormat, RunConfig};
+use crds::run::{Lora, Method, Optimizer, RunConfig};
 use tch::Kind;
 
-use crate::attention::score_bytes;
+use crate::attention::{flash_backward_bytes, score_bytes};
 use crate::generate::PROMPT_TOKENS;
 use crate::loss::chunk_rows;
 use crate::model::{Config, Recompute, base_elements, layer_elements, lora_parameters};
@@ -47,8 +47,12 @@ pub struct Inputs<'a> {
     pub accelerator: bool,
     /// Whether that makes matrices of scores, as [`crate::attention::makes_scores`] tells.
     pub makes_scores: bool,
+    /// Multiprocessors of the accelerator.
+    pub multiprocessors: i64,
     /// Longest example in tokens.
     pub longest: i64,
+    /// Tokens of an example on average.
+    pub mean_length: i64,
     /// Tokens of the longest row whose loss is measured.
     pub longest_measured: i64,
     /// Tokens of the longest possible step: no micro-batch is larger.
@@ -63,8 +67,10 @@ pub struct Inputs<'a> {
     pub total_steps: i64,
     /// Optimizer steps of one pass.
     pub steps_per_epoch: i64,
-    /// Bytes that there are.
+    /// Bytes that there are where the model computes.
     pub memory: i64,
+    /// Bytes that there are on the host of an accelerator.
+    pub host_memory: i64,
     /// Measured matrix-product rate, FLOP/s.
     pub matmul_rate: f64,
 }
@@ -211,16 +217,20 @@ fn estimate_at(inputs: &Inputs, method: &Method, tokens: i64, recompute: Recompu
     let scores = |longest| {
         if inputs.makes_scores { score_bytes(inputs.kind, model.num_attention_heads, longest, tokens) } else { 0 }
     };
-    let trained = tokens * (saved + live) + scores(inputs.longest) - replaced;
+    // Of one long example, or of as many as there are on average: both need more than what lies between.
+    let flash = [1, tokens / inputs.mean_length.max(1)].map(|examples| {
+        let shape = [model.num_attention_heads, model.head_size()];
+        flash_backward_bytes(shape, tokens, examples.max(1), inputs.multiprocessors)
+    });
+    let flash = if inputs.accelerator && !inputs.makes_scores { flash.into_iter().max().unwrap_or(0) } else { 0 };
+    let trained = tokens * (saved + live) + scores(inputs.longest) + flash - replaced;
     // Measuring keeps nothing, and is less unless it makes the scores of a longer row.
     let longer = inputs.makes_scores && inputs.longest_measured > inputs.longest;
     let measured = if longer { inputs.longest_measured * live + scores(inputs.longest_measured) } else { 0 };
     let activations = trained.max(measured);
     let logits = chunk_rows(model.vocab_size, inputs.accelerator).min(tokens) * model.vocab_size * (4 + 4 + element);
-    // After training its activations are gone, and one of these takes their place at a time: the caches of answers, and the
-    // merged model that is written. Full fine-tuning's own is written when masters and moments are gone.
-    let whole_model = if !full && inputs.config.output.format == OutputFormat::Merged { base * 4 } else { 0 };
-    let others = (activations + logits).max(whole_model);
+    // After training its activations are gone, and the caches of answers take their place.
+    let others = activations + logits;
     let (slack, runtime) =
         if inputs.accelerator { (0.05, CUDA_CONTEXT_BYTES) } else { (ALLOCATOR_SLACK, RUNTIME_BYTES) };
     let memory_with = |transient: i64| {
@@ -231,14 +241,19 @@ fn estimate_at(inputs: &Inputs, method: &Method, tokens: i64, recompute: Recompu
         let total = weights + parameters + optimizer + transient + workspace;
         MemoryEstimate { weights, parameters, optimizer, activations: transient, workspace, total }
     };
-    // An accelerator's memory is not the host's, where the copy lies.
-    let copy = if inputs.accelerator { 0 } else { trainable * 4 + moments };
+    // The copy lies on the host, whose memory an accelerator's is not.
+    let host_copy = trainable * 4 + moments;
+    let copy = if inputs.accelerator { 0 } else { host_copy };
     let answering_tokens = inputs.longest_answered.max(PROMPT_TOKENS as i64) + inputs.answered;
     let forward = (kept + cheap) * element * answering_tokens;
     let (cache_tokens, caches) = caches(inputs, others, forward, copy, |bytes| memory_with(others.max(bytes)).total);
     let mut memory = memory_with(others.max(caches));
     let fits = memory.total <= inputs.memory;
-    let has_room_for_copy = memory.total + copy <= inputs.memory;
+    let has_room_for_copy = if inputs.accelerator {
+        RUNTIME_BYTES + host_copy <= inputs.host_memory
+    } else {
+        memory.total + copy <= inputs.memory
+    };
     if has_room_for_copy {
         memory.workspace += copy;
         memory.total += copy;

@@ -123,14 +123,51 @@ impl safetensors::View for &TensorView<'_> {
     }
 }
 
-/// Streams `tensors` as one safetensors file: 8 bytes of header length, the JSON header padded to 8 bytes, then the data
-/// in the order of name within alignment, as the format's own library writes it. Nothing is copied.
+/// A tensor whose bytes are made when it is their turn, a piece at a time: a file may be larger than memory.
+pub struct StreamedTensor<'a> {
+    /// Its name.
+    pub name: String,
+    /// Its dtype.
+    pub dtype: Dtype,
+    /// Its shape.
+    pub shape: Vec<usize>,
+    /// Writes its contiguous little-endian bytes, as many as dtype and shape say.
+    pub write: Box<dyn Fn(&mut dyn Write) -> io::Result<()> + 'a>,
+}
+
+impl StreamedTensor<'_> {
+    /// Bytes that it has in a file.
+    pub fn num_bytes(&self) -> usize {
+        self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8
+    }
+}
+
+impl<'a> From<&TensorView<'a>> for StreamedTensor<'a> {
+    fn from(view: &TensorView<'a>) -> Self {
+        let data = view.data;
+        let write = Box::new(move |sink: &mut dyn Write| sink.write_all(data));
+        Self { name: view.name.clone(), dtype: view.dtype, shape: view.shape.clone(), write }
+    }
+}
+
+/// [`stream_safetensors`] of tensors that are in memory. Nothing is copied.
 pub fn write_safetensors(
     sink: &mut dyn Write,
     metadata: &[(&str, &str)],
     tensors: &[TensorView<'_>],
 ) -> io::Result<()> {
-    let mut sorted: Vec<&TensorView> = tensors.iter().collect();
+    let tensors: Vec<StreamedTensor> = tensors.iter().map(Into::into).collect();
+    stream_safetensors(sink, metadata, &tensors)
+}
+
+/// Writes `tensors` as one safetensors file: 8 bytes of header length, the JSON header padded to 8 bytes, then the data
+/// in the order of name within alignment, as the format's own library writes it.
+pub fn stream_safetensors(
+    sink: &mut dyn Write,
+    metadata: &[(&str, &str)],
+    tensors: &[StreamedTensor<'_>],
+) -> io::Result<()> {
+    let mut sorted: Vec<&StreamedTensor> = tensors.iter().collect();
     // Larger elements first, then by name: every tensor is aligned to its element.
     sorted.sort_by(|a, b| b.dtype.cmp(&a.dtype).then_with(|| a.name.cmp(&b.name)));
     let mut header = serde_json::Map::new();
@@ -140,7 +177,7 @@ pub fn write_safetensors(
     }
     let mut offset = 0;
     for tensor in &sorted {
-        let end = offset + tensor.data.len();
+        let end = offset + tensor.num_bytes();
         let entry = serde_json::json!({"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [offset, end]});
         header.insert(tensor.name.clone(), entry);
         offset = end;
@@ -149,7 +186,30 @@ pub fn write_safetensors(
     bytes.resize(bytes.len().next_multiple_of(8), b' ');
     sink.write_all(&(bytes.len() as u64).to_le_bytes())?;
     sink.write_all(&bytes)?;
-    sorted.iter().try_for_each(|tensor| sink.write_all(tensor.data))
+    sorted.iter().try_for_each(|tensor| {
+        let mut counted = Counted { sink: &mut *sink, bytes: 0 };
+        (tensor.write)(&mut counted)?;
+        assert_eq!(counted.bytes, tensor.num_bytes(), "bytes of {}", tensor.name);
+        Ok(())
+    })
+}
+
+/// Counts what is written.
+struct Counted<'a> {
+    sink: &'a mut dyn Write,
+    bytes: usize,
+}
+
+impl Write for Counted<'_> {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        let written = self.sink.write(data)?;
+        self.bytes += written;
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.sink.flush()
+    }
 }
 
 /// A tensor inside a mapped file.

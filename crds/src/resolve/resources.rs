@@ -42,7 +42,12 @@ pub fn accelerators(resources: &ResourceRequirements) -> i64 {
 
 impl Resolver<'_> {
     pub(super) fn resources(&mut self, job: &FineTuneJob) -> ResourceLimits {
-        let mut resolved = ResourceLimits { price_per_hour: self.profile.price_per_hour, ..ResourceLimits::default() };
+        let accelerator_memory = self.profile.accelerator_memory.as_deref().and_then(value);
+        let mut resolved = ResourceLimits {
+            price_per_hour: self.profile.price_per_hour,
+            accelerator_memory_bytes: accelerator_memory.map(|bytes| bytes as i64),
+            ..ResourceLimits::default()
+        };
         let local = matches!(self.target, Target::Local { .. });
         let own = job.spec.resources.clone().unwrap_or_default().0;
         self.within_maximum("limits", own.limits.as_ref());

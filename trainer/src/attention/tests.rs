@@ -95,6 +95,17 @@ fn kernel_and_products_agree_and_examples_do_not_mix() {
 }
 
 #[test]
+fn flash_attention_sums_the_gradients_of_queries_several_times_over() {
+    let bytes = |tokens, examples| flash_backward_bytes([32, 128], tokens, examples, 132);
+    // One example leaves four fifths of 132 multiprocessors idle with one sum; a hundred have work for all of them.
+    assert_eq!(bytes(4096, 1), 5 * (4096 + 128) * 32 * 128 * 4);
+    assert_eq!(bytes(4096, 100), (4096 + 128 * 100) * 32 * 128 * 4);
+    // Heads are rounded up to what a block of threads takes.
+    assert_eq!(flash_backward_bytes([1, 40], 1, 1, 1), (1 + 128) * 64 * 4);
+    assert_eq!(flash_backward_bytes([1, 160], 1, 1, 1), (1 + 128) * 192 * 4);
+}
+
+#[test]
 fn scores_are_made_where_flash_attention_does_not_do() {
     let sizes = [64, 96, 128, 192, 100, 256];
     let made = sizes.map(|size| makes_scores(Kind::BFloat16, size, Some((8, 0))));
@@ -102,6 +113,21 @@ fn scores_are_made_where_flash_attention_does_not_do() {
     let gpus = [None, Some((9, 0)), Some((8, 0)), Some((7, 5))];
     assert_eq!(gpus.map(|gpu| makes_scores(Kind::BFloat16, 64, gpu)), [false, false, false, true]);
     assert!(makes_scores(Kind::Float, 64, Some((9, 0))));
+    for (kind, size, capability, what, words) in [
+        (Kind::BFloat16, 128, (9, 0), "flash attention", "heads of 128"),
+        (
+            Kind::BFloat16,
+            256,
+            (9, 0),
+            "matrices of scores",
+            "heads of 256; flash attention takes multiples of 8 up to 192",
+        ),
+        (Kind::Float, 64, (9, 0), "matrices of scores", "the run in Float"),
+        (Kind::BFloat16, 64, (7, 5), "matrices of scores", "compute capability 7.5"),
+    ] {
+        let (found, why) = describe(kind, size, Some(capability));
+        assert!(found == what && why.contains(words), "{found}: {why}");
+    }
     // One long example, many short ones, few short ones.
     let bytes = |longest, tokens| score_bytes(Kind::Float, 32, longest, tokens);
     assert_eq!(

@@ -168,40 +168,13 @@ pub fn restore_base(source: &Source, parameters: &mut Parameters, stop: &Stop) -
     })
 }
 
-/// The whole model with what was trained: masters of full fine-tuning, or `W + scale * B A` computed in fp32; in the dtype
-/// of the base model's files. Tied heads stay tied: they are not among the names. `trained` has the masters by name, on the
-/// host. `None` if a stop was asked for meanwhile.
-pub fn merged(
-    folder: &Path,
-    trained: &dyn Fn(&str) -> Option<Tensor>,
-    lora: Option<&Lora>,
-    stop: &Stop,
-) -> Result<Option<Vec<(String, Tensor)>>, Error> {
-    let config = Config::read(folder)?;
-    let files = WeightFiles::open(folder)?;
-    let mut tensors = Vec::new();
-    for (name, shape) in base_shapes(&config) {
-        if stop.requested() {
-            return Ok(None);
-        }
-        let mapped = mapped(folder, &files, &name, &shape)?;
-        let kind = kind_of(mapped.dtype);
-        // SAFETY: the copy below is made while the map is alive.
-        let base = unsafe { shim::borrow_bytes(mapped.data, &shape, kind) };
-        let module = name.trim_end_matches(".weight");
-        let adapter = |part: &str| trained(&format!("{module}.{part}.weight"));
-        let value = match (trained(&name), adapter("lora_A").zip(adapter("lora_B")).zip(lora)) {
-            (Some(master), _) => master,
-            (None, Some(((a, b), lora))) => base.to_kind(Kind::Float) + b.matmul(&a) * adapter_scale(lora),
-            (None, None) => base.copy(),
-        };
-        tensors.push((name, value.to_kind(kind).contiguous()));
-    }
-    Ok(Some(tensors))
-}
-
 /// A tensor of the base model, if it has the shape that `config.json` implies.
-fn mapped<'a>(folder: &Path, files: &'a WeightFiles, name: &str, expected: &[i64]) -> Result<Mapped<'a>, Error> {
+pub(super) fn mapped<'a>(
+    folder: &Path,
+    files: &'a WeightFiles,
+    name: &str,
+    expected: &[i64],
+) -> Result<Mapped<'a>, Error> {
     let mapped = files.tensor(name)?;
     let found: Vec<i64> = mapped.shape.iter().map(|&size| size as i64).collect();
     if found != expected {
@@ -210,7 +183,7 @@ fn mapped<'a>(folder: &Path, files: &'a WeightFiles, name: &str, expected: &[i64
     Ok(mapped)
 }
 
-fn kind_of(dtype: safetensors::Dtype) -> Kind {
+pub(super) fn kind_of(dtype: safetensors::Dtype) -> Kind {
     match dtype {
         safetensors::Dtype::BF16 => Kind::BFloat16,
         safetensors::Dtype::F16 => Kind::Half,
@@ -219,7 +192,7 @@ fn kind_of(dtype: safetensors::Dtype) -> Kind {
 }
 
 /// `alpha / rank`, or `alpha / sqrt(rank)` when rank-stabilised.
-fn adapter_scale(lora: &Lora) -> f64 {
+pub(super) fn adapter_scale(lora: &Lora) -> f64 {
     let rank = lora.rank as f64;
     lora.alpha / if lora.rank_stabilized { rank.sqrt() } else { rank }
 }

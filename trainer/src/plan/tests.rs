@@ -32,7 +32,9 @@ fn with_inputs<T>(memory: i64, accelerator: bool, longest_answered: i64, work: i
         kind: Kind::BFloat16,
         accelerator,
         makes_scores: false,
+        multiprocessors: 132,
         longest: 2048,
+        mean_length: 2048,
         longest_measured: 0,
         step_tokens: 8192,
         answered: 100,
@@ -41,6 +43,7 @@ fn with_inputs<T>(memory: i64, accelerator: bool, longest_answered: i64, work: i
         total_steps: 100,
         steps_per_epoch: 100,
         memory,
+        host_memory: i64::MAX,
         matmul_rate: 1e14,
     };
     work(&inputs)
@@ -88,6 +91,34 @@ fn caches_of_answers_ask_for_no_more_memory_than_there_is() {
     assert_eq!([0, 1 << 30, 4 << 30].map(beside), [8192, 4096, 8192]);
     // A hundred short rows need no more.
     assert_eq!(with_inputs(i64::MAX, false, 16, |inputs| caches(inputs, 0, 0, 0, |bytes| bytes).0), 1600);
+}
+
+#[test]
+fn what_an_accelerator_trains_is_copied_where_its_host_has_room() {
+    let full = Method::Full { optimizer_in_backward: false };
+    let room = |host_memory| {
+        with_inputs(i64::MAX, true, 0, |inputs| {
+            let inputs = Inputs { host_memory, ..*inputs };
+            (estimate(&inputs, &inputs.config.method).has_room_for_copy, estimate(&inputs, &full).has_room_for_copy)
+        })
+    };
+    // Masters and moments of eight billion weights are 90 GiB, of an adapter half a gibibyte.
+    assert_eq!(
+        [100, 64, 1, 0].map(|gibibytes| room(gibibytes << 30)),
+        [(true, true), (true, false), (true, false), (false, false)]
+    );
+}
+
+#[test]
+fn a_merged_model_is_written_in_pieces_that_no_plan_counts() {
+    let memory = |format| {
+        with_inputs(40 << 30, true, 0, |inputs| {
+            let mut config = inputs.config.clone();
+            config.output.format = format;
+            plan(&Inputs { config: &config, ..*inputs }).expect("8 billion weights in bf16 fit").memory
+        })
+    };
+    assert_eq!(memory(crds::run::OutputFormat::Merged), memory(crds::run::OutputFormat::Adapter));
 }
 
 #[test]

@@ -3,9 +3,10 @@
 
 use crds::report::{PlanReport, Stage};
 use crds::run::{Method, RunConfig};
+use tch::Device;
 
 use super::{Context, Error};
-use crate::attention::makes_scores;
+use crate::attention::{self, makes_scores};
 use crate::data::generation::longest_answered;
 use crate::data::order::Order;
 use crate::device::{self, Chosen};
@@ -14,6 +15,14 @@ use crate::plan::{self, Estimate, display_bytes};
 use crate::prepare::{Prepared, Sources, prepare};
 use crate::record::{Event, Observer};
 use crate::schedule::Schedule;
+use crate::shim::cuda;
+
+/// Said where an accelerator's memory is neither asked for nor told.
+const UNKNOWN_MEMORY: &str = "nobody tells how much memory the accelerator has: the plan takes it as endless, and a run that does \
+                              not fit ends when the memory does; acceleratorMemory of the profile tells it before one is taken";
+
+/// Of an accelerator that is not here: an H100's.
+const MULTIPROCESSORS: i64 = 132;
 
 /// Where a run is prepared and where it is trained.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,6 +52,8 @@ pub struct Planned {
     pub alternative: Estimate,
     /// Bytes that there are; `None` where nobody tells.
     pub memory: Option<i64>,
+    /// What attention computes with on an accelerator, and why.
+    attention: Option<(&'static str, String)>,
 }
 
 /// Prepares and plans a run; refuses one that cannot fit before anything is allocated.
@@ -76,7 +87,7 @@ fn plan(config: &RunConfig, context: &Context, place: Place, prepared: Prepared)
     let precision = config.hyperparameters.precision;
     // Another machine's accelerator is planned for, and is not looked for here.
     let expected = place == Place::Elsewhere && config.resources.accelerator;
-    let chosen = if expected {
+    let mut chosen = if expected {
         device::expect_accelerator(precision)
     } else {
         device::choose(precision, config.resources.cpus, context.cuda)
@@ -96,10 +107,14 @@ fn plan(config: &RunConfig, context: &Context, place: Place, prepared: Prepared)
     if config.resources.accelerator && !accelerator {
         return Err(Error::NoAccelerator(chosen.device_reason));
     }
-    let machine = if place == Place::Elsewhere { None } else { device::memory_limit(chosen.device) };
+    let of = |device| if place == Place::Elsewhere { None } else { device::memory_limit(device) };
     // The limit is one of the host's memory, and says nothing about an accelerator's.
-    let limit = config.resources.memory_bytes.filter(|_| !accelerator);
-    let memory = machine.into_iter().chain(limit).min();
+    let host_memory = of(Device::Cpu).into_iter().chain(config.resources.memory_bytes).min();
+    let memory =
+        if accelerator { of(chosen.device).or(config.resources.accelerator_memory_bytes) } else { host_memory };
+    if accelerator && memory.is_none() {
+        chosen.warnings.push(UNKNOWN_MEMORY.to_owned());
+    }
     let longest = prepared.train.longest() as i64;
     let inputs = plan::Inputs {
         model: &model,
@@ -107,7 +122,9 @@ fn plan(config: &RunConfig, context: &Context, place: Place, prepared: Prepared)
         kind: chosen.kind,
         accelerator,
         makes_scores: accelerator && makes_scores(chosen.kind, model.head_size(), chosen.compute_capability),
+        multiprocessors: cuda::properties().map_or(MULTIPROCESSORS, |gpu| gpu.multiprocessors.into()),
         longest,
+        mean_length: prepared.train.total_tokens() as i64 / (prepared.train.len() as i64).max(1),
         longest_measured: prepared.longest_measured() as i64,
         step_tokens: (longest * hyperparameters.batch_size).min(prepared.train.total_tokens() as i64),
         answered: prepared.generation.len() as i64,
@@ -116,6 +133,7 @@ fn plan(config: &RunConfig, context: &Context, place: Place, prepared: Prepared)
         total_steps,
         steps_per_epoch: order.steps_per_epoch(),
         memory: memory.unwrap_or(i64::MAX),
+        host_memory: host_memory.unwrap_or(i64::MAX),
         matmul_rate: if expected {
             // Nothing here tells how fast it is: no time is estimated.
             f64::INFINITY
@@ -125,7 +143,8 @@ fn plan(config: &RunConfig, context: &Context, place: Place, prepared: Prepared)
     };
     let estimate = plan::plan(&inputs)?;
     let alternative = plan::estimate(&inputs, &plan::other_method(&config.method));
-    Ok(Planned { chosen, prepared, order, schedule, estimate, alternative, memory })
+    let attention = accelerator.then(|| attention::describe(chosen.kind, model.head_size(), chosen.compute_capability));
+    Ok(Planned { chosen, prepared, order, schedule, estimate, alternative, memory, attention })
 }
 
 /// What the verdict, early stopping or the best checkpoint would hang on and cannot be measured is refused before training,
@@ -228,6 +247,11 @@ impl Planned {
         let mut events = vec![
             derived("device", chosen.device_name.clone(), chosen.device_reason.clone()),
             derived("precision", format!("{:?}", chosen.kind), chosen.kind_reason.clone()),
+        ];
+        if let Some((how, why)) = &self.attention {
+            events.push(derived("attention", (*how).to_owned(), why.clone()));
+        }
+        events.extend([
             derived("threads", chosen.threads.to_string(), chosen.threads_reason.clone()),
             derived(
                 "method",
@@ -258,7 +282,7 @@ impl Planned {
                 format!("{} tokens", estimate.micro_batch_tokens),
                 format!("backward pass recomputes: {:?}; the result does not depend on it", estimate.recompute),
             ),
-        ];
+        ]);
         if estimate.cache_tokens > 0 {
             let rows = format!("for {} rows to answer, as far as memory goes", self.prepared.generation.len());
             events.push(derived("caches of answers", format!("{} tokens", estimate.cache_tokens), rows));
@@ -267,7 +291,7 @@ impl Planned {
             let seconds = crate::display::display_duration(estimate.seconds);
             events.push(derived("estimated time", seconds, "from a measured matrix product".into()));
         }
-        events.extend(chosen.warning.clone().map(Event::Warning));
+        events.extend(chosen.warnings.iter().cloned().map(Event::Warning));
         events.push(Event::Plan(Box::new(self.report())));
         events
     }

@@ -2,9 +2,8 @@
 
 use crds::report::{Artifact, Report, Stage, Verdict};
 use crds::run::{Method, OutputFormat, RunConfig};
-use tch::{Kind, Tensor};
 
-use super::saving::{WEIGHTS, views};
+use super::saving::WEIGHTS;
 use super::{Context, Error, claims};
 use crate::checkpoint::{Stored, find_by_digest};
 use crate::export::{Weights, model_card, write_output};
@@ -13,7 +12,7 @@ use crate::prepare::Base;
 use crate::publish::Destination;
 use crate::record::{Event, Observer};
 use crate::shim::release_free_memory;
-use crate::weights::{MappedFile, TensorView};
+use crate::weights::{MappedFile, TensorView, WeightFiles};
 
 /// Writes the output of the weights that `report` judged, and copies it to where it is wanted; `None` if it is not to be
 /// written.
@@ -92,17 +91,13 @@ fn write(
         };
         write_output(&output, &base.folder, &weights, &card, &plot)?
     } else {
-        let trained = |name: &str| {
-            let mapped = file.tensor(name)?;
-            let shape: Vec<i64> = mapped.shape.iter().map(|&size| size as i64).collect();
-            let master = Tensor::from_data_size(mapped.data, &shape, Kind::Float);
-            file.release(mapped.data);
-            Some(master)
-        };
-        let tensors = model::merged(&base.folder, &trained, lora, context.stop)?;
-        let tensors = tensors.ok_or(Error::Stopped { step: stored.manifest.step })?;
-        let views = views(&tensors);
-        write_output(&output, &base.folder, &Weights::Model { tensors: &views }, &card, &plot)?
+        let files = WeightFiles::open(&base.folder).map_err(model::Error::from)?;
+        let tensors = model::merged(&base.folder, &files, &file, lora, context.stop)?;
+        let written = write_output(&output, &base.folder, &Weights::Model { tensors: &tensors }, &card, &plot);
+        if written.is_err() && context.stop.requested() {
+            return Err(Error::Stopped { step: stored.manifest.step });
+        }
+        written?
     };
     Ok(artifact)
 }

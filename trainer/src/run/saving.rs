@@ -10,13 +10,13 @@ use tch::{Device, Tensor};
 use super::Error;
 use crate::checkpoint::{self, Content, Store, Stored};
 use crate::export::dtype;
-use crate::optim::Parameters;
+use crate::optim::{Parameters, Slot};
 use crate::record::CheckpointRecord;
 use crate::report::LastWord;
 use crate::shim::tensor_bytes;
 use crate::signal::Stop;
 use crate::train::TrainState;
-use crate::weights::{MappedFile, TensorView, write_safetensors};
+use crate::weights::{MappedFile, StreamedTensor, stream_safetensors};
 
 pub const WEIGHTS: &str = "weights.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
@@ -27,9 +27,9 @@ const PIECE_BYTES: usize = 16 << 20;
 /// Whose memory a snapshot's tensors are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hold {
-    /// Where they are in host memory, the parameters': it holds until the next update.
+    /// The parameters': it holds until the next update. Of a device they are brought to the host while they are written.
     Shared,
-    /// Its own.
+    /// Its own, in host memory.
     Copied,
 }
 
@@ -42,7 +42,10 @@ pub struct Snapshot {
 
 impl Snapshot {
     pub fn of(state: TrainState, parameters: &Parameters, hold: Hold) -> Self {
-        Self { state, weights: host_masters(parameters, hold), optimizer: host_optimizer(parameters, hold) }
+        let master = |slot: &Slot| (slot.name.clone(), held(&parameters.master(slot), hold));
+        let weights = parameters.slots().iter().map(master).collect();
+        let moment = |(name, tensor): (&str, &Tensor)| (name.to_owned(), held(tensor, hold));
+        Self { state, weights, optimizer: parameters.state().into_iter().map(moment).collect() }
     }
 
     fn commit(&self, store: &mut Store) -> Result<CheckpointRecord, checkpoint::Error> {
@@ -50,8 +53,8 @@ impl Snapshot {
         let state = &self.state;
         let best = state.best.is_some_and(|best| best.step == state.step);
         let write_state = |sink: &mut dyn Write| serde_json::to_writer_pretty(sink, state).map_err(Into::into);
-        let write_weights = |sink: &mut dyn Write| write_safetensors(sink, &[], &views(&self.weights));
-        let write_optimizer = |sink: &mut dyn Write| write_safetensors(sink, &[], &views(&self.optimizer));
+        let write_weights = |sink: &mut dyn Write| stream_safetensors(sink, &[], &streamed(&self.weights));
+        let write_optimizer = |sink: &mut dyn Write| stream_safetensors(sink, &[], &streamed(&self.optimizer));
         let stored = store.commit(
             state.step,
             best,
@@ -153,31 +156,50 @@ fn write(store: &mut Store, snapshot: &Snapshot, retention: Retention, last_word
     Written { step: snapshot.state.step, result, leftover }
 }
 
-fn on_host(tensor: &Tensor, hold: Hold) -> Tensor {
-    tensor.to_device_(Device::Cpu, tensor.kind(), false, hold == Hold::Copied).contiguous()
+fn held(tensor: &Tensor, hold: Hold) -> Tensor {
+    match hold {
+        Hold::Shared => tensor.shallow_clone(),
+        Hold::Copied => tensor.to_device_(Device::Cpu, tensor.kind(), false, true),
+    }
+    .contiguous()
 }
 
-/// The masters by name, in host memory.
-fn host_masters(parameters: &Parameters, hold: Hold) -> Vec<(String, Tensor)> {
-    let master = |slot| on_host(&parameters.master(slot), hold);
-    parameters.slots().iter().map(|slot| (slot.name.clone(), master(slot))).collect()
+/// Named tensors as a file has them.
+fn streamed(tensors: &[(String, Tensor)]) -> Vec<StreamedTensor<'_>> {
+    let one = |(name, tensor): &'_ (String, Tensor)| StreamedTensor {
+        name: name.clone(),
+        dtype: dtype(tensor.kind()),
+        shape: tensor.size().iter().map(|&size| size as usize).collect(),
+        write: {
+            let tensor = tensor.shallow_clone();
+            Box::new(move |sink| match tensor.device() {
+                Device::Cpu => sink.write_all(tensor_bytes(&tensor)),
+                device => {
+                    let buffer = Tensor::empty([piece_elements(&tensor)], (tensor.kind(), Device::Cpu));
+                    // Pinned memory takes a copy from the device at the rate of the bus.
+                    write_through(&buffer.pin_memory(device), &tensor, sink)
+                }
+            })
+        },
+    };
+    tensors.iter().map(one).collect()
 }
 
-fn host_optimizer(parameters: &Parameters, hold: Hold) -> Vec<(String, Tensor)> {
-    parameters.state().into_iter().map(|(name, tensor)| (name.to_owned(), on_host(tensor, hold))).collect()
+fn piece_elements(tensor: &Tensor) -> i64 {
+    (PIECE_BYTES / tensor.kind().elt_size_in_bytes()) as i64
 }
 
-/// Named tensors as bytes.
-pub fn views(tensors: &[(String, Tensor)]) -> Vec<TensorView<'_>> {
-    tensors
-        .iter()
-        .map(|(name, tensor)| TensorView {
-            name: name.clone(),
-            dtype: dtype(tensor.kind()),
-            shape: tensor.size().iter().map(|&size| size as usize).collect(),
-            data: tensor_bytes(tensor),
-        })
-        .collect()
+/// Writes a tensor's bytes through a buffer on the host, as much of it at a time as the buffer holds.
+fn write_through(buffer: &Tensor, tensor: &Tensor, sink: &mut dyn Write) -> io::Result<()> {
+    let (flat, most) = (tensor.view([-1]), buffer.numel() as i64);
+    let all = flat.numel() as i64;
+    for start in (0..all).step_by(most as usize) {
+        let length = most.min(all - start);
+        let mut piece = buffer.narrow(0, 0, length);
+        piece.copy_(&flat.narrow(0, start, length));
+        sink.write_all(tensor_bytes(&piece))?;
+    }
+    Ok(())
 }
 
 /// Copies the tensor `name` of a checkpoint's file to where it belongs. What was copied of the file is let go of: a state beside
@@ -227,4 +249,25 @@ pub fn restore(stored: &Stored, parameters: &mut Parameters, stop: &Stop) -> Res
         restore_tensor(&file, stored, name, place)?;
     }
     Ok(state)
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::Kind;
+
+    use super::*;
+
+    #[test]
+    fn a_tensor_goes_through_a_smaller_buffer_whole() {
+        let tensor = Tensor::arange(10, (Kind::Int, Device::Cpu)).view([2, 5]);
+        for elements in [1, 3, 10, 16] {
+            let (buffer, mut sink) = (Tensor::empty([elements], (Kind::Int, Device::Cpu)), Vec::new());
+            write_through(&buffer, &tensor, &mut sink).expect("a vector takes everything");
+            assert_eq!(sink, tensor_bytes(&tensor), "{elements}");
+        }
+        let mut sink = Vec::new();
+        let none = Tensor::empty([0], (Kind::Float, Device::Cpu));
+        write_through(&Tensor::empty([4], (Kind::Float, Device::Cpu)), &none, &mut sink).expect("nothing to write");
+        assert!(sink.is_empty());
+    }
 }

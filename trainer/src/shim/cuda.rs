@@ -6,26 +6,20 @@
 //! stream, which the trainer never changes. So libtorch's own operations before and after are in order with them, and memory
 //! that its allocator hands on is free by then.
 
-use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
-use std::path::{Path, PathBuf};
+mod driver;
+
+use std::ffi::{CString, c_uint, c_void};
+use std::path::Path;
 use std::ptr::null_mut;
 use std::sync::OnceLock;
 
-use libloading::Library;
 use tch::{Device, Kind, Tensor};
 
-/// The driver's name, as containers get it.
-const DRIVER: &str = "libcuda.so.1";
-/// The device that the trainer computes on.
-const ORDINAL: c_int = 0;
+pub use self::driver::{ComputeCapability, DRIVER, Error, Properties, library, properties, read_properties};
+use self::driver::{Driver, Handle, ORDINAL};
 
-/// Major and minor.
-pub type ComputeCapability = (c_int, c_int);
 /// Of the first GPUs that multiply in bf16. Our kernels and flash attention are compiled for these and later ones.
 const FIRST_WITH_BF16: ComputeCapability = (8, 0);
-/// `CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR` and `_MINOR`.
-const CAPABILITY_ATTRIBUTES: [c_int; 2] = [75, 76];
-
 /// What the kernels need of a row: whole vectors of 16 bytes.
 pub const ROW_WIDTH: i64 = 8;
 /// What [`Kernels::rotate`] needs of a head's size: its halves are whole vectors.
@@ -61,112 +55,6 @@ enum Kernel {
     CrossEntropy,
 }
 
-/// Why there are no kernels, or a launch failed.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// No driver, or one that lacks a function.
-    #[error("{}: {source}", path.display())]
-    Driver {
-        /// Its path.
-        path: PathBuf,
-        /// What the loader says.
-        source: libloading::Error,
-    },
-    /// The driver refused.
-    #[error("{call}: {message} (CUDA error {code})")]
-    Call {
-        /// The driver's function, and what it was called for.
-        call: String,
-        /// The driver's own text.
-        message: String,
-        /// `CUresult`
-        code: c_int,
-    },
-}
-
-/// A `CUcontext`, `CUmodule`, `CUfunction` or `CUstream`.
-type Handle = *mut c_void;
-
-/// The functions of the driver that are called here, by `CUresult` what they return.
-struct Driver {
-    init: unsafe extern "C" fn(c_uint) -> c_int,
-    error_string: unsafe extern "C" fn(c_int, *mut *const c_char) -> c_int,
-    device_get: unsafe extern "C" fn(*mut c_int, c_int) -> c_int,
-    /// Value, attribute, device.
-    device_attribute: unsafe extern "C" fn(*mut c_int, c_int, c_int) -> c_int,
-    retain_primary_context: unsafe extern "C" fn(*mut Handle, c_int) -> c_int,
-    set_context: unsafe extern "C" fn(Handle) -> c_int,
-    load_module: unsafe extern "C" fn(*mut Handle, *const c_void) -> c_int,
-    get_function: unsafe extern "C" fn(*mut Handle, Handle, *const c_char) -> c_int,
-    /// Function, grid, block, shared memory, stream, parameters, extra.
-    launch: unsafe extern "C" fn(
-        Handle,
-        c_uint,
-        c_uint,
-        c_uint,
-        c_uint,
-        c_uint,
-        c_uint,
-        c_uint,
-        Handle,
-        *mut *mut c_void,
-        *mut *mut c_void,
-    ) -> c_int,
-    /// Behind all of them.
-    _library: Library,
-}
-
-impl Driver {
-    /// The driver at `path`, ready to be called.
-    fn start(path: &Path) -> Result<Self, Error> {
-        let driver = Self::open(path).map_err(|source| Error::Driver { path: path.to_path_buf(), source })?;
-        // SAFETY: it takes a number.
-        driver.check(unsafe { (driver.init)(0) }, "cuInit")?;
-        Ok(driver)
-    }
-
-    fn open(path: &Path) -> Result<Self, libloading::Error> {
-        // SAFETY: the driver's library, or one that stands for it; the types are those of cuda.h, which the tests' own driver
-        // is compiled with.
-        unsafe {
-            let library = Library::new(path)?;
-            Ok(Self {
-                init: *library.get(b"cuInit\0")?,
-                error_string: *library.get(b"cuGetErrorString\0")?,
-                device_get: *library.get(b"cuDeviceGet\0")?,
-                device_attribute: *library.get(b"cuDeviceGetAttribute\0")?,
-                retain_primary_context: *library.get(b"cuDevicePrimaryCtxRetain\0")?,
-                set_context: *library.get(b"cuCtxSetCurrent\0")?,
-                load_module: *library.get(b"cuModuleLoadData\0")?,
-                get_function: *library.get(b"cuModuleGetFunction\0")?,
-                launch: *library.get(b"cuLaunchKernel\0")?,
-                _library: library,
-            })
-        }
-    }
-
-    /// The device that the trainer computes on.
-    fn device(&self) -> Result<c_int, Error> {
-        let mut device = 0;
-        // SAFETY: the driver writes one number.
-        self.check(unsafe { (self.device_get)(&raw mut device, ORDINAL) }, "cuDeviceGet")?;
-        Ok(device)
-    }
-
-    fn check(&self, code: c_int, call: impl Into<String>) -> Result<(), Error> {
-        if code == 0 {
-            return Ok(());
-        }
-        let mut text = std::ptr::null();
-        // SAFETY: the driver writes a pointer to a text of its own, or null for a code that it does not know.
-        let message = unsafe {
-            (self.error_string)(code, &raw mut text);
-            if text.is_null() { "unknown error".into() } else { CStr::from_ptr(text).to_string_lossy() }
-        };
-        Err(Error::Call { call: call.into(), message: message.into_owned(), code })
-    }
-}
-
 /// The kernels on one device.
 pub struct Kernels {
     driver: Driver,
@@ -182,32 +70,12 @@ unsafe impl Sync for Kernels {}
 /// Loads the kernels once.
 pub fn load() -> Result<&'static Kernels, &'static Error> {
     static LOADED: OnceLock<Result<Kernels, Error>> = OnceLock::new();
-    LOADED.get_or_init(|| Kernels::load(Path::new(DRIVER))).as_ref()
+    LOADED.get_or_init(|| Kernels::load(&library(DRIVER))).as_ref()
 }
 
 /// Whether a GPU multiplies in bf16; one whose compute capability is not known is a new one.
 pub fn multiplies_bf16(capability: Option<ComputeCapability>) -> bool {
     capability.is_none_or(|capability| capability >= FIRST_WITH_BF16)
-}
-
-/// Compute capability of the device, asked for once; `None` where there is none, or [`load`] tells why.
-pub fn compute_capability() -> Option<ComputeCapability> {
-    static CAPABILITY: OnceLock<Option<ComputeCapability>> = OnceLock::new();
-    *CAPABILITY.get_or_init(|| read_compute_capability(Path::new(DRIVER)).ok())
-}
-
-/// What the driver at `path` says about [`compute_capability`].
-pub fn read_compute_capability(path: &Path) -> Result<ComputeCapability, Error> {
-    let driver = Driver::start(path)?;
-    let device = driver.device()?;
-    let read = |attribute| {
-        let mut value = 0;
-        // SAFETY: the driver writes one number.
-        let code = unsafe { (driver.device_attribute)(&raw mut value, attribute, device) };
-        driver.check(code, format!("cuDeviceGetAttribute of {attribute}")).map(|()| value)
-    };
-    let [major, minor] = CAPABILITY_ATTRIBUTES;
-    Ok((read(major)?, read(minor)?))
 }
 
 /// The kernels, if they take these tensors: bf16 on the device, contiguous, the last dimension a multiple of `width`.
