@@ -10,9 +10,9 @@ export CARGO_TARGET_DIR ?= $(CACHE)/target
 PREFIX ?= $(HOME)/.local
 TRAINER = $(CARGO_TARGET_DIR)/release/finetune-trainer
 
-.PHONY: help libtorch nvcc base-model build install demo test test-emulated test-avx2 test-data lint golden compat bench ladder gate bench-operator build-all images cluster-tools cluster demo-cluster
+.PHONY: help libtorch nvcc base-model build install demo test test-here test-emulated test-avx2 test-data lint golden compat bench ladder gate bench-operator build-all images cluster-tools cluster demo-cluster
 help: ## print this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 libtorch: ## stage libtorch from pinned wheels
 	@tools/stage-libtorch.sh >/dev/null
@@ -49,33 +49,30 @@ test-data: ## fetch the chat templates that ours are compared on
 
 # Tests on the cluster wait most of their time; the others compute.
 ON_CLUSTER := operator:: cluster:: observed:: rights::
-HERE := $(addprefix --skip ,$(ON_CLUSTER))
-test: lint base-model test-data ## every test, and what computes once more on an emulated processor
+ELSEWHERE := $(addprefix --skip ,$(ON_CLUSTER))
+test: test-here test-emulated ## every test, and what computes once more on an emulated processor
+
+test-here: lint base-model test-data
 	@cargo build --release --workspace
 	tests/cluster/cluster check || { status=$$?; [ $$status = 3 ] || exit $$status; }
 	log=$$(mktemp)
 	trap 'rm -f "$$log"' EXIT
 	{
 	  cargo test --release --workspace --lib --bins
-	  cargo test --release --workspace --test it -- $(HERE)
+	  cargo test --release --workspace --test it -- $(ELSEWHERE)
 	  cargo test --release --workspace --test it -- --test-threads 4 $(ON_CLUSTER)
 	} 2>&1 | tee "$$log"
-	$(MAKE) --no-print-directory test-emulated
 	tools/count-skipped.sh "$$log"
 
-# What the trainer's modules that compute are called.
-COMPUTING := attention:: generate:: linear:: loss:: model:: ops:: optim:: shim:: train:: weights::
 test-emulated: libtorch nvcc base-model ## kernels and a tiny job of each method on an emulated processor with AVX2 and without AVX-512
 	@cargo build --release --workspace
-	emulator=$$(tools/stage-qemu.sh) || { status=$$?; [ $$status = 3 ] && echo "skipped: needs QEMU: test-emulated" && exit; exit $$status; }
-	CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=$$emulator cargo test --release --workspace --lib -- $(COMPUTING)
-	FINETUNE_EMULATOR=$$emulator cargo test --release --workspace --test it -- processors::
+	tools/test-emulated.sh
 
 test-avx2: lint base-model test-data ## every test that needs no cluster, with libtorch, its libraries and our kernels kept to AVX2
 	@cargo build --release --workspace
 	export ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 	cargo test --release --workspace --lib --bins
-	cargo test --release --workspace --test it -- $(HERE)
+	cargo test --release --workspace --test it -- $(ELSEWHERE)
 
 golden: base-model test-data ## write the golden files with transformers, PEFT, torch and torchao
 	@python=$$(tools/peers-env.sh)

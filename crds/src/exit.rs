@@ -136,22 +136,42 @@ pub struct Fault {
     pub signal: i32,
     name: &'static str,
     meaning: &'static str,
+    advice: &'static str,
 }
+
+const IS_A_BUG: &str = "that is a bug in the trainer or in a library below it, not in the job: if it comes again, report it with this \
+                        message and the machine's processor and GPU";
 
 impl Fault {
     /// Every one, in the order of its number.
     pub const ALL: [Self; 7] = [
-        Self::new(4, "SIGILL", "an instruction that the processor does not have"),
-        Self::new(5, "SIGTRAP", "a trap"),
-        Self::new(6, "SIGABRT", "an abort"),
-        Self::new(7, "SIGBUS", "a page of memory that could not be read: a mapped file was cut, or its volume failed"),
-        Self::new(8, "SIGFPE", "an integer division by zero"),
-        Self::new(11, "SIGSEGV", "memory that is not the program's"),
-        Self::new(31, "SIGSYS", "a system call that is forbidden here"),
+        Self::new(
+            4,
+            "SIGILL",
+            "an instruction that the processor does not have",
+            "that is a bug in the choice of kernels, not in the job: another node may have the instruction, and ATEN_CPU_CAPABILITY=avx2 \
+             or default in the environment chooses plainer kernels; report it with this message and the processor",
+        ),
+        Self::new(5, "SIGTRAP", "a trap", IS_A_BUG),
+        Self::new(6, "SIGABRT", "an abort; a line before it may say why", IS_A_BUG),
+        Self::new(
+            7,
+            "SIGBUS",
+            "a page of a mapped file that could not be read",
+            "the volume failed, or somebody changed the model's files while they were used",
+        ),
+        Self::new(8, "SIGFPE", "an integer division by zero", IS_A_BUG),
+        Self::new(11, "SIGSEGV", "memory that is not the program's, or a stack that overflowed", IS_A_BUG),
+        Self::new(
+            31,
+            "SIGSYS",
+            "a system call that is forbidden here",
+            "the pod's seccomp profile forbids what the trainer needs",
+        ),
     ];
 
-    const fn new(signal: i32, name: &'static str, meaning: &'static str) -> Self {
-        Self { signal, name, meaning }
+    const fn new(signal: i32, name: &'static str, meaning: &'static str, advice: &'static str) -> Self {
+        Self { signal, name, meaning, advice }
     }
 
     /// The fault that a signal stands for; none for signals that somebody sends, such as SIGTERM.
@@ -167,9 +187,9 @@ impl Fault {
     /// What is told of a process that ended so while it did `what`, and what to do.
     pub fn message(self, what: &str) -> String {
         format!(
-            "the trainer was ended by {self} in native code while {what}. That is a bug in the trainer or in a library below it, \
-             not in the job; the next attempt, on a laptop the same command, goes on from the newest checkpoint. If it comes \
-             again, report it with this message and the machine's processor and GPU"
+            "the trainer was ended by {self} in native code while {what}; the next attempt, on a laptop the same command, goes on \
+             from the newest checkpoint; {}",
+            self.advice
         )
     }
 }

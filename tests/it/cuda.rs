@@ -1,22 +1,38 @@
-//! The CUDA kernels without a GPU: compiled for the CPU and started through a driver of our own (`cuda/driver.cpp`), they compute
-//! what is written out; and the image that the binary carries has machine code of each for each architecture.
+//! The CUDA kernels compute what is written out: without a GPU compiled for the CPU and started through a driver of our own
+//! (`cuda/driver.cpp`), with one (`FINETUNE_TEST_DEVICE=cuda`) on it. And the image that the binary carries has machine code of each
+//! for each architecture.
 
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::LazyLock;
 
+use harness::{device, is_on_gpu, skipped};
 use object::{Object, ObjectSection};
 use tch::{Device, Kind, Tensor};
 use trainer::ops::{residual_norm_backward, rms_norm, swiglu, swiglu_backward};
 use trainer::shim::cuda::{self, Kernels, NAMES};
 
 static KERNELS: LazyLock<Kernels> = LazyLock::new(|| {
+    let driver = if device() == Device::Cpu { env!("CUDA_ON_CPU").into() } else { cuda::library(cuda::DRIVER) };
     tch::set_num_threads(1);
-    Kernels::load(Path::new(env!("CUDA_ON_CPU"))).unwrap_or_else(|error| panic!("{error}"))
+    Kernels::load(&driver).unwrap_or_else(|error| panic!("{error}"))
 });
 
 fn random(size: &[i64]) -> Tensor {
-    (Tensor::randn(size, (Kind::Float, Device::Cpu)) * 2).to_kind(Kind::BFloat16)
+    (Tensor::randn(size, (Kind::Float, device())) * 2).to_kind(Kind::BFloat16)
+}
+
+/// `few`, and on a GPU `more` of what takes too long thread by thread.
+fn and_on_a_gpu<T: Clone>(few: &[T], more: &[T]) -> Vec<T> {
+    if is_on_gpu() { [few, more].concat() } else { few.to_vec() }
+}
+
+/// Whether what follows is of the driver of the tests.
+fn without_a_gpu() -> bool {
+    if is_on_gpu() {
+        skipped("the driver of the tests");
+    }
+    !is_on_gpu()
 }
 
 fn wide(tensor: &Tensor) -> Tensor {
@@ -38,7 +54,10 @@ fn check<const N: usize>(what: &str, launch: impl Fn() -> [Tensor; N], exact: &[
 fn norms_are_what_is_written_out() {
     let eps = 1e-5;
     // One vector, less than a warp, a whole number of warps and not, more vectors than threads.
-    for (rows, columns) in [(1, 8), (5, 48), (3, 256), (7, 576), (2, 2056), (2, 4096)] {
+    for (rows, columns) in and_on_a_gpu(
+        &[(1, 8), (5, 48), (3, 256), (7, 576), (2, 2056), (2, 4096)],
+        &[(8192, 576), (8192, 4096), (512, 14_336), (64, 128_256)],
+    ) {
         let (x, gradient, residual) = (random(&[rows, columns]), random(&[rows, columns]), random(&[rows, columns]));
         let weight = random(&[columns]);
         let what = format!("{rows} x {columns}");
@@ -51,7 +70,7 @@ fn norms_are_what_is_written_out() {
 #[test]
 fn swiglu_is_what_is_written_out() {
     // The last block is empty but for one vector, or full.
-    for size in [[1, 8], [257, 8], [37, 48], [32, 64]] {
+    for size in and_on_a_gpu(&[[1, 8], [257, 8], [37, 48], [32, 64]], &[[8192, 576], [8192, 4096], [4096, 14_336]]) {
         let (gate, up, gradient) = (random(&size), random(&size), random(&size));
         check("swiglu", || [KERNELS.swiglu(&gate, &up)], &[swiglu(&wide(&gate), &wide(&up))]);
         let exact = swiglu_backward(&wide(&gradient), &wide(&gate), &wide(&up));
@@ -64,9 +83,11 @@ fn swiglu_is_what_is_written_out() {
 
 #[test]
 fn rotation_is_what_is_written_out() {
-    for (tokens, heads, size) in [(1, 1, 16), (37, 3, 64), (5, 8, 128)] {
+    for (tokens, heads, size) in
+        and_on_a_gpu(&[(1, 1, 16), (37, 3, 64), (5, 8, 128)], &[(8192, 32, 128), (4096, 9, 64)])
+    {
         let x = random(&[tokens, heads, size]);
-        let angles = Tensor::randn([tokens, 1, size / 2], (Kind::Float, Device::Cpu));
+        let angles = Tensor::randn([tokens, 1, size / 2], (Kind::Float, device()));
         let table = |parts: [Tensor; 2]| Tensor::cat(&parts, -1).to_kind(Kind::BFloat16);
         let (cos, sin) = (table([angles.cos(), angles.cos()]), table([-angles.sin(), angles.sin()]));
         for sign in [1.0, -1.0] {
@@ -80,9 +101,12 @@ fn rotation_is_what_is_written_out() {
 #[test]
 fn cross_entropy_is_what_is_written_out() {
     // Rows of odd width begin at every alignment; the first have fewer elements than a vector.
-    for (rows, vocabulary) in [(3, 1), (9, 7), (9, 13), (5, 96), (9, 509), (3, 8200), (9, 32001)] {
+    for (rows, vocabulary) in and_on_a_gpu(
+        &[(3, 1), (9, 7), (9, 13), (5, 96), (9, 509), (3, 8200), (9, 32_001)],
+        &[(512, 128_256), (64, 49_152)],
+    ) {
         let logits = random(&[rows, vocabulary]) * 4;
-        let labels = Tensor::randint(vocabulary, [rows], (Kind::Int64, Device::Cpu));
+        let labels = Tensor::randint(vocabulary, [rows], (Kind::Int64, device()));
         let scale = 1.0 / 3.0;
         let log_softmax = wide(&logits).log_softmax(-1, Kind::Double);
         let onehot = labels.one_hot(vocabulary).to_kind(Kind::Double);
@@ -103,7 +127,7 @@ fn cross_entropy_is_what_is_written_out() {
 
 #[test]
 fn cross_entropy_of_what_is_no_number_or_no_label_is_none_either() {
-    let label = |label: i64| Tensor::from_slice(&[label, 1]);
+    let label = |label: i64| Tensor::from_slice(&[label, 1]).to_device(device());
     for (labels, broken) in [(label(0), f64::NAN), (label(0), f64::INFINITY), (label(-1), 0.0), (label(24), 0.0)] {
         let logits = random(&[2, 24]);
         let _ = logits.get(0).get(3).fill_(broken);
@@ -114,7 +138,12 @@ fn cross_entropy_of_what_is_no_number_or_no_label_is_none_either() {
     // A logit of -inf is a probability of zero.
     let logits = random(&[1, 24]);
     let _ = logits.narrow(1, 0, 20).fill_(f64::NEG_INFINITY);
-    assert!(KERNELS.cross_entropy(&logits, &Tensor::from_slice(&[22i64]), 1.0).double_value(&[0]).is_finite());
+    assert!(
+        KERNELS
+            .cross_entropy(&logits, &Tensor::from_slice(&[22i64]).to_device(device()), 1.0)
+            .double_value(&[0])
+            .is_finite()
+    );
 }
 
 #[test]
@@ -122,11 +151,14 @@ fn nothing_is_started_for_no_rows_and_nothing_is_loaded_for_the_cpu() {
     let none = random(&[0, 48]);
     assert_eq!(KERNELS.rms_norm(&none, &random(&[48]), 1e-5).size(), [0, 48]);
     assert_eq!(KERNELS.swiglu(&none, &none).size(), [0, 48]);
-    assert!(cuda::fits(&[&random(&[2, 48])], 8).is_none());
+    assert!(cuda::fits(&[&random(&[2, 48]).to_device(Device::Cpu)], 8).is_none());
 }
 
 #[test]
 fn what_does_not_belong_together_is_refused() {
+    if !without_a_gpu() {
+        return;
+    }
     let (x, fewer, narrower, weight) = (random(&[6, 32]), random(&[5, 32]), random(&[6, 16]), random(&[32]));
     let (heads, table) = (random(&[6, 2, 32]), random(&[6, 1, 32]));
     let (logits, labels) = (random(&[2, 9]), Tensor::from_slice(&[0i64, 8]));
@@ -160,6 +192,9 @@ fn what_does_not_belong_together_is_refused() {
 
 #[test]
 fn the_driver_is_asked_for_what_the_device_is() {
+    if !without_a_gpu() {
+        return;
+    }
     let found = cuda::read_properties(Path::new(env!("CUDA_ON_CPU"))).unwrap_or_else(|error| panic!("{error}"));
     assert_eq!(found, cuda::Properties { compute_capability: (9, 0), multiprocessors: 132 });
 }

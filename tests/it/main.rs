@@ -1,6 +1,7 @@
 //! The integration tests of the whole product, in one binary.
 
 mod architecture;
+mod attention;
 mod bad_input;
 mod chart;
 mod chat_templates;

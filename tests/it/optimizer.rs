@@ -4,7 +4,7 @@
 //! products. Weights differ by rounding, and by what torchao's bias corrections lack.
 
 use crds::run::Optimizer;
-use harness::golden;
+use harness::{device, golden, on_host};
 use tch::{Device, Kind, Tensor};
 use trainer::optim::{OptimizerConfig, ParameterInit, Parameters, StepConstants};
 use trainer::weights::MappedFile;
@@ -44,7 +44,7 @@ fn read(file: &MappedFile, name: &str, length: i64, kind: Kind) -> Tensor {
 }
 
 fn wide(tensor: &Tensor) -> Tensor {
-    tensor.to_kind(Kind::Double)
+    on_host(tensor).to_kind(Kind::Double)
 }
 
 /// How far a number may be from the one that was rounded to it in bf16.
@@ -55,6 +55,7 @@ fn half_a_place(bf16: &Tensor) -> Tensor {
 
 #[test]
 fn adamw_in_8_bits_has_the_moments_and_weights_of_torchao() {
+    let device = device();
     tch::set_num_threads(1);
     let file = MappedFile::open(&golden("optimizer.safetensors")).expect("golden steps; run `make golden`");
     let inits = (0..).zip(TENSORS).map(|(index, (name, length))| ParameterInit {
@@ -63,7 +64,7 @@ fn adamw_in_8_bits_has_the_moments_and_weights_of_torchao() {
         group: 0,
     });
     let config = OptimizerConfig { optimizer: Optimizer::AdamW8Bit, in_backward: false };
-    let mut parameters = Parameters::new(inits.collect(), Kind::BFloat16, Device::Cpu, config);
+    let mut parameters = Parameters::new(inits.collect(), Kind::BFloat16, device, config);
     let places: Vec<_> = parameters.slots().iter().map(|slot| parameters.gradient(slot)).collect();
     // What the moments moved each weight by in all, at most, and the largest that it was.
     let mut moved = Tensor::zeros([parameters.num_elements()], (Kind::Double, Device::Cpu));
@@ -76,12 +77,17 @@ fn adamw_in_8_bits_has_the_moments_and_weights_of_torchao() {
         for ((index, (_, length)), place) in (0..).zip(TENSORS).zip(&places) {
             place.view().copy_(&gradient(index, step, length));
         }
-        taken.finish(&Tensor::from(1f32)).expect("no libtorch error");
+        taken.finish(&Tensor::from(1f32).to_device(device)).expect("no libtorch error");
         moved += (wide(parameters.flat_master()) - &before).abs() + before.abs() * (learning_rate * WEIGHT_DECAY);
         reach = reach.maximum(&wide(parameters.flat_master()).abs());
         for slot in parameters.slots() {
             let (master, bf16) = (wide(&parameters.master(slot)), parameters.working(slot));
-            assert_eq!(bf16, parameters.master(slot).to_kind(Kind::BFloat16), "{} step {step}", slot.name);
+            assert_eq!(
+                on_host(&bf16),
+                on_host(&parameters.master(slot).to_kind(Kind::BFloat16)),
+                "{} step {step}",
+                slot.name
+            );
             let tolerance = slot.view(&(&moved * CORRECTION + &reach * ROUNDING));
             let check = |what: &str, theirs: &Tensor, tolerance: &Tensor| {
                 let excess = ((wide(theirs) - &master).abs() - tolerance).max().double_value(&[]);
@@ -101,10 +107,15 @@ fn adamw_in_8_bits_has_the_moments_and_weights_of_torchao() {
         let blocks = (slot.len() + BLOCK - 1) / BLOCK;
         for moment in ["exp_avg", "exp_avg_sq"] {
             let codes = read(&file, &format!("{}.{moment}", slot.name), slot.len(), Kind::Uint8);
-            assert_eq!(slot.view(state[moment]), codes, "codes of {}.{moment}", slot.name);
+            assert_eq!(on_host(&slot.view(state[moment])), codes, "codes of {}.{moment}", slot.name);
             let name = format!("{moment}_scale");
             let scales = read(&file, &format!("{}.{name}", slot.name), blocks, Kind::Float);
-            assert_eq!(state[name.as_str()].narrow(0, block, blocks), scales, "scales of {}.{moment}", slot.name);
+            assert_eq!(
+                on_host(&state[name.as_str()].narrow(0, block, blocks)),
+                scales,
+                "scales of {}.{moment}",
+                slot.name
+            );
         }
         block += blocks;
     }

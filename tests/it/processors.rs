@@ -15,6 +15,9 @@ fn check(method: &str, hyperparameters: &str) {
     job.edit("maxSteps: 3", &format!("maxSteps: 3{hyperparameters}"));
     let outcome = job.run();
     assert_eq!(outcome.code, Some(0), "{method}{hyperparameters}\n{}", outcome.stderr);
+    if let Ok(expected) = std::env::var("FINETUNE_TEST_INSTRUCTIONS") {
+        assert!(device(&outcome).contains(&format!("({expected})")), "{}", device(&outcome));
+    }
     assert_eq!(job.report().step, 3);
     let answer = job.trainer(&["generate", "runs/tiny", "say 7 backwards", "--max-new-tokens", "4"]);
     assert_eq!(answer.code, Some(0), "{method}{hyperparameters}\n{}", answer.stderr);
@@ -45,6 +48,11 @@ fn full_with_both() {
     check("type: Full, full: {optimizerInBackward: true}", ", optimizer: AdamW8Bit, maxGradNorm: \"0\"");
 }
 
+/// The line that names the device.
+fn device(outcome: &Outcome) -> &str {
+    outcome.stderr.lines().find(|line| line.starts_with("device: ")).unwrap_or_else(|| panic!("{}", outcome.stderr))
+}
+
 /// As on a processor that has AVX2 and nothing above it.
 fn on_avx2(job: &Job, arguments: &[&str]) -> Outcome {
     let mut command = job.command(arguments);
@@ -57,13 +65,33 @@ fn what_kernels_may_use_can_be_limited_and_precision_follows() {
     job.write_spec(SPEC);
     let outcome = on_avx2(&job, &["run", "job.yaml"]);
     assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
-    let device = outcome.stderr.lines().find(|line| line.starts_with("device: ")).expect("it is told");
-    assert!(device.contains("(avx2)"), "{device}");
-    assert!(outcome.stderr.contains("precision: Float (the CPU has no bf16 arithmetic)"), "{}", outcome.stderr);
+    assert!(device(&outcome).contains("(avx2)"), "{}", outcome.stderr);
+    let precision = outcome.stderr.lines().find(|line| line.starts_with("precision: Float (")).expect("fp32");
+    // On a processor that has no more the variable changes nothing.
+    assert!(precision.contains("ATEN_CPU_CAPABILITY") || precision.contains("no bf16 arithmetic"), "{precision}");
+}
+
+/// libtorch would believe it, and end with the first instruction that is not there.
+#[test]
+fn kernels_may_not_be_let_use_what_the_processor_lacks() {
+    let job = Job::new();
+    let outcome = job.outcome(job.command(&["run", "job.yaml"]).env("ATEN_CPU_CAPABILITY", "avx512"));
+    if trainer::shim::cpu::processor() >= trainer::shim::cpu::Instructions::Avx512
+        && std::env::var("FINETUNE_EMULATOR").is_err()
+    {
+        assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
+    } else {
+        assert_eq!(outcome.code, Some(64), "{}", outcome.stderr);
+        assert!(
+            outcome.stderr.contains("ATEN_CPU_CAPABILITY is avx512, and this processor has Avx2 at most"),
+            "{}",
+            outcome.stderr
+        );
+    }
 }
 
 #[test]
-fn bf16_where_the_processor_has_none_is_warned_about_and_bounds_no_probe() {
+fn bf16_where_the_processor_has_none_is_warned_about_and_measured_only_where_it_is_used() {
     let job = Job::new();
     job.write_spec(SPEC);
     job.edit("maxSteps: 3", "maxSteps: 3, precision: BF16");

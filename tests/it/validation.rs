@@ -4,9 +4,9 @@ use std::fs;
 
 use crds::report::Verdict;
 use crds::run::Optimizer;
-use harness::{Job, golden};
+use harness::{Job, device, golden};
 use serde_json::json;
-use tch::{Device, Kind};
+use tch::Kind;
 use trainer::generate::{Answer, Limits, StopText, generate};
 use trainer::linear::Adapters;
 use trainer::model::{Built, Llama, Source, build};
@@ -14,6 +14,7 @@ use trainer::signal::Stop;
 use trainer::tokenizer::Tokenizer;
 
 fn tiny_model(max_positions: i64) -> Llama {
+    let device = device();
     tch::set_num_threads(1);
     let folder = golden("tiny-llama");
     let source = Source {
@@ -21,7 +22,7 @@ fn tiny_model(max_positions: i64) -> Llama {
         method: None,
         optimizer: Optimizer::AdamW,
         kind: Kind::Float,
-        device: Device::Cpu,
+        device,
         seed: 1,
         max_positions,
     };

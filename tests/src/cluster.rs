@@ -41,12 +41,17 @@ impl Cluster {
     /// The one cluster of this test process, started by the first test that asks. `None`, with the reason printed,
     /// where the machine cannot run it; the test then passes over and is counted.
     pub fn shared() -> Option<&'static Self> {
-        static SHARED: OnceLock<Option<Cluster>> = OnceLock::new();
-        let shared = SHARED.get_or_init(Self::start).as_ref();
+        let shared = Self::started();
         if shared.is_none() {
             crate::skipped("a cluster");
         }
         shared
+    }
+
+    /// [`Self::shared`] for whoever says himself what is passed over.
+    pub(crate) fn started() -> Option<&'static Self> {
+        static SHARED: OnceLock<Option<Cluster>> = OnceLock::new();
+        SHARED.get_or_init(Self::start).as_ref()
     }
 
     fn start() -> Option<Self> {

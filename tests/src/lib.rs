@@ -20,8 +20,9 @@ pub fn repository() -> PathBuf {
 /// Says that the running test proves nothing on this machine, past the runner that keeps what tests print: `make test` counts
 /// these lines.
 pub fn skipped(needs: &str) {
-    let test = std::thread::current().name().unwrap_or_default().to_owned();
-    writeln!(std::io::stderr(), "skipped: needs {needs}: {test}").expect("standard error is open");
+    // In one piece: others write to the same pipe.
+    let line = format!("skipped: needs {needs}: {}\n", std::thread::current().name().unwrap_or_default());
+    std::io::stderr().write_all(line.as_bytes()).expect("standard error is open");
 }
 
 /// A file or folder of golden values.
@@ -34,6 +35,16 @@ pub fn base_model() -> PathBuf {
     let folder = repository().join("models/SmolLM2-135M-Instruct");
     assert!(folder.join("model.safetensors").exists(), "{} is missing: run `make base-model`", folder.display());
     folder
+}
+
+/// Whether the base model is here. Beside a GPU it need not be: it is too large to travel with the tests, which say what is
+/// passed over then.
+pub fn has_base_model() -> bool {
+    let has = !is_on_gpu() || repository().join("models/SmolLM2-135M-Instruct").exists();
+    if !has {
+        skipped("the base model");
+    }
+    has
 }
 
 /// Reads a golden JSON file.
@@ -161,11 +172,13 @@ pub fn max_difference(a: &Tensor, b: &Tensor) -> f64 {
 }
 
 pub mod cluster;
+mod device;
 mod hub;
 mod job;
 pub mod operator;
 mod pods;
 
+pub use device::{device, is_on_gpu, on_host};
 pub use hub::{Fault, Hub, Received, Server, Storage};
 pub use job::{Job, Outcome, trainer_binary, untimed_validation};
 pub use pods::{Ended, Pods, hang, signal, terminate, wait_for};

@@ -57,7 +57,7 @@ template <typename D> void pack_columns(Rows<D> from, int64_t length, int64_t si
 }
 
 // to[word of rows][column]; rows are padded with zeros to whole vectors.
-AVX512 void pack_rows(Rows<Bf16> from, int64_t length, int64_t size, Numbers<uint32_t> &to) {
+AVX512_BF16 void pack_rows(Rows<Bf16> from, int64_t length, int64_t size, Numbers<uint32_t> &to) {
   to.resize(padded(length) / 2 * size);
   for (int64_t pair = 0; pair < padded(length) / 2; ++pair) {
     for (int64_t column = 0; column < size; column += LANES) {
@@ -123,7 +123,7 @@ template <typename D> struct ForwardSpace {
 
 // One example and one key-value head; `query`, `out` and `logsumexp` are of the first query head of the group.
 template <typename D>
-AVX512 void forward(const Shape &s, Rows<D> query, Rows<D> key, Rows<D> value, Rows<D> out, float *logsumexp,
+AVX512_BF16 void forward(const Shape &s, Rows<D> query, Rows<D> key, Rows<D> value, Rows<D> out, float *logsumexp,
                     ForwardSpace<D> &space) {
   const int64_t stride = padded(s.length);
   pack_columns(key, s.length, s.size, space.keys);
@@ -179,7 +179,7 @@ struct BackwardSpace {
 
 // Writes fp32 sums [length, size] in the dtype.
 template <typename D>
-AVX512 void round_rows(const Numbers<float> &from, Rows<D> to, int64_t length, int64_t size) {
+AVX512_BF16 void round_rows(const Numbers<float> &from, Rows<D> to, int64_t length, int64_t size) {
   for (int64_t row = 0; row < length; ++row) {
     for (int64_t at = 0; at < size; at += LANES) {
       D::store(to.row(row) + at, _mm512_loadu_ps(from.data() + row * size + at));
@@ -189,7 +189,7 @@ AVX512 void round_rows(const Numbers<float> &from, Rows<D> to, int64_t length, i
 
 // Tiles of transposed scores: a row is a key, a lane a query.
 template <typename D>
-AVX512 void backward(const Shape &s, Rows<D> gradient, Rows<D> query, Rows<D> key, Rows<D> value, Rows<D> out,
+AVX512_BF16 void backward(const Shape &s, Rows<D> gradient, Rows<D> query, Rows<D> key, Rows<D> value, Rows<D> out,
                      const float *logsumexp, Rows<D> d_query, Rows<D> d_key, Rows<D> d_value, BackwardSpace &space) {
   const int64_t stride = padded(s.length);
   const __m512 scale = _mm512_set1_ps(s.scale);

@@ -1,4 +1,4 @@
-// What the kernels for CPUs with AVX512-BF16 share, in bf16 and fp32. Only functions marked AVX512 use these instructions, and
+// What the kernels for CPUs with AVX512-BF16 share, in bf16 and fp32. Only functions marked AVX512_BF16 use these instructions, and
 // they are called by entries of kernels.h only.
 
 #pragma once
@@ -11,8 +11,7 @@
 
 #include "kernels.h"
 
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")))
-#define INLINE AVX512 inline __attribute__((always_inline))
+#define INLINE AVX512_BF16 inline __attribute__((always_inline))
 
 // fp32 numbers of a vector.
 constexpr int64_t LANES = 16;
@@ -91,7 +90,8 @@ template <typename D> struct Matrix {
 
 // Runs body(Bf16{}) or body(Fp32{}), as the first of its inputs is.
 template <typename F> int recorded_by_dtype(const Kernel &kernel, c10::ArrayRef<void *> inputs, F body) {
-  return recorded(kernel, inputs, [&](Instructions) {
+  return recorded(kernel, inputs, [&](Instructions variant) {
+    TORCH_INTERNAL_ASSERT(variant == Instructions::Avx512Bf16, kernel.name, " has no other variant");
     if (tensor(inputs.front()).scalar_type() == at::kBFloat16) {
       body(Bf16{});
     } else {

@@ -73,7 +73,7 @@ template <typename D> struct Space {
 // Probabilities of one query, not yet divided by their sum, which is returned. It sees the columns below `prefix`, and
 // `own` columns from `offset` on.
 template <typename D>
-AVX512 float softmax(const float *scores, Element<D> *probabilities, int64_t prefix, int64_t offset, int64_t own, int64_t columns,
+AVX512_BF16 float softmax(const float *scores, Element<D> *probabilities, int64_t prefix, int64_t offset, int64_t own, int64_t columns,
                      float scale) {
   const auto lanes = [](int64_t count) { return static_cast<__mmask16>((1u << std::clamp<int64_t>(count, 0, LANES)) - 1u); };
   const auto seen = [&](int64_t at) { return at < offset ? lanes(prefix - at) : lanes(offset + own - at); };
@@ -95,7 +95,7 @@ AVX512 float softmax(const float *scores, Element<D> *probabilities, int64_t pre
 // New tokens of one row in one key-value head: query and out begin at its first query head, `stride` apart from token to
 // token. The new keys and values are in the cache already.
 template <typename D>
-AVX512 void attend(const Element<D> *query, Element<D> *out, int64_t stride, int64_t tokens, int64_t group, int64_t length,
+AVX512_BF16 void attend(const Element<D> *query, Element<D> *out, int64_t stride, int64_t tokens, int64_t group, int64_t length,
                    const Cache<D> &cache, int64_t slot, const Cache<D> &prefix, int64_t prefix_length, int64_t head, float scale,
                    Space<D> &space) {
   const int64_t size = cache.size, offset = padded(prefix_length);
@@ -142,7 +142,7 @@ AVX512 void attend(const Element<D> *query, Element<D> *out, int64_t stride, int
 }
 
 // The largest logit; NaN where there is one, as in torch.
-template <typename D> AVX512 float largest(const Element<D> *logits, int64_t columns) {
+template <typename D> AVX512_BF16 float largest(const Element<D> *logits, int64_t columns) {
   __m512 most = D::load(logits);
   __mmask16 unordered = _mm512_cmp_ps_mask(most, most, _CMP_UNORD_Q);
   for (int64_t at = LANES; at < columns; at += LANES) {
@@ -154,7 +154,7 @@ template <typename D> AVX512 float largest(const Element<D> *logits, int64_t col
 }
 
 // The first place of `peak`, the largest of these logits.
-template <typename D> AVX512 int64_t place_of(float peak, const Element<D> *logits) {
+template <typename D> AVX512_BF16 int64_t place_of(float peak, const Element<D> *logits) {
   const bool unordered = std::isnan(peak);
   for (int64_t at = 0;; at += LANES) {
     const __m512 some = D::load(logits + at);
@@ -168,7 +168,7 @@ template <typename D> AVX512 int64_t place_of(float peak, const Element<D> *logi
 
 // Negative log-likelihood of `label`, given the largest logit.
 template <typename D>
-AVX512 float negative_log_likelihood(const Element<D> *logits, int64_t label, float peak, int64_t columns) {
+AVX512_BF16 float negative_log_likelihood(const Element<D> *logits, int64_t label, float peak, int64_t columns) {
   __m512 sum = _mm512_setzero_ps();
   for (int64_t at = 0; at < columns; at += LANES) {
     sum = _mm512_add_ps(sum, exponential(_mm512_sub_ps(D::load(logits + at), _mm512_set1_ps(peak))));

@@ -4,6 +4,8 @@
 
 #include <ATen/Version.h>
 
+#include <algorithm>
+#include <iterator>
 #include <string>
 
 namespace {
@@ -14,19 +16,34 @@ constexpr const Kernel *ALL[] = {
 #undef ADDRESS
 };
 
-Instructions ask() {
-  const std::string capability = at::get_cpu_capability();
-  if (capability == "AVX512") {
+Instructions ask_processor() {
 #if defined(__x86_64__)
-    return __builtin_cpu_supports("avx512bf16") ? Instructions::Avx512Bf16 : Instructions::Avx512;
-#endif
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) {
+    return Instructions::Baseline;
   }
-  return capability == "AVX2" ? Instructions::Avx2 : Instructions::Baseline;
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512dq")) {
+    return Instructions::Avx2;
+  }
+  return __builtin_cpu_supports("avx512bf16") ? Instructions::Avx512Bf16 : Instructions::Avx512;
+#else
+  return Instructions::Baseline;
+#endif
 }
+
+// What libtorch's own kernels may use.
+Instructions ask_libtorch() {
+  const std::string capability = at::get_cpu_capability();
+  // It has no word for products of bf16, which come with this one.
+  return capability == "AVX512" ? Instructions::Avx512Bf16 : capability == "AVX2" ? Instructions::Avx2 : Instructions::Baseline;
+}
+
+// Of the kernels that this thread enters: for tests, which run each variant.
+thread_local Instructions most = Instructions::Avx512Bf16;
 
 // -1 where there is none.
 int best(const Kernel &kernel) {
-  int variant = static_cast<int>(instructions());
+  int variant = static_cast<int>(std::min(instructions(), most));
   while (variant >= 0 && (kernel.variants >> variant & 1u) == 0) {
     --variant;
   }
@@ -36,7 +53,7 @@ int best(const Kernel &kernel) {
 } // namespace
 
 Instructions instructions() {
-  static const Instructions found = ask();
+  static const Instructions found = std::min(ask_processor(), ask_libtorch());
   return found;
 }
 
@@ -50,6 +67,12 @@ Instructions chosen(const Kernel &kernel) {
 extern "C" {
 
 int ft_cpu_instructions() { return static_cast<int>(instructions()); }
+
+// What the processor has, whatever may be used of it.
+int ft_cpu_processor() { return static_cast<int>(ask_processor()); }
+
+// Lets this thread enter no variant for more than these instructions.
+void ft_cpu_limit(int instructions) { most = static_cast<Instructions>(instructions); }
 
 // Whether libtorch's products in bf16 use AMX here.
 int ft_cpu_has_tiles() {

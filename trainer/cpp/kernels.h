@@ -14,6 +14,13 @@
 // What code may be compiled for, each with all before it. Avx2 and Avx512 are what libtorch means by these words.
 enum class Instructions : int { Baseline, Avx2, Avx512, Avx512Bf16 };
 
+#if defined(__x86_64__)
+// Marks a function that is compiled for a set of instructions.
+#define AVX2 __attribute__((target("avx2,fma")))
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+#define AVX512_BF16 __attribute__((target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+#endif
+
 constexpr unsigned bit(Instructions instructions) { return 1u << static_cast<int>(instructions); }
 
 struct Kernel {
@@ -44,7 +51,8 @@ FOR_EACH_KERNEL(DECLARE)
 #undef DECLARE
 } // namespace kernels
 
-// What this processor has, as far as libtorch's own variable ATEN_CPU_CAPABILITY lets kernels use it.
+// What this processor has, as far as libtorch's own variable ATEN_CPU_CAPABILITY lets kernels use it: libtorch believes the
+// variable and asks the processor only where it is not set.
 Instructions instructions();
 
 // The variant of a kernel that runs here: the last that the processor can run. Throws where there is none.

@@ -85,7 +85,7 @@ struct RowsAsLanes {
   uint32_t *tile(int64_t index) const { return data + index * TILE * words; }
 
 private:
-  AVX512 void order(const uint32_t *x, int64_t row) {
+  AVX512_BF16 void order(const uint32_t *x, int64_t row) {
     const int64_t stride = width(row / TILE), count = std::min(LANES, rows - row);
     uint32_t *to = tile(row / TILE) + row % TILE;
     for (int64_t word = 0; word < words; word += LANES) {
@@ -109,7 +109,7 @@ enum class Before { Replaced, AddedTo };
 // Brings sums [output][row of a tile] to out [rows][outputs]. What is beside them in a vector is read, whatever it is, and goes
 // nowhere.
 template <typename D>
-AVX512 void write_transposed(const float *sums, int64_t rows, int64_t outputs, Element<D> *out, int64_t stride, Before before) {
+AVX512_BF16 void write_transposed(const float *sums, int64_t rows, int64_t outputs, Element<D> *out, int64_t stride, Before before) {
   for (int64_t output = 0; output < outputs; output += LANES) {
     const int64_t some = std::min(LANES, outputs - output);
     for (int64_t row = 0; row < rows; row += LANES) {
@@ -150,7 +150,7 @@ template <typename D> struct Piece {
   int64_t outputs, stride;
 };
 
-template <typename D> AVX512 void some_outputs(const RowsAsLanes &x, const Piece<D> &piece, Before before) {
+template <typename D> AVX512_BF16 void some_outputs(const RowsAsLanes &x, const Piece<D> &piece, Before before) {
   const auto [weight, out, outputs, stride] = piece;
   alignas(64) float sums[OUTPUTS * TILE];
   for (int64_t tile = 0; tile * TILE < x.rows; ++tile) {

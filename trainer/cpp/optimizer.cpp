@@ -14,8 +14,6 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
-#define AVX2 __attribute__((target("avx2")))
-#define AVX512 __attribute__((target("avx512f")))
 #endif
 
 // Compiled for the instructions of the variant that it becomes part of.
@@ -173,7 +171,8 @@ UpdateBlocks *variant_for(Instructions instructions) {
   case Instructions::Avx512: return update_blocks_avx512;
   case Instructions::Avx2: return update_blocks_avx2;
 #endif
-  default: return update_blocks_baseline;
+  case Instructions::Baseline: return update_blocks_baseline;
+  default: TORCH_INTERNAL_ASSERT(false, "the table has a variant of adamw_8bit that is not here");
   }
 }
 

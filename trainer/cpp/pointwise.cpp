@@ -17,7 +17,7 @@ INLINE __m512 sigmoid(__m512 x) {
   return _mm512_div_ps(one, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), x))));
 }
 
-template <typename D> AVX512 void swiglu(const Element<D> *gate, const Element<D> *up, Element<D> *out, int64_t count) {
+template <typename D> AVX512_BF16 void swiglu(const Element<D> *gate, const Element<D> *up, Element<D> *out, int64_t count) {
   for (int64_t at = 0; at < count; at += LANES) {
     const __m512 g = D::load(gate + at);
     D::store(out + at, _mm512_mul_ps(D::rounded(_mm512_mul_ps(g, sigmoid(g))), D::load(up + at)));
@@ -25,7 +25,7 @@ template <typename D> AVX512 void swiglu(const Element<D> *gate, const Element<D
 }
 
 template <typename D>
-AVX512 void swiglu_backward(const Element<D> *gradient, const Element<D> *gate, const Element<D> *up, Element<D> *d_gate,
+AVX512_BF16 void swiglu_backward(const Element<D> *gradient, const Element<D> *gate, const Element<D> *up, Element<D> *d_gate,
                             Element<D> *d_up, int64_t count) {
   const __m512 one = _mm512_set1_ps(1.0f);
   for (int64_t at = 0; at < count; at += LANES) {
@@ -37,7 +37,7 @@ AVX512 void swiglu_backward(const Element<D> *gradient, const Element<D> *gate, 
   }
 }
 
-template <typename D> AVX512 float inverse_rms(const Element<D> *x, int64_t columns, double eps) {
+template <typename D> AVX512_BF16 float inverse_rms(const Element<D> *x, int64_t columns, double eps) {
   __m512 sum = _mm512_setzero_ps();
   for (int64_t at = 0; at < columns; at += LANES) {
     const __m512 value = D::load(x + at);
@@ -47,7 +47,7 @@ template <typename D> AVX512 float inverse_rms(const Element<D> *x, int64_t colu
 }
 
 template <typename D>
-AVX512 void rms_norm(const Element<D> *x, const Element<D> *weight, Element<D> *out, int64_t columns, double eps) {
+AVX512_BF16 void rms_norm(const Element<D> *x, const Element<D> *weight, Element<D> *out, int64_t columns, double eps) {
   const __m512 inverse = _mm512_set1_ps(inverse_rms<D>(x, columns, eps));
   for (int64_t at = 0; at < columns; at += LANES) {
     D::store(out + at, _mm512_mul_ps(D::rounded(_mm512_mul_ps(D::load(x + at), inverse)), D::load(weight + at)));
@@ -56,7 +56,7 @@ AVX512 void rms_norm(const Element<D> *x, const Element<D> *weight, Element<D> *
 
 // out = residual + d(rms_norm)/dx, the norm's share rounded before the sum.
 template <typename D>
-AVX512 void rms_norm_backward(const Element<D> *gradient, const Element<D> *x, const Element<D> *weight,
+AVX512_BF16 void rms_norm_backward(const Element<D> *gradient, const Element<D> *x, const Element<D> *weight,
                               const Element<D> *residual, Element<D> *out, int64_t columns, double eps) {
   const float inverse = inverse_rms<D>(x, columns, eps);
   const __m512 inverses = _mm512_set1_ps(inverse);
@@ -76,7 +76,7 @@ AVX512 void rms_norm_backward(const Element<D> *gradient, const Element<D> *x, c
 
 // Rotates the halves of one head: out = x * cos + swap(x) * sin, where sin's first half is negated; `sign` -1 turns back.
 template <typename D>
-AVX512 void rotate(const Element<D> *x, const Element<D> *cos, const Element<D> *sin, Element<D> *out, int64_t size, float sign) {
+AVX512_BF16 void rotate(const Element<D> *x, const Element<D> *cos, const Element<D> *sin, Element<D> *out, int64_t size, float sign) {
   const int64_t half = size / 2;
   const __m512 signs = _mm512_set1_ps(sign);
   for (int64_t at = 0; at < size; at += LANES) {
@@ -88,7 +88,7 @@ AVX512 void rotate(const Element<D> *x, const Element<D> *cos, const Element<D> 
 }
 
 // Negative log-likelihood of `label`; the logits become its gradient times `scale`.
-template <typename D> AVX512 float cross_entropy(Element<D> *logits, int64_t label, int64_t columns, float scale) {
+template <typename D> AVX512_BF16 float cross_entropy(Element<D> *logits, int64_t label, int64_t columns, float scale) {
   __m512 largest = D::load(logits);
   for (int64_t at = LANES; at < columns; at += LANES) {
     largest = _mm512_max_ps(largest, D::load(logits + at));

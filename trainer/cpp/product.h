@@ -82,7 +82,7 @@ INLINE void block(Words a, const uint32_t *b, int64_t b_stride, int64_t words, f
 }
 
 template <typename D, int V, bool HALF = false>
-AVX512 void rows(Words a, const uint32_t *b, int64_t b_stride, int64_t words, float *c, int64_t c_stride, int64_t count,
+AVX512_BF16 void rows(Words a, const uint32_t *b, int64_t b_stride, int64_t words, float *c, int64_t c_stride, int64_t count,
                  bool add) {
   for (; count >= ROWS; count -= ROWS, a.data += ROWS * a.row_stride, c += ROWS * c_stride) {
     block<D, ROWS, V, HALF>(a, b, b_stride, words, c, c_stride, add);
@@ -99,7 +99,7 @@ AVX512 void rows(Words a, const uint32_t *b, int64_t b_stride, int64_t words, fl
 
 // c[count x columns] (+)= a[count x words] b[words x columns]; columns are a multiple of half a vector.
 template <typename D>
-AVX512 void product(Words a, const uint32_t *b, int64_t b_stride, int64_t words, float *c, int64_t c_stride, int64_t count,
+AVX512_BF16 void product(Words a, const uint32_t *b, int64_t b_stride, int64_t words, float *c, int64_t c_stride, int64_t count,
                     int64_t columns, bool add) {
   int64_t at = 0;
   for (; at + 4 * LANES <= columns; at += 4 * LANES) {

@@ -252,6 +252,7 @@ impl Store {
             Error::Write { path: target.clone(), source, space }
         })?;
         self.check_fence()?;
+        crate::crash::wait_if_crashed();
         // From here on the folder is not removed with its handle.
         let temporary = temporary.keep();
         let failed = |source| {

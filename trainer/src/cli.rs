@@ -35,6 +35,8 @@ pub struct Environment {
     pub hub: HubSettings,
     /// Whether libtorch's CUDA half is loaded; if not, why.
     pub cuda: Result<(), String>,
+    /// `ATEN_CPU_CAPABILITY`, where it is set.
+    pub cpu_capability: Option<String>,
     /// `metadata.uid` of the pod; empty where there is none.
     pub pod_uid: String,
 }
@@ -62,6 +64,9 @@ pub fn report_panic(payload: &(dyn std::any::Any + Send)) -> ExitCode {
 
 /// Executes a command.
 pub fn execute(arguments: &Arguments, environment: &Environment) -> ExitCode {
+    if let Err(message) = crate::device::check_capability(environment.cpu_capability.as_deref()) {
+        return fail(ExitCode::BadConfiguration, &message);
+    }
     let result = match &arguments.command {
         Command::Run { job, pod, listen } => match (pod.order(*listen), &job.file) {
             (Some(order), _) => pod::execute(&order, environment).map(|()| ExitCode::Done),
@@ -72,14 +77,11 @@ pub fn execute(arguments: &Arguments, environment: &Environment) -> ExitCode {
         Command::Profile { job, trace } => profile_job(job, trace.as_ref(), environment),
         Command::Check { file, local } => check_file(file, local),
         Command::Generate { folder, prompt, base, max_new_tokens, precision } => {
-            let watched = crate::crash::watch(&LastWord::default()).map_err(|error| unhandled(&error));
-            watched.and_then(|()| {
-                let chosen = crate::device::choose(precision.precision(), None, &environment.cuda);
-                for warning in &chosen.warnings {
-                    let _ = writeln!(std::io::stderr(), "warning: {warning}");
-                }
-                answer(folder, prompt, base.as_deref(), *max_new_tokens, &chosen, &environment.hub)
-            })
+            let chosen = crate::device::choose(precision.precision(), None, &environment.cuda);
+            for warning in &chosen.warnings {
+                let _ = writeln!(std::io::stderr(), "warning: {warning}");
+            }
+            answer(folder, prompt, base.as_deref(), *max_new_tokens, &chosen, &environment.hub)
         }
     };
     result.unwrap_or_else(|(exit, message)| fail(exit, &message))
@@ -151,6 +153,7 @@ fn run_job(file: &Path, job: &RunArguments, listen: Option<SocketAddr>, environm
         return Ok(ExitCode::Done);
     }
     let last_word = LastWord::new(first_report(&config), Some(directory.clone()), None);
+    crate::crash::tell(&last_word);
     let stop = stop_on_signals(&last_word)?;
     let context = local_context(&directory, &stop, &last_word, environment);
     let mut display = Display::new(std::io::stderr().is_terminal());
@@ -173,11 +176,8 @@ fn run_job(file: &Path, job: &RunArguments, listen: Option<SocketAddr>, environm
 }
 
 fn stop_on_signals(last_word: &LastWord) -> Result<Stop, (ExitCode, String)> {
-    Stop::on_signals(last_word).map_err(|error| unhandled(&error))
-}
-
-fn unhandled(error: &std::io::Error) -> (ExitCode, String) {
-    (ExitCode::InternalError, format!("signals cannot be handled: {error}"))
+    Stop::on_signals(last_word)
+        .map_err(|error| (ExitCode::InternalError, format!("signals cannot be handled: {error}")))
 }
 
 fn local_context<'a>(

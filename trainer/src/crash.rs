@@ -4,7 +4,8 @@
 use std::ffi::c_int;
 use std::io::{self, Read};
 use std::os::fd::IntoRawFd;
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use crds::exit::{ExitCode, Fault};
 use crds::report::{Report, Stage};
@@ -13,33 +14,45 @@ use crate::report::LastWord;
 
 /// Where the handler writes the number of the signal.
 static PIPE: AtomicI32 = AtomicI32::new(-1);
+/// Set by the handler.
+static HAS_CRASHED: AtomicBool = AtomicBool::new(false);
+/// Who says the last word, once a run has one.
+static LAST_WORD: Mutex<Option<LastWord>> = Mutex::new(None);
 /// Seconds for the last word. A crash inside the allocator, say, leaves a lock that whoever says it needs: the signal ends the
 /// process then, as it would have without a handler.
 const PATIENCE: i64 = 5;
 
-/// Says a last word through `last_word` where a [`Fault`] ends the process, with exit code 70. To be called once, early.
-pub fn watch(last_word: &LastWord) -> io::Result<()> {
+/// From now on a [`Fault`] is told on standard error and ends the process with exit code 70. To be called once, early.
+pub fn watch() -> io::Result<()> {
     let (mut faults, pipe) = io::pipe()?;
     PIPE.store(pipe.into_raw_fd(), Ordering::SeqCst);
-    let last_word = last_word.clone();
     std::thread::Builder::new().name("crash".into()).spawn(move || {
         let mut signal = [0];
         // A signal that somebody sends goes to any thread that takes it, and this one has to stay.
-        if block_faults().is_ok() && faults.read_exact(&mut signal).is_ok() {
+        if mask_faults(libc::SIG_BLOCK).is_ok() && faults.read_exact(&mut signal).is_ok() {
             let fault = Fault::from_signal(signal[0].into()).expect("only faults are handled");
-            last_word.leave(ExitCode::InternalError, &fault.message(&doing(&last_word.report())));
+            let last_word = LAST_WORD.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            let what = last_word.as_ref().map_or("computing".to_owned(), |last_word| doing(&last_word.report()));
+            last_word.unwrap_or_default().leave(ExitCode::InternalError, &fault.message(&what));
         }
     })?;
-    for fault in Fault::ALL {
-        handle(fault.signal)?;
+    Fault::ALL.into_iter().try_for_each(|fault| handle(fault.signal))
+}
+
+/// Has a [`Fault`] told in the run's report too.
+pub fn tell(last_word: &LastWord) {
+    *LAST_WORD.lock().unwrap_or_else(PoisonError::into_inner) = Some(last_word.clone());
+}
+
+/// Comes back only where nothing has crashed: what another thread computed of a process that has is not to be kept.
+pub fn wait_if_crashed() {
+    while HAS_CRASHED.load(Ordering::SeqCst) {
+        std::thread::park();
     }
-    Ok(())
 }
 
 fn doing(report: &Report) -> String {
     match report.stage {
-        // What only answers or plans is not told where it is.
-        _ if *report == Report::default() => "computing".to_owned(),
         Stage::Training => format!("training, after step {} of {}", report.step, report.total_steps),
         stage => format!("{stage:?}").to_lowercase(),
     }
@@ -59,19 +72,24 @@ fn handle(signal: c_int) -> io::Result<()> {
 }
 
 extern "C" fn on_fault(signal: c_int) {
+    HAS_CRASHED.store(true, Ordering::SeqCst);
     let number = signal as u8;
     let mut rest = libc::timespec { tv_sec: PATIENCE, tv_nsec: 0 };
-    // SAFETY: write, nanosleep, signal and raise may be called in a handler of a signal.
+    // SAFETY: each of these may be called in a handler of a signal.
     unsafe {
         libc::write(PIPE.load(Ordering::SeqCst), (&raw const number).cast(), 1);
         while libc::nanosleep(&raw const rest, &raw mut rest) != 0 {}
         libc::signal(signal, libc::SIG_DFL);
+        // Not told where it cannot be: the signal, which is raised again, does the rest.
+        let _ = mask_faults(libc::SIG_UNBLOCK);
         libc::raise(signal);
+        // The first process of a container takes no signal that it does not handle.
+        libc::_exit(128 + signal);
     }
 }
 
-/// Keeps the faults that other processes send from this thread and those that it starts.
-fn block_faults() -> io::Result<()> {
+/// Blocks or unblocks faults in this thread and those that it starts.
+fn mask_faults(how: c_int) -> io::Result<()> {
     // SAFETY: the set is made empty before it is read.
     let status = unsafe {
         let mut faults: libc::sigset_t = std::mem::zeroed();
@@ -79,7 +97,7 @@ fn block_faults() -> io::Result<()> {
         for fault in Fault::ALL {
             libc::sigaddset(&raw mut faults, fault.signal);
         }
-        libc::pthread_sigmask(libc::SIG_BLOCK, &raw const faults, std::ptr::null_mut())
+        libc::pthread_sigmask(how, &raw const faults, std::ptr::null_mut())
     };
     if status == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(status)) }
 }
@@ -107,7 +125,8 @@ mod tests {
         let message = folder.path().join("message");
         if let Some(path) = std::env::var_os(CRASH) {
             let report = Report { stage: Stage::Training, step: 7, total_steps: 9, ..Report::default() };
-            watch(&LastWord::new(report, None, Some(path.into()))).expect("watched");
+            watch().expect("watched");
+            tell(&LastWord::new(report, None, Some(path.into())));
             let mut thread = 0;
             // SAFETY: the thread takes nothing, and is waited for.
             unsafe {
@@ -122,9 +141,11 @@ mod tests {
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(70), "{stderr}");
         let told = std::fs::read_to_string(&message).expect("a last word");
-        for words in
-            ["ended by SIGSEGV (memory that is not the program's)", "training, after step 7 of 9", "newest checkpoint"]
-        {
+        for words in [
+            "ended by SIGSEGV (memory that is not the program's, or",
+            "training, after step 7 of 9",
+            "newest checkpoint",
+        ] {
             assert!(stderr.contains(words) && told.contains(words), "no {words:?} in\n{stderr}\n{told}");
         }
     }

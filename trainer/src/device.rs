@@ -36,10 +36,11 @@ pub struct Chosen {
 /// Settings that libtorch's libraries read from the environment when they are loaded, where the user made none; `variable` gives
 /// the value of one. Must run before [`load_cuda`], in a process of one thread.
 pub fn set_library_defaults(variable: impl Fn(&str) -> Option<String>) {
+    const ONE_DNN: [&str; 2] = ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"];
     // Where libtorch's kernels may not use all of the processor, its libraries for products may not either.
     let limits: &[(&[&str], &str)] = match variable("ATEN_CPU_CAPABILITY").as_deref() {
-        Some("default") => &[(&["ONEDNN_MAX_CPU_ISA"], "SSE41"), (&["MKL_ENABLE_INSTRUCTIONS"], "SSE4_2")],
-        Some("avx2") => &[(&["ONEDNN_MAX_CPU_ISA"], "AVX2"), (&["MKL_ENABLE_INSTRUCTIONS"], "AVX2")],
+        Some("default") => &[(&ONE_DNN, "SSE41"), (&["MKL_ENABLE_INSTRUCTIONS"], "SSE4_2")],
+        Some("avx2") => &[(&ONE_DNN, "AVX2"), (&["MKL_ENABLE_INSTRUCTIONS"], "AVX2")],
         _ => &[],
     };
     let defaults = [
@@ -61,6 +62,23 @@ pub fn set_library_defaults(variable: impl Fn(&str) -> Option<String>) {
             unsafe { std::env::set_var(names[0], value) };
         }
     }
+}
+
+/// Refuses a value of `ATEN_CPU_CAPABILITY` that lets kernels use what the processor lacks: libtorch believes it.
+pub fn check_capability(value: Option<&str>) -> Result<(), String> {
+    let asked = match value {
+        Some("avx512") => Instructions::Avx512,
+        Some("avx2") => Instructions::Avx2,
+        _ => return Ok(()),
+    };
+    let has = cpu::processor();
+    if asked <= has {
+        return Ok(());
+    }
+    Err(format!(
+        "ATEN_CPU_CAPABILITY is {}, and this processor has {has:?} at most; leave it unset, and libtorch chooses by the processor",
+        value.unwrap_or_default()
+    ))
 }
 
 /// Loads libtorch's CUDA half, if it is there, so that one binary serves both. Must run before any other libtorch call:
@@ -117,6 +135,9 @@ pub fn choose(precision: Precision, cpus: Option<f64>, cuda: &Result<(), String>
         Precision::Auto if cpu::multiplies_bf16() => {
             (Kind::BFloat16, "the CPU multiplies in it (avx512_bf16 or amx)".to_owned())
         }
+        Precision::Auto if cpu::instructions() < cpu::processor() => {
+            (Kind::Float, "ATEN_CPU_CAPABILITY keeps kernels from the CPU's bf16 arithmetic, if it has any".to_owned())
+        }
         Precision::Auto => (Kind::Float, "the CPU has no bf16 arithmetic".to_owned()),
     };
     Chosen {
@@ -142,42 +163,46 @@ fn slow_bf16() -> String {
     )
 }
 
-/// A product that would take longer than this is not measured with more rows.
-const LONGEST_PRODUCT: Duration = Duration::from_millis(500);
-/// Rows that a measurement begins with, and by how many times as many it goes on.
-const FEWEST_ROWS: i64 = 8;
+/// A product that is expected to take longer than this is not measured.
+const LONGEST_PRODUCT: f64 = 1.0;
+/// Rows, inner sizes and columns that a measurement begins with; it ends with those that were asked for.
+const SIZES: [i64; 3] = [128, 512, i64::MAX];
 
-/// FLOP/s of products `[rows, inner] x [inner, columns]`, over as many as `measured` has room for. Where products are slow, they
-/// have fewer rows: what this takes is bounded on every machine.
-pub fn matmul_rate([rows, inner, columns]: [i64; 3], options: (Kind, Device), measured: Duration) -> f64 {
-    let b = Tensor::ones([columns, inner], options);
-    let mut some = FEWEST_ROWS.min(rows);
-    loop {
-        let a = Tensor::ones([some, inner], options);
-        let product = |times: i32| {
-            let started = Instant::now();
-            for _ in 1..times {
-                let _ = a.matmul(&b.tr());
-            }
-            // Reading one value waits for an asynchronous device.
-            let _ = a.matmul(&b.tr()).get(0).get(0).to_kind(Kind::Float).double_value(&[]);
-            started.elapsed() / times.unsigned_abs()
-        };
-        let mut seconds = product(1).as_secs_f64();
-        // The first one of a shape takes longer.
-        if seconds < LONGEST_PRODUCT.as_secs_f64() {
-            seconds = product(1).as_secs_f64();
+/// FLOP/s of products `[rows, inner] x [inner, columns]`, over as many as `measured` has room for. Where products are slow it is
+/// that of smaller ones: what this takes is bounded on every machine.
+pub fn matmul_rate(shape: [i64; 3], options: (Kind, Device), measured: Duration) -> f64 {
+    let mut rate = f64::INFINITY;
+    for most in SIZES {
+        let some = shape.map(|size| size.min(most));
+        let flops = 2.0 * some.iter().map(|size| *size as f64).product::<f64>();
+        if flops / rate > LONGEST_PRODUCT {
+            break;
         }
-        if some < rows && seconds * (FEWEST_ROWS as f64) < LONGEST_PRODUCT.as_secs_f64() {
-            some = (some * FEWEST_ROWS).min(rows);
-            continue;
+        let is_last = some == shape;
+        rate = flops / seconds_per_product(some, options, if is_last { measured } else { Duration::ZERO });
+        if is_last {
+            break;
         }
-        let times = (measured.as_secs_f64() / seconds) as i32;
-        if times > 1 {
-            seconds = product(times.min(2000)).as_secs_f64();
-        }
-        return 2.0 * some as f64 * inner as f64 * columns as f64 / seconds;
     }
+    rate
+}
+
+fn seconds_per_product([rows, inner, columns]: [i64; 3], options: (Kind, Device), measured: Duration) -> f64 {
+    let (a, b) = (Tensor::ones([rows, inner], options), Tensor::ones([columns, inner], options));
+    let product = |times: i32| {
+        let started = Instant::now();
+        for _ in 1..times {
+            let _ = a.matmul(&b.tr());
+        }
+        // Reading one value waits for an asynchronous device.
+        let _ = a.matmul(&b.tr()).get(0).get(0).to_kind(Kind::Float).double_value(&[]);
+        started.elapsed().as_secs_f64() / f64::from(times)
+    };
+    // The first one of a shape takes longer.
+    product(1);
+    let once = product(1);
+    let times = (measured.as_secs_f64() / once) as i32;
+    if times > 1 { product(times.min(2000)) } else { once }
 }
 
 /// The dtype that a GPU computes in, and why.

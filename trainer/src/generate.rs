@@ -76,8 +76,9 @@ pub struct Progress {
     pub tokens: usize,
 }
 
-/// The greedy continuation of each prompt; `None` if a stop was asked for meanwhile. `progress` is told after each token. A prompt has at least one token and at most as many as the model has positions; where it has them all, its answer is
-/// empty. Where memory runs out, fewer prompts are computed at once.
+/// The greedy continuation of each prompt; `None` if a stop was asked for meanwhile. `progress` is told after each token. A prompt
+/// has at least one token and at most as many as the model has positions; where it has them all, its answer is empty. Where
+/// memory runs out, fewer prompts are computed at once.
 pub fn generate(
     model: &Llama,
     prompts: &[&[u32]],

@@ -123,7 +123,9 @@ mod tests {
     #[test]
     fn the_fused_loss_is_the_one_that_is_written_out() {
         tch::set_num_threads(1);
-        cpu::kernels_run_here();
+        if !cpu::kernels_run_here() {
+            return;
+        }
         let hidden = cpu::noise(1, &[19, 32]).to_kind(Kind::BFloat16);
         let weight = (cpu::noise(2, &[96, 32]) / 2).to_kind(Kind::BFloat16);
         let labels = (Tensor::arange(19, (Kind::Int64, Device::Cpu)) * 37).remainder(96);
@@ -146,7 +148,9 @@ mod tests {
     #[test]
     fn the_fused_score_is_the_one_that_is_written_out() {
         tch::set_num_threads(1);
-        cpu::kernels_run_here();
+        if !cpu::kernels_run_here() {
+            return;
+        }
         // Whole numbers: products in bf16 are exact, and the largest logit of a row is often there twice.
         let small = |seed, shape: &[i64]| cpu::noise(seed, shape).round().to_kind(Kind::BFloat16);
         let (hidden, weight) = (small(3, &[400, 32]), small(4, &[96, 32]));

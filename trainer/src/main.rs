@@ -1,11 +1,16 @@
 //! `finetune-trainer`: arguments, environment, signals, one panic boundary, exit code.
 
-use std::process::ExitCode;
+use std::io::Write;
 
 use trainer::cli::{Arguments, Environment, execute, parse_arguments};
 
-fn main() -> ExitCode {
-    trainer::device::set_library_defaults(|name| std::env::var(name).ok());
+fn main() {
+    trainer::device::set_library_defaults(|name| {
+        std::env::var_os(name).map(|value| value.to_string_lossy().into_owned())
+    });
+    if let Err(error) = trainer::crash::watch() {
+        let _ = writeln!(std::io::stderr(), "warning: a crash in native code would leave no word: {error}");
+    }
     // The message of a panic is told once, below, with what to do about it.
     std::panic::set_hook(Box::new(|_| ()));
     let code = std::panic::catch_unwind(|| match parse_arguments(std::env::args_os()) {
@@ -13,7 +18,10 @@ fn main() -> ExitCode {
         Err(code) => code,
     });
     let code = code.unwrap_or_else(|payload| trainer::cli::report_panic(payload.as_ref()));
-    ExitCode::from(code.code())
+    // Libraries' destructors would run beside their threads, and everything is on disk and told: a crash in one would be the
+    // end of a run that is done.
+    let _ = std::io::stdout().flush();
+    signal_hook::low_level::exit(code.code().into())
 }
 
 fn environment(arguments: &Arguments) -> Environment {
@@ -26,5 +34,6 @@ fn environment(arguments: &Arguments) -> Environment {
     };
     trainer::shim::keep_large_allocations();
     let hub = trainer::source::HubSettings::read(variable);
-    Environment { hub, cuda, pod_uid: variable("POD_UID").unwrap_or_default() }
+    let cpu_capability = variable("ATEN_CPU_CAPABILITY");
+    Environment { hub, cuda, cpu_capability, pod_uid: variable("POD_UID").unwrap_or_default() }
 }

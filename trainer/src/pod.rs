@@ -48,6 +48,7 @@ pub fn execute(order: &Order, environment: &Environment) -> Result<(), (ExitCode
         ..Report::default()
     };
     let last_word = LastWord::new(report, None, order.termination_message.map(Path::to_path_buf));
+    crate::crash::tell(&last_word);
     let worked = std::panic::catch_unwind(AssertUnwindSafe(|| work(order, environment, &last_word)));
     let result = worked.unwrap_or_else(|payload| {
         let error = Error::from_panic(payload.as_ref());

@@ -31,6 +31,8 @@ const TIMED_STEPS: i64 = 5;
 const ATTEMPTS: usize = 10;
 /// What a measurement of the machine may take, its last attempt not counted.
 const PATIENCE: Duration = Duration::from_secs(1);
+/// Products that are measured together: on a GPU one takes less time than its launch.
+const PRODUCTS: Duration = Duration::from_millis(100);
 /// Rows and columns of the matrices that the peak is measured with.
 const PEAK_SIZE: i64 = 2048;
 /// Elements that are copied to measure the bandwidth: larger than any cache.
@@ -53,7 +55,7 @@ impl Peaks {
     /// Measures what a run in `kind` uses.
     fn measure(kind: Kind, device: Device) -> Self {
         let rate = |kind| {
-            let attempt = || matmul_rate([PEAK_SIZE; 3], (kind, device), Duration::ZERO);
+            let attempt = || matmul_rate([PEAK_SIZE; 3], (kind, device), PRODUCTS);
             attempts(attempt).fold(0.0, f64::max)
         };
         let (from, mut to) =

@@ -9,7 +9,6 @@ use std::time::Duration;
 use crds::exit::ExitCode;
 use signal_hook::consts::{SIGINT, SIGTERM};
 
-use crate::crash;
 use crate::report::LastWord;
 
 /// How long the process may go on after the first signal; a cloud that takes a machine back grants about 15 seconds.
@@ -28,10 +27,8 @@ struct Flags {
 
 impl Stop {
     /// Sets the flag on SIGTERM and SIGINT. What hangs, or a checkpoint that takes too long, ends with the process: the
-    /// last committed one is whole. A second SIGINT ends it at once, as a user expects of Ctrl-C twice. Signals of native code
-    /// that went wrong are told by [`crash::watch`].
+    /// last committed one is whole. A second SIGINT ends it at once, as a user expects of Ctrl-C twice.
     pub fn on_signals(last_word: &LastWord) -> io::Result<Self> {
-        crash::watch(last_word)?;
         let stop = Self::default();
         let mut signals = signal_hook::iterator::Signals::new([SIGTERM, SIGINT])?;
         let (flag, last_word) = (stop.clone(), last_word.clone());

@@ -254,9 +254,13 @@ mod tests {
         }
     }
 
-    /// Gradients from large to tiny, and a last block that is short.
     #[test]
     fn the_kernel_has_the_codes_of_what_is_written_out() {
+        cpu::with_each_variant(|_| check_codes());
+    }
+
+    /// Gradients from large to tiny, and a last block that is short.
+    fn check_codes() {
         // Two threads take some blocks each. A thread takes over the process's number at its first loop, unless it has asked before.
         tch::get_num_threads();
         tch::set_num_threads(2);

@@ -12,6 +12,9 @@ use super::{check, done, handle};
 
 unsafe extern "C" {
     fn ft_cpu_instructions() -> c_int;
+    fn ft_cpu_processor() -> c_int;
+    #[cfg(test)]
+    fn ft_cpu_limit(instructions: c_int);
     fn ft_cpu_has_tiles() -> c_int;
     fn ft_cpu_kernel(index: c_int, variant: *mut c_int) -> *const c_char;
     fn ft_cpu_attention(
@@ -96,6 +99,12 @@ impl Instructions {
 pub fn instructions() -> Instructions {
     // SAFETY: asks the CPU.
     Instructions::numbered(unsafe { ft_cpu_instructions() }).expect("the shim knows the same instructions")
+}
+
+/// What the processor has, whatever may be used of it.
+pub fn processor() -> Instructions {
+    // SAFETY: asks the CPU.
+    Instructions::numbered(unsafe { ft_cpu_processor() }).expect("the shim knows the same instructions")
 }
 
 /// Each kernel of ours by the name that profiles show, and what its variant is compiled for that runs here, if one does.
@@ -324,9 +333,23 @@ pub fn kernels_run_here() -> bool {
 
     if !is_supported() {
         let test = std::thread::current().name().unwrap_or_default().to_owned();
-        writeln!(std::io::stderr(), "skipped: needs avx512_bf16: {test}").expect("standard error is open");
+        // In one piece: others write to the same pipe.
+        let line = format!("skipped: needs avx512_bf16: {test}\n");
+        std::io::stderr().write_all(line.as_bytes()).expect("standard error is open");
     }
     is_supported()
+}
+
+/// Does `work` with each set of instructions that kernels may use here, none of which has a better variant then.
+#[cfg(test)]
+pub fn with_each_variant(mut work: impl FnMut(Instructions)) {
+    let limit = |most: Instructions| unsafe { ft_cpu_limit(most as c_int) };
+    for most in Instructions::ALL.into_iter().filter(|set| *set <= instructions()) {
+        // SAFETY: the number is one of the shim's own.
+        limit(most);
+        work(most);
+    }
+    limit(Instructions::Avx512Bf16);
 }
 
 /// What a kernel says of arguments that it refuses.

@@ -47,19 +47,45 @@ fn every_kernel_of_the_table_runs_or_refuses() {
         ("score", &|| drop(decode::score(&row, &labels))),
         ("adamw_8bit", &eight_bit),
     ];
-    let kernels = kernels();
-    assert_eq!(kernels.len(), calls.len(), "{kernels:?}");
-    for ((kernel, variant), (name, call)) in kernels.into_iter().zip(calls) {
-        assert_eq!(kernel, format!("finetune::{name}"));
-        if let Some(variant) = variant {
-            assert!(variant <= instructions(), "{kernel} is compiled for {variant:?}");
-            call();
-        } else {
-            let message = refusal(call);
-            assert!(message.contains("has no variant for the instructions"), "{message}");
+    with_each_variant(|most| {
+        let kernels = kernels();
+        assert_eq!(kernels.len(), calls.len(), "{kernels:?}");
+        for ((kernel, variant), (name, call)) in kernels.into_iter().zip(calls) {
+            assert_eq!(kernel, format!("finetune::{name}"));
+            if let Some(variant) = variant {
+                assert!(variant <= most, "{kernel} is compiled for {variant:?}");
+                call();
+            } else {
+                let message = refusal(call);
+                assert!(message.contains("has no variant for the instructions"), "{message}");
+            }
+        }
+    });
+    assert!(instructions() <= processor());
+    // Where a run is meant to show what a plainer processor does, it has to be one.
+    if let Ok(expected) = std::env::var("FINETUNE_TEST_INSTRUCTIONS") {
+        assert_eq!(format!("{:?}", instructions()).to_lowercase(), expected);
+    }
+}
+
+/// Whoever writes a kernel cannot leave the table out: each entry that takes tensors is one of its, by name.
+#[test]
+fn every_entry_is_guarded_by_the_table() {
+    let mut entries = Vec::new();
+    for file in ["attention", "pointwise", "decode", "linear", "optimizer"] {
+        let text = std::fs::read_to_string(format!("cpp/{file}.cpp")).expect("readable");
+        for entry in text.split("int ft_cpu_").skip(1) {
+            let name = entry.split('(').next().expect("a name").to_owned();
+            let body = entry.split_once("{\n").expect("a body").1.trim_start();
+            let guards = ["recorded", "recorded_by_dtype"].map(|guard| format!("return {guard}(kernels::{name}, "));
+            assert!(guards.iter().any(|guard| body.starts_with(guard)), "{name} is not guarded");
+            entries.push(format!("finetune::{name}"));
         }
     }
-    assert!(is_supported() || instructions() < Instructions::Avx512Bf16);
+    let mut listed: Vec<_> = kernels().into_iter().map(|(name, _)| name.to_owned()).collect();
+    entries.sort();
+    listed.sort();
+    assert_eq!(entries, listed);
 }
 
 fn check_refusals(cases: &[(&dyn Fn(), &str)]) {
