@@ -10,7 +10,7 @@ export CARGO_TARGET_DIR ?= $(CACHE)/target
 PREFIX ?= $(HOME)/.local
 TRAINER = $(CARGO_TARGET_DIR)/release/finetune-trainer
 
-.PHONY: help libtorch nvcc base-model build install demo test test-here test-emulated test-avx2 test-data lint golden compat bench ladder gate bench-operator build-all images cluster-tools cluster demo-cluster
+.PHONY: help libtorch nvcc base-model build install demo test test-here test-emulated test-gpu-check gpu-check test-avx2 test-data lint golden compat bench ladder gate bench-operator build-all images cluster-tools cluster demo-cluster
 help: ## print this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -50,7 +50,7 @@ test-data: ## fetch the chat templates that ours are compared on
 # Tests on the cluster wait most of their time; the others compute.
 ON_CLUSTER := operator:: cluster:: observed:: rights::
 ELSEWHERE := $(addprefix --skip ,$(ON_CLUSTER))
-test: test-here test-emulated ## every test, and what computes once more on an emulated processor
+test: test-here test-emulated test-gpu-check ## every test, and what computes once more on an emulated processor
 
 test-here: lint base-model test-data
 	@cargo build --release --workspace
@@ -67,6 +67,17 @@ test-here: lint base-model test-data
 test-emulated: libtorch nvcc base-model ## kernels and a tiny job of each method on an emulated processor with AVX2 and without AVX-512
 	@cargo build --release --workspace
 	tools/test-emulated.sh
+
+GPU_CHECK = $(CACHE)/gpu-check
+test-gpu-check: libtorch nvcc base-model ## the checks of a GPU in small, on the CPU
+	@cargo build --release --workspace
+	tools/gpu-check/pack.sh $(GPU_CHECK)
+	python3 $(GPU_CHECK)/check.py --cpu --out $(GPU_CHECK)/out
+
+gpu-check: libtorch nvcc ## pack what checks the trainer on a machine with a GPU into gpu-check/
+	@cargo build --release --workspace
+	tools/gpu-check/pack.sh gpu-check
+	echo "on the machine with the GPU, with PyTorch 2.11+cu130: python3 gpu-check/check.py --out DIR" >&2
 
 test-avx2: lint base-model test-data ## every test that needs no cluster, with libtorch, its libraries and our kernels kept to AVX2
 	@cargo build --release --workspace

@@ -18,6 +18,10 @@ fn check(method: &str, hyperparameters: &str) {
     if let Ok(expected) = std::env::var("FINETUNE_TEST_INSTRUCTIONS") {
         assert!(device(&outcome).contains(&format!("({expected})")), "{}", device(&outcome));
     }
+    if harness::is_on_gpu() {
+        let device = device(&outcome);
+        assert!(device.contains("CUDA device(s) found") && !device.contains("libtorch's kernels"), "{device}");
+    }
     assert_eq!(job.report().step, 3);
     let answer = job.trainer(&["generate", "runs/tiny", "say 7 backwards", "--max-new-tokens", "4"]);
     assert_eq!(answer.code, Some(0), "{method}{hyperparameters}\n{}", answer.stderr);
