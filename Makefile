@@ -68,16 +68,13 @@ test-emulated: libtorch nvcc base-model ## kernels and a tiny job of each method
 	@cargo build --release --workspace
 	tools/test-emulated.sh
 
-GPU_CHECK = $(CACHE)/gpu-check
 test-gpu-check: libtorch nvcc base-model ## the checks of a GPU in small, on the CPU
 	@cargo build --release --workspace
-	tools/gpu-check/pack.sh $(GPU_CHECK)
-	python3 $(GPU_CHECK)/check.py --cpu --out $(GPU_CHECK)/out
+	tools/gpu-check.sh --cpu
 
 gpu-check: libtorch nvcc ## pack what checks the trainer on a machine with a GPU into gpu-check/
 	@cargo build --release --workspace
-	tools/gpu-check/pack.sh gpu-check
-	echo "on the machine with the GPU, with PyTorch 2.11+cu130: python3 gpu-check/check.py --out DIR" >&2
+	tools/gpu-check.sh
 
 test-avx2: lint base-model test-data ## every test that needs no cluster, with libtorch, its libraries and our kernels kept to AVX2
 	@cargo build --release --workspace

@@ -1,10 +1,15 @@
 #!/usr/bin/env bash
-# Packs what the checks need on a machine with a GPU and prints its size. Usage: pack.sh FOLDER
-# libtorch and CUDA are not in it: the machine's PyTorch 2.11+cu130 has them.
-source "$(dirname "$0")/../common.sh"
+# Packs what checks the trainer on a machine with a GPU into gpu-check/ and prints its size; libtorch and CUDA are not in it: the
+# machine's PyTorch 2.11+cu130 has them. With --cpu the package goes to the cache and runs here, in small.
+# Environment: CARGO_TARGET_DIR and LIBTORCH, as make sets them.
+source "$(dirname "$0")/common.sh"
 
 MOST_MIB=60
-out=${1:?usage: pack.sh FOLDER}
+case ${1:-} in
+  "") out=$REPO/gpu-check ;;
+  --cpu) out=$CACHE/gpu-check ;;
+  *) die "usage: gpu-check.sh [--cpu]" ;;
+esac
 release=$CARGO_TARGET_DIR/release
 it=$(cd "$REPO" && cargo test --release --workspace --test it --no-run --message-format=json 2>/dev/null |
   sed -n 's/.*"executable":"\([^"]*\/it-[^"]*\)".*/\1/p' | tail -1)
@@ -21,3 +26,7 @@ cp "$REPO"/tools/gpu-check/*.py "$out/"
 size=$(du -sm "$out" | cut -f1)
 say "$out: $size MiB"
 [ "$size" -le $MOST_MIB ] || die "the package has $size MiB, at most $MOST_MIB may travel"
+if [ "${1:-}" = --cpu ]; then
+  exec "$PYTHON" "$out/check.py" --cpu --out "$out/out"
+fi
+say "on the machine with the GPU: python3 gpu-check/check.py --out DIR"
