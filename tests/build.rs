@@ -16,7 +16,7 @@ fn main() {
 
 fn compile_driver(include: &std::path::Path) {
     let driver = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo names it")).join("libcuda-on-cpu.so");
-    for file in ["cuda/driver.cpp", "../trainer/cuda/pointwise.cu"] {
+    for file in ["cuda/driver.cpp", "../trainer/cuda/pointwise.cu", "../trainer/cpp/philox.h"] {
         println!("cargo:rerun-if-changed={file}");
     }
     let compiler = cc::Build::new()

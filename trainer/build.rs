@@ -27,9 +27,11 @@ fn compile_shim() {
         "cpp/pointwise.cpp",
         "cpp/decode.cpp",
         "cpp/linear.cpp",
+        "cpp/dropout.cpp",
     ];
     let optimizer = "cpp/optimizer.cpp";
-    for file in files.into_iter().chain([optimizer, "cpp/guard.h", "cpp/kernels.h", "cpp/avx512.h", "cpp/product.h"]) {
+    let headers = ["cpp/guard.h", "cpp/kernels.h", "cpp/avx512.h", "cpp/product.h", "cpp/philox.h"];
+    for file in files.into_iter().chain([optimizer]).chain(headers) {
         println!("cargo:rerun-if-changed={file}");
     }
     let mut build = cc::Build::new();

@@ -161,6 +161,8 @@ const Kernel KERNELS[] = {
     KERNEL(finetune_rms_norm_backward),
     KERNEL(finetune_rotate),
     KERNEL(finetune_cross_entropy),
+    KERNEL(finetune_dropout),
+    KERNEL(finetune_dropout_fp32),
 };
 
 // What a context and a module are handles of.

@@ -11,6 +11,7 @@ use object::{Object, ObjectSection};
 use tch::{Device, Kind, Tensor};
 use trainer::ops::{residual_norm_backward, rms_norm, swiglu, swiglu_backward};
 use trainer::shim::cuda::{self, Kernels, NAMES};
+use trainer::shim::{DropoutMask, cpu};
 
 static KERNELS: LazyLock<Kernels> = LazyLock::new(|| {
     let driver = if device() == Device::Cpu { env!("CUDA_ON_CPU").into() } else { cuda::library(cuda::DRIVER) };
@@ -126,6 +127,24 @@ fn cross_entropy_is_what_is_written_out() {
 }
 
 #[test]
+fn masks_of_dropout_have_the_bits_of_those_on_the_cpu() {
+    let keys = Tensor::from_slice(&[0, -1, i64::MIN, 0x0123_4567_89ab_cdef, -0x0123_4567_89ab_cdef]);
+    let positions = Tensor::from_slice(&[0i64, 1, 4095, i64::from(u32::MAX), 77]);
+    let (keys, positions) = (&keys, &positions);
+    // Rows of whole vectors and not; the last block is full or not.
+    for columns in [0, 1, 4, 7, 64, 66, 576, 1024] {
+        for (site, threshold) in [(0, 1 << 31), (209, 1 << 28), (u32::MAX, u32::MAX - 9), (1, 0)] {
+            for (kind, kept) in [(Kind::BFloat16, 1.109_375), (Kind::Float, f64::from(1f32 / 0.9))] {
+                let mask = DropoutMask { keys, positions, columns, kind, site, threshold, kept };
+                let ours = KERNELS.dropout(&mask);
+                assert_eq!((ours.kind(), ours.size()), (kind, vec![5, columns]));
+                assert!(ours.equal(&cpu::dropout(&mask)), "{mask:?}");
+            }
+        }
+    }
+}
+
+#[test]
 fn cross_entropy_of_what_is_no_number_or_no_label_is_none_either() {
     let label = |label: i64| Tensor::from_slice(&[label, 1]).to_device(device());
     for (labels, broken) in [(label(0), f64::NAN), (label(0), f64::INFINITY), (label(-1), 0.0), (label(24), 0.0)] {
@@ -163,7 +182,12 @@ fn what_does_not_belong_together_is_refused() {
     let (heads, table) = (random(&[6, 2, 32]), random(&[6, 1, 32]));
     let (logits, labels) = (random(&[2, 9]), Tensor::from_slice(&[0i64, 8]));
     let displaced = random(&[6 * 32 + 8]).narrow(0, 1, 6 * 32).view([6, 32]);
-    let cases: [(&dyn Fn(), &str); 15] = [
+    let mask = |keys, positions, kind| {
+        let mask = DropoutMask { keys, positions, columns: 8, kind, site: 0, threshold: 9, kept: 1.0 };
+        drop(KERNELS.dropout(&mask));
+    };
+    let (fewer_tokens, narrow_tokens) = (labels.narrow(0, 0, 1), labels.to_kind(Kind::Int));
+    let cases: [(&dyn Fn(), &str); 18] = [
         (&|| drop(KERNELS.swiglu(&x, &fewer)), "([5, 32], Cpu)"),
         (&|| drop(KERNELS.swiglu(&x, &wide(&x))), "must be contiguous and aligned bf16, a multiple of 8 wide"),
         (&|| drop(KERNELS.swiglu(&x, &random(&[32, 6]).tr())), "must be contiguous and aligned bf16"),
@@ -182,6 +206,9 @@ fn what_does_not_belong_together_is_refused() {
             &|| drop(KERNELS.cross_entropy(&logits, &labels.narrow(0, 0, 1).expand([2], false), 1.0)),
             "(Int64, [2], Cpu, false)",
         ),
+        (&|| mask(&labels, &fewer_tokens, Kind::Float), "(Int64, [1], Cpu, true)"),
+        (&|| mask(&narrow_tokens, &labels, Kind::Float), "(Int, [2], Cpu, true)"),
+        (&|| mask(&labels, &labels, Kind::Half), "a mask of dropout in Half"),
     ];
     for (work, expected) in cases {
         let refused = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).expect_err(expected);

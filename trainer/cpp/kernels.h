@@ -43,7 +43,8 @@ struct Kernel {
   kernel(cached_attention, bit(Instructions::Avx512Bf16))                                                                        \
   kernel(argmax, bit(Instructions::Avx512Bf16))                                                                                  \
   kernel(score, bit(Instructions::Avx512Bf16))                                                                                   \
-  kernel(adamw_8bit, bit(Instructions::Avx512) | bit(Instructions::Avx2) | bit(Instructions::Baseline))
+  kernel(adamw_8bit, bit(Instructions::Avx512) | bit(Instructions::Avx2) | bit(Instructions::Baseline))                          \
+  kernel(dropout, bit(Instructions::Avx512) | bit(Instructions::Baseline))
 
 namespace kernels {
 #define DECLARE(kernel, variants) inline constexpr Kernel kernel{"finetune::" #kernel, variants};

@@ -1,6 +1,6 @@
 // The pointwise parts of a decoder layer and the loss, fused, in bf16 on CUDA: each reads its inputs and writes its outputs
 // once, or comes back to a row that is still in the cache. Arithmetic is fp32, and rounded to bf16 where cpp/pointwise.cpp
-// rounds, so that both devices compute the same thing.
+// rounds, so that both devices compute the same thing. Masks of dropout are in bf16 or fp32, and have the same bits on both.
 //
 // Tensors are contiguous and begin at multiples of 16 bytes. Blocks are a whole number of warps of 32 threads; sums are taken
 // in an order that only the block's size decides, so they have the same bits in every run.
@@ -9,6 +9,8 @@
 
 #include <cfloat>
 #include <cstdint>
+
+#include "../cpp/philox.h"
 
 namespace {
 
@@ -109,6 +111,36 @@ template <bool WRITES, typename F> __device__ void walk(bf16 *row, int columns, 
 
 // The first element of this thread where each takes one vector.
 __device__ inline int64_t own_vector() { return (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * LANES; }
+
+template <typename T> struct alignas(4 * sizeof(T)) Four {
+  T at[4];
+};
+
+// A mask [rows, columns] of dropout, as src/dropout.rs defines it: each thread makes the columns of one counter, the words of
+// which are compared with `threshold`. `counters` are those of all rows.
+template <typename T>
+__device__ void dropout(const int64_t *keys, const int64_t *positions, T *out, unsigned counters, unsigned columns, unsigned site,
+                        unsigned threshold, T kept) {
+  // In 32 bits, where division is cheap.
+  const unsigned counter = blockIdx.x * blockDim.x + threadIdx.x;
+  if (counter >= counters) {
+    return;
+  }
+  const unsigned of_row = (columns + 3) / 4, row = counter / of_row, inside = counter % of_row;
+  const philox::Words words =
+      philox::words({inside, static_cast<uint32_t>(positions[row]), site, 0}, static_cast<uint64_t>(keys[row]));
+  const T dropped = T(0.0f);
+  const Four<T> four{{words.a < threshold ? dropped : kept, words.b < threshold ? dropped : kept,
+                      words.c < threshold ? dropped : kept, words.d < threshold ? dropped : kept}};
+  T *to = out + static_cast<int64_t>(row) * columns + inside * 4;
+  if (columns % 4 == 0) {
+    *reinterpret_cast<Four<T> *>(to) = four;
+    return;
+  }
+  for (unsigned place = 0; place < min(4u, columns - inside * 4); ++place) {
+    to[place] = four.at[place];
+  }
+}
 
 } // namespace
 
@@ -253,5 +285,16 @@ __global__ void finetune_cross_entropy(bf16 *logits, const int64_t *__restrict__
   if (threadIdx.x == 0) {
     losses[blockIdx.x] = level - logit;
   }
+}
+
+__global__ void finetune_dropout(const int64_t *__restrict__ keys, const int64_t *__restrict__ positions, bf16 *__restrict__ out,
+                                 unsigned counters, unsigned columns, unsigned site, unsigned threshold, float kept) {
+  dropout(keys, positions, out, counters, columns, site, threshold, __float2bfloat16_rn(kept));
+}
+
+__global__ void finetune_dropout_fp32(const int64_t *__restrict__ keys, const int64_t *__restrict__ positions,
+                                      float *__restrict__ out, unsigned counters, unsigned columns, unsigned site,
+                                      unsigned threshold, float kept) {
+  dropout(keys, positions, out, counters, columns, site, threshold, kept);
 }
 }

@@ -8,6 +8,7 @@ pub mod crash;
 pub mod data;
 pub mod device;
 pub mod display;
+pub mod dropout;
 pub mod evaluate;
 pub mod export;
 pub mod generate;

@@ -70,6 +70,33 @@ fn handle(tensor: &Tensor) -> *mut c_void {
     tensor.as_ptr().cast_mut().cast()
 }
 
+/// A mask of dropout that is about to be made, `[t, columns]`: 0 where a column's random word is below `threshold`, `kept`
+/// elsewhere. `dropout.rs` says which word is a column's.
+#[derive(Clone, Copy, Debug)]
+pub struct DropoutMask<'a> {
+    /// The generator's key for each token, int64 `[t]`.
+    pub keys: &'a Tensor,
+    /// Position of each token within its example, int64 `[t]`.
+    pub positions: &'a Tensor,
+    /// Columns of the mask.
+    pub columns: i64,
+    /// Its dtype.
+    pub kind: tch::Kind,
+    /// Which of the masks of a token this is.
+    pub site: u32,
+    /// Of 2^32 words so many drop a column.
+    pub threshold: u32,
+    /// A number of that dtype.
+    pub kept: f64,
+}
+
+impl DropoutMask<'_> {
+    /// The mask's place, not written yet.
+    fn empty(&self) -> Tensor {
+        Tensor::empty([self.keys.size()[0], self.columns], (self.kind, self.keys.device()))
+    }
+}
+
 /// Constants of one AdamW step.
 #[derive(Clone, Copy, Debug)]
 pub struct AdamwStep {

@@ -8,6 +8,7 @@ use super::Config;
 use super::layer::{Around, Below, KeyValues, Layer, LayerSaved, Outputs, Pass, Recompute};
 use crate::attention::{self, Segments};
 use crate::data::pack::PackedBatch;
+use crate::dropout::Dropout;
 use crate::linear::{Adapters, InputMask, Weight};
 use crate::loss::{self, Scored};
 use crate::ops::{Rope, linear, rms_norm, rms_norm_backward};
@@ -76,27 +77,6 @@ pub struct Noise {
     pub neftune_alpha: Option<f64>,
 }
 
-/// Dropout masks of one step's batch.
-struct StepDropout<'a> {
-    probability: f64,
-    noise: Noise,
-    examples: &'a [(u64, i64, i64)],
-}
-
-impl InputMask for StepDropout<'_> {
-    fn mask(&self, site: u64, tokens: i64, x: &Tensor) -> Option<Tensor> {
-        if self.probability == 0.0 {
-            return None;
-        }
-        let mask_ti = x.new_empty([tokens, x.size()[1]], (x.kind(), x.device()));
-        for &(example, start, length) in self.examples {
-            tch::manual_seed(seed64(self.noise.seed, "drop", &[self.noise.step as u64, example, site]) as i64);
-            let _ = mask_ti.narrow(0, start, length).bernoulli_float_(1.0 - self.probability);
-        }
-        Some(mask_ti / (1.0 - self.probability))
-    }
-}
-
 /// No dropout: evaluation and generation.
 pub(super) struct NoDropout;
 
@@ -144,6 +124,14 @@ impl Llama {
         }
     }
 
+    fn dropout(&self, batch: &DeviceBatch, noise: Noise) -> Box<dyn InputMask> {
+        if self.lora_dropout == 0.0 {
+            return Box::new(NoDropout);
+        }
+        let examples = batch.examples.iter().map(|&(example, _, length)| (example, length));
+        Box::new(Dropout::new(self.lora_dropout, noise.seed, noise.step, examples, &batch.positions_t))
+    }
+
     /// `last`: what is wanted of the last layer.
     fn around<'a>(&self, layer: usize, last: Outputs<'a>) -> Around<'a> {
         // The embedding, norms and earlier layers are trained together or not at all; adapters exist from layer 0 on.
@@ -163,9 +151,9 @@ impl Llama {
         stop: &Stop,
         backward: &mut dyn BackwardPass,
     ) -> Result<Option<Tensor>, shim::Error> {
-        let dropout = StepDropout { probability: self.lora_dropout, noise, examples: &batch.examples };
+        let dropout = self.dropout(batch, noise);
         let rope = self.rope.at(&batch.positions_t);
-        let pass = Pass { rope: &rope, adapters: Adapters::On, dropout: &dropout, recompute };
+        let pass = Pass { rope: &rope, adapters: Adapters::On, dropout: dropout.as_ref(), recompute };
         let segments = &batch.segments;
         let last = Outputs::Rows(&batch.label_positions_n);
 

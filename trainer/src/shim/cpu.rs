@@ -1,14 +1,14 @@
-//! Our kernels for bf16 and fp32 on CPUs (`cpp/attention.cpp`, `cpp/pointwise.cpp`, `cpp/linear.cpp`, `cpp/optimizer.cpp`). Which
-//! instructions each is compiled for stands in one table, `cpp/kernels.h`, and one that the processor cannot run is refused before
-//! it is entered. Like tch's own functions they panic with libtorch's message where arguments do not belong together; [`fits`]
-//! says beforehand whether they can be used.
+//! Our kernels for bf16 and fp32 on CPUs (`cpp/attention.cpp`, `cpp/pointwise.cpp`, `cpp/linear.cpp`, `cpp/optimizer.cpp`,
+//! `cpp/dropout.cpp`). Which instructions each is compiled for stands in one table, `cpp/kernels.h`, and one that the processor
+//! cannot run is refused before it is entered. Like tch's own functions they panic with libtorch's message where arguments do not
+//! belong together; [`fits`] says beforehand whether they can be used.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::sync::OnceLock;
 
 use tch::{Device, Kind, Tensor};
 
-use super::{check, done, handle};
+use super::{DropoutMask, check, done, handle};
 
 unsafe extern "C" {
     fn ft_cpu_instructions() -> c_int;
@@ -68,6 +68,14 @@ unsafe extern "C" {
         one_minus_beta1: f64,
         one_minus_beta2: f64,
         eps: f64,
+    ) -> c_int;
+    fn ft_cpu_dropout(
+        keys: *mut c_void,
+        positions: *mut c_void,
+        site: u32,
+        threshold: u32,
+        kept: f64,
+        out: *mut c_void,
     ) -> c_int;
     fn ft_cpu_linear(inputs: *const *mut c_void, outs: *const *mut c_void, num_weights: c_int, add: c_int) -> c_int;
     fn ft_cpu_cross_entropy(logits: *mut c_void, labels: *mut c_void, scale: f64, losses: *mut c_void) -> c_int;
@@ -266,6 +274,17 @@ pub fn adamw_8bit(
             eps,
         )
     })
+}
+
+/// A mask of dropout in bf16 or fp32, on any CPU.
+pub fn dropout(mask: &DropoutMask) -> Tensor {
+    let out = mask.empty();
+    // SAFETY: as above.
+    done(unsafe {
+        let (keys, positions) = (handle(mask.keys), handle(mask.positions));
+        ft_cpu_dropout(keys, positions, mask.site, mask.threshold, mask.kept, handle(&out))
+    });
+    out
 }
 
 /// `x * cos + sign * swap_halves(x) * sin` of x `[t, n, d]`, cos and sin `[t, 1, d]`.

@@ -1,5 +1,5 @@
-//! Our kernels for bf16 on CUDA (`cuda/pointwise.cu`), which the binary carries as machine code for several GPUs and as PTX for
-//! later ones. The driver loads them, without CUDA's runtime and without a compiler. [`fits`] says whether they can be used; where
+//! Our kernels for bf16 on CUDA (`cuda/pointwise.cu`; dropout's for fp32 too), which the binary carries as machine code for several
+//! GPUs and as PTX for later ones. The driver loads them, without CUDA's runtime and without a compiler. [`fits`] says whether they can be used; where
 //! arguments do not belong together they panic.
 //!
 //! They run in the context and on the stream that libtorch uses: the device's primary context, and the legacy default
@@ -14,6 +14,8 @@ use std::ptr::null_mut;
 use std::sync::OnceLock;
 
 use tch::{Device, Kind, Tensor};
+
+use super::DropoutMask;
 
 pub use self::driver::{ComputeCapability, DRIVER, Error, Properties, library, properties, read_properties};
 use self::driver::{Driver, Handle, ORDINAL};
@@ -36,13 +38,15 @@ pub fn image() -> &'static [u8] {
 }
 
 /// Names of the kernels in the image, in the order of `Kernel`.
-pub const NAMES: [&str; 6] = [
+pub const NAMES: [&str; 8] = [
     "finetune_swiglu",
     "finetune_swiglu_backward",
     "finetune_rms_norm",
     "finetune_rms_norm_backward",
     "finetune_rotate",
     "finetune_cross_entropy",
+    "finetune_dropout",
+    "finetune_dropout_fp32",
 ];
 
 #[derive(Clone, Copy, Debug)]
@@ -53,6 +57,8 @@ enum Kernel {
     RmsNormBackward,
     Rotate,
     CrossEntropy,
+    Dropout,
+    DropoutFp32,
 }
 
 /// The kernels on one device.
@@ -80,8 +86,17 @@ pub fn multiplies_bf16(capability: Option<ComputeCapability>) -> bool {
 
 /// The kernels, if they take these tensors: bf16 on the device, contiguous, the last dimension a multiple of `width`.
 pub fn fits(tensors: &[&Tensor], width: i64) -> Option<&'static Kernels> {
-    let on_device = |tensor: &&Tensor| tensor.device() == Device::Cuda(ORDINAL as usize);
-    if tensors.iter().all(|tensor| on_device(tensor) && has_rows(tensor, width)) { load().ok() } else { None }
+    let fits = tensors.iter().all(|tensor| is_ours(tensor.device()) && has_rows(tensor, width));
+    fits.then(load)?.ok()
+}
+
+/// The kernels, if this is the device that they are loaded on.
+pub fn on(device: Device) -> Option<&'static Kernels> {
+    is_ours(device).then(load)?.ok()
+}
+
+fn is_ours(device: Device) -> bool {
+    device == Device::Cuda(ORDINAL as usize)
 }
 
 /// Whether a kernel can read a tensor row by row.
@@ -250,5 +265,26 @@ impl Kernels {
         arguments.extend([integer(columns), real(scale)]);
         self.launch(Kernel::CrossEntropy, rows, threads_of_row(columns, MOST_FOR_LOGITS), arguments);
         losses
+    }
+
+    /// A mask of dropout in bf16 or fp32.
+    pub fn dropout(&self, mask: &DropoutMask) -> Tensor {
+        let out = mask.empty();
+        for tensor in [mask.keys, mask.positions] {
+            let found = (tensor.kind(), tensor.size(), tensor.device(), tensor.is_contiguous());
+            assert_eq!(found, (Kind::Int64, vec![out.size()[0]], out.device(), true), "keys and positions");
+        }
+        let kernel = match mask.kind {
+            Kind::BFloat16 => Kernel::Dropout,
+            Kind::Float => Kernel::DropoutFp32,
+            other => panic!("a mask of dropout in {other:?}"),
+        };
+        let counters = out.size()[0] * ((mask.columns + 3) / 4);
+        assert!(u32::try_from(counters).is_ok(), "{out:?} is more than one mask counts");
+        let mut arguments: Vec<u64> = [mask.keys, mask.positions, &out].map(pointer).into();
+        arguments.extend([counters, mask.columns, mask.site.into(), mask.threshold.into()].map(integer));
+        arguments.push(real(mask.kept));
+        self.launch_by_vector(kernel, counters, arguments);
+        out
     }
 }

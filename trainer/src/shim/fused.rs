@@ -1,9 +1,9 @@
-//! The parts of a layer for which there is a kernel of ours on the tensors' device: each function computes what `ops.rs` and
-//! `loss.rs` write out beside its call, or gives `None` where no kernel takes these tensors.
+//! The parts of a layer for which there is a kernel of ours on the tensors' device: each function computes what `ops.rs`,
+//! `loss.rs` and `dropout.rs` write out beside its call, or gives `None` where no kernel takes these tensors.
 
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
-use super::{cpu, cuda};
+use super::{DropoutMask, cpu, cuda};
 
 /// RMSNorm of rows.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Option<Tensor> {
@@ -78,4 +78,15 @@ pub fn cross_entropy(logits: &Tensor, labels: &Tensor, scale: f64) -> Option<Ten
     }
     // Rows of any width: vocabularies to which tokens were added are seldom round.
     cuda::fits(&[logits], 1).map(|kernels| kernels.cross_entropy(logits, labels, scale))
+}
+
+/// A mask of dropout.
+pub fn dropout(mask: &DropoutMask) -> Option<Tensor> {
+    if !matches!(mask.kind, Kind::BFloat16 | Kind::Float) {
+        return None;
+    }
+    match mask.keys.device() {
+        Device::Cpu => Some(cpu::dropout(mask)),
+        device => cuda::on(device).map(|kernels| kernels.dropout(mask)),
+    }
 }

@@ -9,6 +9,10 @@ fn fp32(shape: &[i64]) -> Tensor {
     Tensor::zeros(shape, (Kind::Float, Device::Cpu))
 }
 
+fn dropout_mask<'a>(keys: &'a Tensor, positions: &'a Tensor) -> DropoutMask<'a> {
+    DropoutMask { keys, positions, columns: 192, kind: Kind::BFloat16, site: 1, threshold: 1 << 30, kept: 1.5 }
+}
+
 /// The table says what runs here, and nothing else is entered: an entry that went past it would end this process.
 #[test]
 fn every_kernel_of_the_table_runs_or_refuses() {
@@ -30,7 +34,7 @@ fn every_kernel_of_the_table_runs_or_refuses() {
         drop(decode::cached_attention([&head; 3], &rows, &cache, None, 1.0));
     };
     let weight = fp32(&[32]);
-    let calls: [(&str, &dyn Fn()); 13] = [
+    let calls: [(&str, &dyn Fn()); 14] = [
         ("attention", &|| drop(attention(&head, &head, &head, &bounds, 1.0))),
         ("attention_backward", &|| {
             drop(attention_backward(&head, [&head; 3], (&head, &logsumexp), &bounds, 1.0));
@@ -46,6 +50,7 @@ fn every_kernel_of_the_table_runs_or_refuses() {
         ("argmax", &|| drop(decode::argmax(&row))),
         ("score", &|| drop(decode::score(&row, &labels))),
         ("adamw_8bit", &eight_bit),
+        ("dropout", &|| drop(dropout(&dropout_mask(&labels, &labels)))),
     ];
     with_each_variant(|most| {
         let kernels = kernels();
@@ -155,6 +160,20 @@ fn rows_that_do_not_belong_together_are_refused() {
 }
 
 #[test]
+fn tokens_that_do_not_belong_together_are_refused() {
+    let (two, three) = (Tensor::from_slice(&[0i64, 1]), Tensor::from_slice(&[0i64, 1, 2]));
+    let half = DropoutMask { kind: Kind::Half, ..dropout_mask(&two, &two) };
+    check_refusals(&[
+        (
+            &|| drop(dropout(&dropout_mask(&two, &three))),
+            "positions must be contiguous Long [2] on the CPU, found Long [3]",
+        ),
+        (&|| drop(dropout(&dropout_mask(&two.to_kind(Kind::Int), &two))), "keys must be contiguous Long [2]"),
+        (&|| drop(dropout(&half)), "out must be contiguous Float [2, 192] on the CPU, found Half"),
+    ]);
+}
+
+#[test]
 fn examples_that_do_not_belong_together_are_refused() {
     tch::set_num_threads(1);
     if !kernels_run_here() {
@@ -220,6 +239,7 @@ fn threads_change_no_bit() {
             sum,
             decode::argmax(&a),
             decode::score(&a, &labels).0,
+            dropout(&DropoutMask { kind, ..dropout_mask(&labels, &labels) }),
         ];
         found.extend(linears(&a, [&b, &c]));
         let bounds = Tensor::from_slice(&[0, 100, 101, 300]);
