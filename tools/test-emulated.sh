@@ -4,7 +4,7 @@
 source "$(dirname "$0")/common.sh"
 
 # The trainer's modules that compute.
-COMPUTING=(attention:: generate:: linear:: loss:: model:: ops:: optim:: shim:: train:: weights::)
+COMPUTING=(attention:: dropout:: generate:: linear:: loss:: model:: ops:: optim:: shim:: train:: weights::)
 
 emulator=$("$REPO/tools/stage-qemu.sh") || { status=$?; [ $status = 3 ] && say "skipped: needs QEMU: the tests on an emulated processor" && exit; exit $status; }
 host=$(rustc -vV | sed -n 's/^host: //p')

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::LazyLock;
 
-use harness::{device, is_on_gpu, skipped};
+use harness::{device, is_on_gpu, on_host, skipped};
 use object::{Object, ObjectSection};
 use tch::{Device, Kind, Tensor};
 use trainer::ops::{residual_norm_backward, rms_norm, swiglu, swiglu_backward};
@@ -130,15 +130,16 @@ fn cross_entropy_is_what_is_written_out() {
 fn masks_of_dropout_have_the_bits_of_those_on_the_cpu() {
     let keys = Tensor::from_slice(&[0, -1, i64::MIN, 0x0123_4567_89ab_cdef, -0x0123_4567_89ab_cdef]);
     let positions = Tensor::from_slice(&[0i64, 1, 4095, i64::from(u32::MAX), 77]);
-    let (keys, positions) = (&keys, &positions);
+    let on_device = [&keys, &positions].map(|tensor| tensor.to_device(device()));
     // Rows of whole vectors and not; the last block is full or not.
     for columns in [0, 1, 4, 7, 64, 66, 576, 1024] {
         for (site, threshold) in [(0, 1 << 31), (209, 1 << 28), (u32::MAX, u32::MAX - 9), (1, 0)] {
             for (kind, kept) in [(Kind::BFloat16, 1.109_375), (Kind::Float, f64::from(1f32 / 0.9))] {
-                let mask = DropoutMask { keys, positions, columns, kind, site, threshold, kept };
-                let ours = KERNELS.dropout(&mask);
+                let mask = |keys, positions| DropoutMask { keys, positions, columns, kind, site, threshold, kept };
+                let ours = on_host(&KERNELS.dropout(&mask(&on_device[0], &on_device[1])));
                 assert_eq!((ours.kind(), ours.size()), (kind, vec![5, columns]));
-                assert!(ours.equal(&cpu::dropout(&mask)), "{mask:?}");
+                let on_cpu = mask(&keys, &positions);
+                assert!(ours.equal(&cpu::dropout(&on_cpu)), "{on_cpu:?}");
             }
         }
     }

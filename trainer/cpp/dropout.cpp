@@ -10,10 +10,6 @@
 #include "kernels.h"
 #include "philox.h"
 
-#if defined(__x86_64__)
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
-#endif
-
 // Compiled for the instructions of the variant that it becomes part of.
 #define INLINE inline __attribute__((always_inline))
 
@@ -70,6 +66,8 @@ template <typename Bits> void fill_all(const Rows<Bits> &rows, int64_t count, In
     filled = fill_avx512<Bits>;
   }
 #endif
+  TORCH_INTERNAL_ASSERT(variant == Instructions::Avx512 || variant == Instructions::Baseline, "the table has a variant of dropout "
+                        "that is not here");
   at::parallel_for(0, count, LEAST / std::clamp<int64_t>(rows.columns, 1, LEAST),
                    [&](int64_t first, int64_t last) { filled(rows, first, last); });
 }

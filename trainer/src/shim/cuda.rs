@@ -1,6 +1,6 @@
 //! Our kernels for bf16 on CUDA (`cuda/pointwise.cu`; dropout's for fp32 too), which the binary carries as machine code for several
-//! GPUs and as PTX for later ones. The driver loads them, without CUDA's runtime and without a compiler. [`fits`] says whether they can be used; where
-//! arguments do not belong together they panic.
+//! GPUs and as PTX for later ones. The driver loads them, without CUDA's runtime and without a compiler. [`fits`] says whether they
+//! can be used; where arguments do not belong together they panic.
 //!
 //! They run in the context and on the stream that libtorch uses: the device's primary context, and the legacy default
 //! stream, which the trainer never changes. So libtorch's own operations before and after are in order with them, and memory

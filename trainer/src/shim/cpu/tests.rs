@@ -77,7 +77,7 @@ fn every_kernel_of_the_table_runs_or_refuses() {
 #[test]
 fn every_entry_is_guarded_by_the_table() {
     let mut entries = Vec::new();
-    for file in ["attention", "pointwise", "decode", "linear", "optimizer"] {
+    for file in ["attention", "pointwise", "decode", "linear", "optimizer", "dropout"] {
         let text = std::fs::read_to_string(format!("cpp/{file}.cpp")).expect("readable");
         for entry in text.split("int ft_cpu_").skip(1) {
             let name = entry.split('(').next().expect("a name").to_owned();
