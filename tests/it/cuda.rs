@@ -10,6 +10,7 @@ use harness::{device, is_on_gpu, on_host, skipped};
 use object::{Object, ObjectSection};
 use tch::{Device, Kind, Tensor};
 use trainer::ops::{residual_norm_backward, rms_norm, swiglu, swiglu_backward};
+use trainer::shim;
 use trainer::shim::cuda::{self, Kernels, NAMES};
 use trainer::shim::{DropoutMask, cpu};
 
@@ -172,6 +173,37 @@ fn nothing_is_started_for_no_rows_and_nothing_is_loaded_for_the_cpu() {
     assert_eq!(KERNELS.rms_norm(&none, &random(&[48]), 1e-5).size(), [0, 48]);
     assert_eq!(KERNELS.swiglu(&none, &none).size(), [0, 48]);
     assert!(cuda::fits(&[&random(&[2, 48]).to_device(Device::Cpu)], 8).is_none());
+}
+
+#[test]
+fn the_profiler_sees_each_launch_as_an_operation_on_its_inputs() {
+    let (x, weight) = (random(&[3, 16]), random(&[16]));
+    let (heads, table) = (random(&[3, 2, 16]), random(&[3, 1, 16]));
+    let (logits, labels) = (random(&[3, 24]), Tensor::from_slice(&[1i64, 2, 3]));
+    let launches = || {
+        let _ = KERNELS.swiglu(&x, &x);
+        let _ = KERNELS.swiglu_backward(&x, &x, &x);
+        let _ = KERNELS.rms_norm(&x, &weight, 1e-5);
+        let _ = KERNELS.rms_norm_backward(&x, &x, &weight, 1e-5, &x);
+        let _ = KERNELS.rotate(&heads, &table, &table, 1.0);
+        let _ = KERNELS.cross_entropy(&logits, &labels, 1.0);
+    };
+    launches();
+    let folder = tempfile::tempdir().expect("writable");
+    let ((), operations) = shim::profile(false, &folder.path().join("trace.json"), launches).expect("a profile");
+    let mut ours: Vec<_> = operations.iter().filter(|operation| operation.name.starts_with("finetune::")).collect();
+    ours.sort_by_key(|operation| operation.start);
+    let [row, head, place] = ["c10::BFloat16 3 16", "c10::BFloat16 3 2 16", "c10::BFloat16 3 1 16"];
+    let expected = [
+        ("finetune::swiglu", [row, row].join(";")),
+        ("finetune::swiglu_backward", [row, row, row].join(";")),
+        ("finetune::rms_norm", [row, "c10::BFloat16 16"].join(";")),
+        ("finetune::rms_norm_backward", [row, row, "c10::BFloat16 16", row].join(";")),
+        ("finetune::rotate", [head, place, place].join(";")),
+        ("finetune::cross_entropy", "c10::BFloat16 3 24;long int 3".into()),
+    ];
+    let found: Vec<_> = ours.iter().map(|operation| (operation.name.as_str(), operation.inputs.clone())).collect();
+    assert_eq!(found, expected);
 }
 
 #[test]

@@ -326,9 +326,19 @@ fn a_profile_tells_where_the_time_of_a_step_goes_and_leaves_no_run() {
     let numbers: Vec<f64> = first.split([' ', ',']).filter_map(|word| word.parse().ok()).collect();
     let [tokens, trained, milliseconds, rate] = numbers[..] else { panic!("{first}") };
     assert!(0.0 < trained && trained < tokens && milliseconds > 0.0 && rate > 0.0, "{first}");
-    for word in ["this machine:", "mm fp32", "Chrome trace"] {
+    for word in ["this machine:", "mm fp32", "outside of operations", "Chrome trace"] {
         assert!(outcome.stdout.contains(word), "{word}\n{}", outcome.stdout);
     }
+    // Each row, and the step, is rounded to a tenth of a millisecond.
+    let profiled: f64 = first.split(['(', ' ']).rev().nth(4).and_then(|word| word.parse().ok()).expect(first);
+    let table = outcome.stdout.lines().skip_while(|line| !line.starts_with("operation ")).skip(1);
+    // Milliseconds stand before the first percentage.
+    let milliseconds = |line: &str| line.split('%').next()?.split_whitespace().nth_back(1)?.parse::<f64>().ok();
+    let rows: Vec<f64> = table
+        .take_while(|line| !line.is_empty())
+        .map(|line| milliseconds(line).unwrap_or_else(|| panic!("{line}")))
+        .collect();
+    assert!((rows.iter().sum::<f64>() - profiled).abs() < 0.05 * (rows.len() + 1) as f64 + 1e-6, "{}", outcome.stdout);
     let trace = fs::read(job.path("runs/tiny/profile.json")).expect("a trace");
     let trace: serde_json::Value = serde_json::from_slice(&trace).expect("JSON");
     assert!(trace["traceEvents"].as_array().is_some_and(|events| !events.is_empty()));

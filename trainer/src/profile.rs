@@ -5,6 +5,7 @@
 //! longer than a few seconds on the slowest machine.
 
 mod cost;
+mod lines;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -14,13 +15,13 @@ use std::time::{Duration, Instant};
 use crds::run::RunConfig;
 use tch::{Device, Kind, Tensor};
 
-use self::cost::{bytes, flops, tensors};
+pub use self::lines::Line;
 use crate::data::pack::pack;
 use crate::device::matmul_rate;
 use crate::model::{Built, build};
 use crate::record::Observer;
 use crate::run::{Context, Error, Place, loop_plan, model_source, plan_run};
-use crate::shim::{self, Operation};
+use crate::shim;
 use crate::train::train_step;
 
 /// Steps before anything is measured: they fill caches of kernels and memory.
@@ -96,26 +97,13 @@ fn wait(device: Device) {
     }
 }
 
-/// All calls of one operation on one dtype.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Line {
-    /// Number of them.
-    pub calls: usize,
-    /// Their own time, without that of what they called, in seconds.
-    pub seconds: f64,
-    /// Floating-point operations of matrix products and attention; other arithmetic is not counted.
-    pub flops: f64,
-    /// Bytes of the inputs and of one output of the size of the largest, at least.
-    pub bytes: f64,
-    /// Seconds at the roofline.
-    pub bound: f64,
-}
-
 /// A profiled step.
 #[derive(Debug)]
 pub struct Profile {
     /// The machine.
     pub peaks: Peaks,
+    /// Where the step ran.
+    pub device: Device,
     /// Dtype of the activations.
     pub kind: Kind,
     /// Tokens of the step, and those that are trained.
@@ -164,10 +152,11 @@ pub fn profile(
     let tokens =
         batches.iter().fold((0, 0), |(all, trained), batch| (all + batch.tokens.len(), trained + batch.labels.len()));
     let peaks = Peaks::measure(planned.chosen.kind, device);
-    let lines = lines(&operations, device.is_cuda(), &peaks);
+    let lines = lines::lines(&operations, device.is_cuda(), &peaks);
     let seconds = times[times.len() / 2];
     Ok(Profile {
         peaks,
+        device,
         kind: planned.chosen.kind,
         tokens,
         seconds,
@@ -177,56 +166,25 @@ pub fn profile(
     })
 }
 
-/// Adds up operations. Of calls the time of what they called themselves is taken off; kernels on a device call nothing.
-fn lines(operations: &[Operation], on_device: bool, peaks: &Peaks) -> BTreeMap<String, Line> {
-    let mut chosen: Vec<&Operation> = operations.iter().filter(|operation| operation.on_device == on_device).collect();
-    // The caller before what it calls, which begins with it or later.
-    chosen.sort_by_key(|operation| (operation.start, std::cmp::Reverse(operation.duration)));
-    let mut own: Vec<u64> = chosen.iter().map(|operation| operation.duration).collect();
-    let mut callers: Vec<usize> = Vec::new();
-    for (index, operation) in chosen.iter().enumerate() {
-        while callers.last().is_some_and(|&caller| chosen[caller].start + chosen[caller].duration <= operation.start) {
-            callers.pop();
-        }
-        if let Some(&caller) = callers.last().filter(|_| !on_device) {
-            own[caller] = own[caller].saturating_sub(operation.duration);
-        }
-        callers.push(index);
-    }
-    let mut lines: BTreeMap<String, Line> = BTreeMap::new();
-    for (operation, own) in chosen.iter().zip(own) {
-        let tensors = tensors(&operation.inputs);
-        let kind = tensors
-            .iter()
-            .map(|(kind, _)| *kind)
-            .find(|kind| matches!(kind, Kind::BFloat16 | Kind::Half | Kind::Float | Kind::Double));
-        let name = operation.name.trim_start_matches("aten::");
-        let key = kind.map_or_else(|| name.to_owned(), |kind| format!("{name} {}", short(kind)));
-        let line = lines.entry(key).or_default();
-        let (flops, bytes) = (flops(name, &tensors), bytes(name, &tensors));
-        line.calls += 1;
-        line.seconds += own as f64 * 1e-9;
-        line.flops += flops;
-        line.bytes += bytes;
-        line.bound += (flops / peaks.matmul(kind.unwrap_or(Kind::Float))).max(bytes / peaks.bandwidth);
-    }
-    lines
-}
-
-const fn short(kind: Kind) -> &'static str {
-    match kind {
-        Kind::BFloat16 => "bf16",
-        Kind::Half => "fp16",
-        Kind::Double => "fp64",
-        _ => "fp32",
-    }
-}
-
 impl Profile {
     /// Arithmetic of matrix products and attention over the step's time, as a share of the matrix-product rate.
     pub fn share_of_peak(&self) -> f64 {
         self.lines.values().map(|line| line.flops).sum::<f64>() / self.seconds / self.peaks.matmul(self.kind)
     }
+
+    /// What the profiled step was beside its lines, and for how many seconds. On a device nothing ran there meanwhile: it waited
+    /// for the host to launch something.
+    pub fn rest(&self) -> (&'static str, f64) {
+        let name = if self.device.is_cuda() { "launch gaps" } else { "outside of operations" };
+        let seconds: f64 = self.lines.values().map(|line| line.seconds).sum();
+        // The profiler's clock is not that of the step: where there is no rest, it may come out below zero.
+        (name, (self.profiled_seconds - seconds).max(0.0))
+    }
+}
+
+/// In percent; none of nothing.
+fn percent(part: f64, whole: f64) -> f64 {
+    if whole > 0.0 { 100.0 * part / whole } else { 0.0 }
 }
 
 impl fmt::Display for Profile {
@@ -256,13 +214,13 @@ impl fmt::Display for Profile {
             "\n{:<52} {:>6} {:>9} {:>6} {:>9} {:>8} {:>9}",
             "operation", "calls", "ms", "share", "GFLOP", "GB", "roofline"
         )?;
-        let total: f64 = self.lines.values().map(|line| line.seconds).sum();
+        let (rest, rest_seconds) = self.rest();
+        let total = rest_seconds + self.lines.values().map(|line| line.seconds).sum::<f64>();
         let mut sorted: Vec<(&str, Line)> =
             self.lines.iter().map(|(name, line)| (name.as_str(), line.clone())).collect();
         sorted.sort_by(|a, b| b.1.seconds.total_cmp(&a.1.seconds));
-        let rest = sorted.split_off(LINES.min(sorted.len()));
         let mut others = Line::default();
-        for (_, line) in rest {
+        for (_, line) in sorted.split_off(LINES.min(sorted.len())) {
             others.calls += line.calls;
             others.seconds += line.seconds;
             others.flops += line.flops;
@@ -272,15 +230,17 @@ impl fmt::Display for Profile {
         for (name, line) in sorted.iter().map(|(name, line)| (*name, line)).chain([("others", &others)]) {
             writeln!(
                 f,
-                "{name:<52} {:>6} {:>9.1} {:>5.1}% {:>9.1} {:>8.2} {:>8.0}%",
+                // Names of kernels can have hundreds of letters.
+                "{name:<52.60} {:>6} {:>9.1} {:>5.1}% {:>9.1} {:>8.2} {:>8.0}%",
                 line.calls,
                 line.seconds * 1e3,
-                100.0 * line.seconds / total,
+                percent(line.seconds, total),
                 line.flops * 1e-9,
                 line.bytes * 1e-9,
-                100.0 * line.bound / line.seconds.max(f64::MIN_POSITIVE)
+                percent(line.bound, line.seconds)
             )?;
         }
+        writeln!(f, "{rest:<52} {:>6} {:>9.1} {:>5.1}%", "", rest_seconds * 1e3, percent(rest_seconds, total))?;
         write!(
             f,
             "\nroofline: what the operation would take at the rates above, as a share of what it took. Chrome trace: {}",
@@ -295,24 +255,59 @@ mod tests {
 
     const PEAKS: Peaks = Peaks { fp32: 1e9, bf16: Some(2e9), bandwidth: 1e9 };
 
-    fn operation(name: &str, start: u64, duration: u64, inputs: &str) -> Operation {
-        Operation { name: name.into(), start, duration, on_device: false, inputs: inputs.into() }
+    /// A step of 100 ms, of `lines` with the milliseconds of each.
+    fn profile(device: Device, lines: &[(&str, f64)]) -> Profile {
+        let line = |seconds| Line { calls: 1, seconds, flops: 1e6, bytes: 1.0, bound: seconds / 2.0 };
+        Profile {
+            peaks: PEAKS,
+            device,
+            kind: Kind::BFloat16,
+            tokens: (64, 60),
+            seconds: 0.08,
+            profiled_seconds: 0.1,
+            lines: lines.iter().map(|(name, milliseconds)| ((*name).to_owned(), line(milliseconds * 1e-3))).collect(),
+            trace: "trace.json".into(),
+        }
+    }
+
+    /// The rows of the printed table: name, milliseconds, percent of the step.
+    fn rows(profile: &Profile) -> Vec<(String, f64, f64)> {
+        let row = |line: &str| {
+            let (name, numbers) = line.split_once("  ").expect("a name and numbers");
+            let mut numbers = numbers.split('%').next()?.split_whitespace().rev();
+            let (percent, milliseconds) = (numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?);
+            Some((name.to_owned(), milliseconds, percent))
+        };
+        let text = profile.to_string();
+        let table = text.lines().skip_while(|line| !line.starts_with("operation ")).skip(1);
+        table.take_while(|line| !line.is_empty()).map(|line| row(line).unwrap_or_else(|| panic!("{line}"))).collect()
     }
 
     #[test]
-    fn the_time_of_a_call_is_its_own() {
-        let all = [
-            operation("aten::mm", 110, 50, "c10::BFloat16 4 8;c10::BFloat16 8 2"),
-            operation("aten::matmul", 100, 100, "c10::BFloat16 4 8;c10::BFloat16 8 2"),
-            operation("aten::add", 200, 30, "c10::BFloat16 4 2;c10::BFloat16 4 2;"),
-        ];
-        let lines = lines(&all, false, &PEAKS);
-        let matmul = &lines["matmul bf16"];
-        assert!((matmul.seconds - 50e-9).abs() < 1e-15 && matmul.bytes == 0.0, "{matmul:?}");
-        let mm = &lines["mm bf16"];
-        assert_eq!((mm.calls, mm.flops, mm.bytes), (1, 128.0, 2.0 * (32.0 + 16.0 + 8.0)));
-        assert!((mm.bound - 112e-9).abs() < 1e-15, "its traffic takes longer than its arithmetic: {mm:?}");
-        assert_eq!(lines["add bf16"].bytes, 3.0 * 16.0);
+    fn the_rows_add_up_to_the_step() {
+        let kernel = "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>>(int)";
+        let names: Vec<String> = (0..LINES).map(|number| format!("operation {number}")).collect();
+        let mut many: Vec<(&str, f64)> = names.iter().map(|name| (name.as_str(), 3.0)).collect();
+        many.extend([("mm bf16", 20.0), (kernel, 10.0)]);
+        for (device, rest) in [(Device::Cuda(0), "launch gaps"), (Device::Cpu, "outside of operations")] {
+            let profile = profile(device, &many);
+            assert!((profile.share_of_peak() - 18.0 * 1e6 / 0.08 / 2e9).abs() < 1e-12);
+            let rows = rows(&profile);
+            assert_eq!(rows.len(), LINES + 2, "{rows:?}");
+            assert_eq!(rows[0], ("mm bf16".into(), 20.0, 20.0));
+            assert_eq!(rows[1], (kernel[..60].into(), 10.0, 10.0));
+            assert_eq!(rows[LINES..], [("others".into(), 6.0, 6.0), (rest.into(), 22.0, 22.0)]);
+            assert_eq!(rows.iter().map(|(_, milliseconds, _)| milliseconds).sum::<f64>(), 100.0);
+            assert_eq!(rows.iter().map(|(_, _, percent)| percent).sum::<f64>(), 100.0);
+        }
+    }
+
+    #[test]
+    fn a_line_or_a_rest_without_time_has_no_share() {
+        let rows = rows(&profile(Device::Cuda(0), &[("mm bf16", 125.0), ("Memset (Device)", 0.0)]));
+        let expected =
+            [("mm bf16", 125.0, 100.0), ("Memset (Device)", 0.0, 0.0), ("others", 0.0, 0.0), ("launch gaps", 0.0, 0.0)];
+        assert_eq!(rows, expected.map(|(name, milliseconds, percent)| (name.to_owned(), milliseconds, percent)));
     }
 
     #[test]
@@ -325,7 +320,8 @@ mod tests {
         let (sum, operations) =
             shim::profile(false, &trace, || a.matmul(&b).sum(Kind::Float).double_value(&[])).expect("a profile");
         assert_eq!(sum, f64::from(64 * 16 * 32));
-        let lines = lines(&operations, false, &PEAKS);
+        assert!(operations.iter().all(|operation| !operation.on_device && operation.launched_by.is_none()));
+        let lines = lines::lines(&operations, false, &PEAKS);
         assert_eq!(lines["mm fp32"].flops, f64::from(2 * 64 * 32 * 16), "{lines:?}");
         let text = std::fs::read_to_string(&trace).expect("a trace");
         let trace: serde_json::Value = serde_json::from_str(&text).expect("JSON");

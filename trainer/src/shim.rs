@@ -43,9 +43,16 @@ unsafe extern "C" {
     fn ft_device_peak_bytes(device: c_int, bytes: *mut i64) -> c_int;
     fn ft_profile_start(cuda: c_int) -> c_int;
     fn ft_profile_stop(trace: *const c_char, tell: Tell, context: *mut c_void) -> c_int;
+    fn ft_record_start(
+        name: *const c_char,
+        inputs: *const *mut c_void,
+        count: usize,
+        record: *mut *mut c_void,
+    ) -> c_int;
+    fn ft_record_end(record: *mut c_void);
 }
 
-type Tell = extern "C" fn(*mut c_void, *const c_char, u64, u64, c_int, *const c_char);
+type Tell = extern "C" fn(*mut c_void, *const c_char, u64, u64, c_int, i64, *const c_char);
 
 /// A libtorch call failed; the text is the first line of libtorch's own message.
 #[derive(Debug, thiserror::Error)]
@@ -236,6 +243,8 @@ pub struct Operation {
     pub duration: u64,
     /// A kernel, not the call that launched it.
     pub on_device: bool,
+    /// Of a kernel the innermost call that launched it, as an index into the same list; `None` where the profiler saw no call.
+    pub launched_by: Option<usize>,
     /// C++ dtype and shape of each argument that is a tensor, for example `c10::BFloat16 4 5;float 5`.
     pub inputs: String,
 }
@@ -248,13 +257,21 @@ pub fn profile<T>(cuda: bool, trace: &std::path::Path, work: impl FnOnce() -> T)
         start: u64,
         duration: u64,
         on_device: c_int,
+        launched_by: i64,
         inputs: *const c_char,
     ) {
         // SAFETY: the context is the list below, and both texts live during the call.
         let (list, name, inputs) =
             unsafe { (&mut *context.cast::<Vec<Operation>>(), CStr::from_ptr(name), CStr::from_ptr(inputs)) };
         let text = |text: &CStr| text.to_string_lossy().into_owned();
-        list.push(Operation { name: text(name), start, duration, on_device: on_device != 0, inputs: text(inputs) });
+        list.push(Operation {
+            name: text(name),
+            start,
+            duration,
+            on_device: on_device != 0,
+            launched_by: usize::try_from(launched_by).ok(),
+            inputs: text(inputs),
+        });
     }
     let path = std::ffi::CString::new(trace.as_os_str().as_encoded_bytes())
         .map_err(|_| Error(format!("{}: a path cannot hold a zero byte", trace.display())))?;
@@ -265,6 +282,26 @@ pub fn profile<T>(cuda: bool, trace: &std::path::Path, work: impl FnOnce() -> T)
     // SAFETY: path and list outlive the call, which is over when `note` is called no more.
     check(unsafe { ft_profile_stop(path.as_ptr(), note, (&raw mut operations).cast()) })?;
     Ok((result, operations))
+}
+
+/// An operation for the profiler, as long as it lives. Kernels that are started meanwhile are put down to it.
+#[must_use]
+struct Recorded(*mut c_void);
+
+/// Begins an operation that libtorch does not know of. Where no profiler runs that costs next to nothing.
+fn recorded(name: &'static CStr, inputs: &[&Tensor]) -> Recorded {
+    let inputs: Vec<*mut c_void> = inputs.iter().map(|input| handle(input)).collect();
+    let mut record = std::ptr::null_mut();
+    // SAFETY: the name lives for ever, the tensors during the call, after which the shim keeps none of them.
+    done(unsafe { ft_record_start(name.as_ptr(), inputs.as_ptr(), inputs.len(), &raw mut record) });
+    Recorded(record)
+}
+
+impl Drop for Recorded {
+    fn drop(&mut self) {
+        // SAFETY: the shim's own record or null, ended once.
+        unsafe { ft_record_end(self.0) }
+    }
 }
 
 /// A tensor over memory that somebody else owns, without a copy. Panics where the memory is not as long as the tensor.

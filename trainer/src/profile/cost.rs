@@ -41,6 +41,9 @@ pub(super) fn flops(name: &str, tensors: &[(Kind, Vec<i64>)]) -> f64 {
         "_scaled_dot_product_flash_attention_for_cpu" => attention_flops(shape(0)),
         // The same twice over for the gradients of both products, and the scores again.
         "_scaled_dot_product_flash_attention_for_cpu_backward" => 2.5 * attention_flops(shape(1)),
+        // Query `[t, n, d]` and, after keys and values, where the examples begin and end.
+        "_flash_attention_forward" => packed_attention_flops(shape(0), shape(3)),
+        "_flash_attention_backward" => 2.5 * packed_attention_flops(shape(1), shape(6)),
         _ => 0.0,
     }
 }
@@ -53,6 +56,17 @@ fn linear_outputs(tensors: &[(Kind, Vec<i64>)]) -> f64 {
 fn attention_flops(query: &[i64]) -> f64 {
     match *query {
         [batch, heads, length, size] => 2.0 * (batch * heads * length * length * size) as f64,
+        _ => 0.0,
+    }
+}
+
+/// Attention over packed examples `[t, n, d]` that begin and end at `[examples + 1]` places: what it is at least, which is where
+/// all are of the same length.
+fn packed_attention_flops(query: &[i64], places: &[i64]) -> f64 {
+    match (query, places) {
+        (&[length, heads, size], &[places]) if places > 1 => {
+            2.0 * (heads * length * length * size) as f64 / (places - 1) as f64
+        }
         _ => 0.0,
     }
 }
@@ -127,5 +141,17 @@ mod tests {
     fn attention_counts_the_lower_triangle() {
         let query = (Kind::BFloat16, vec![1, 2, 8, 4]);
         assert_eq!(flops("_scaled_dot_product_flash_attention_for_cpu", &[query]), f64::from(2 * 2 * 8 * 8 * 4));
+    }
+
+    #[test]
+    fn attention_over_packed_examples_counts_each_by_itself() {
+        let (q, k) = ((Kind::BFloat16, vec![8, 2, 4]), (Kind::BFloat16, vec![8, 1, 4]));
+        let (logsumexp, places) = ((Kind::Float, vec![2, 8]), (Kind::Int, vec![3]));
+        let forward = [q.clone(), k.clone(), k.clone(), places.clone(), places.clone()];
+        // Two examples of 4 tokens.
+        let each = f64::from(2 * 2 * 4 * 4 * 4);
+        assert_eq!(flops("_flash_attention_forward", &forward), 2.0 * each);
+        let backward = [q.clone(), q.clone(), k.clone(), k, q, logsumexp, places.clone(), places];
+        assert_eq!(flops("_flash_attention_backward", &backward), 2.5 * 2.0 * each);
     }
 }

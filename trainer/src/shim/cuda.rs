@@ -8,7 +8,7 @@
 
 mod driver;
 
-use std::ffi::{CString, c_uint, c_void};
+use std::ffi::{CStr, CString, c_uint, c_void};
 use std::path::Path;
 use std::ptr::null_mut;
 use std::sync::OnceLock;
@@ -19,6 +19,7 @@ use super::DropoutMask;
 
 pub use self::driver::{ComputeCapability, DRIVER, Error, Properties, library, properties, read_properties};
 use self::driver::{Driver, Handle, ORDINAL};
+use super::recorded;
 
 /// Of the first GPUs that multiply in bf16. Our kernels and flash attention are compiled for these and later ones.
 const FIRST_WITH_BF16: ComputeCapability = (8, 0);
@@ -47,6 +48,16 @@ pub const NAMES: [&str; 8] = [
     "finetune_cross_entropy",
     "finetune_dropout",
     "finetune_dropout_fp32",
+];
+
+/// What the profiler calls a launch of each: the names of their counterparts on the CPU.
+const OPERATIONS: [&CStr; NAMES.len()] = [
+    c"finetune::swiglu",
+    c"finetune::swiglu_backward",
+    c"finetune::rms_norm",
+    c"finetune::rms_norm_backward",
+    c"finetune::rotate",
+    c"finetune::cross_entropy",
 ];
 
 #[derive(Clone, Copy, Debug)]
@@ -166,12 +177,13 @@ impl Kernels {
         Ok(Self { driver, context, functions })
     }
 
-    /// Starts a kernel. Each argument lies in the low bytes of its word. Like tch's own functions it panics where the device
-    /// refuses.
-    fn launch(&self, kernel: Kernel, blocks: i64, threads: i64, mut arguments: Vec<u64>) {
+    /// Starts a kernel. Each argument lies in the low bytes of its word; `inputs` are for the profiler. Like tch's own functions it
+    /// panics where the device refuses.
+    fn launch(&self, kernel: Kernel, blocks: i64, threads: i64, inputs: &[&Tensor], mut arguments: Vec<u64>) {
         if blocks == 0 {
             return;
         }
+        let _recorded = recorded(OPERATIONS[kernel as usize], inputs);
         let name = NAMES[kernel as usize];
         let blocks = c_uint::try_from(blocks).unwrap_or_else(|_| panic!("{name} cannot have {blocks} blocks"));
         let mut parameters: Vec<*mut c_void> =
@@ -190,8 +202,8 @@ impl Kernels {
         launched.unwrap_or_else(|error| panic!("{error}"));
     }
 
-    fn launch_by_vector(&self, kernel: Kernel, vectors: i64, arguments: Vec<u64>) {
-        self.launch(kernel, (vectors + THREADS - 1) / THREADS, THREADS, arguments);
+    fn launch_by_vector(&self, kernel: Kernel, vectors: i64, inputs: &[&Tensor], arguments: Vec<u64>) {
+        self.launch(kernel, (vectors + THREADS - 1) / THREADS, THREADS, inputs, arguments);
     }
 
     /// `silu(gate) * up`
@@ -199,7 +211,7 @@ impl Kernels {
         expect(&[gate, up], &gate.size(), ROW_WIDTH, gate.device());
         let (out, count) = (gate.empty_like(), gate.numel() as i64);
         let arguments = vec![pointer(gate), pointer(up), pointer(&out), integer(count)];
-        self.launch_by_vector(Kernel::Swiglu, count / ROW_WIDTH, arguments);
+        self.launch_by_vector(Kernel::Swiglu, count / ROW_WIDTH, &[gate, up], arguments);
         out
     }
 
@@ -209,7 +221,7 @@ impl Kernels {
         let (d_gate, d_up, count) = (gate.empty_like(), up.empty_like(), gate.numel() as i64);
         let mut arguments: Vec<u64> = [gradient, gate, up, &d_gate, &d_up].map(pointer).into();
         arguments.push(integer(count));
-        self.launch_by_vector(Kernel::SwigluBackward, count / ROW_WIDTH, arguments);
+        self.launch_by_vector(Kernel::SwigluBackward, count / ROW_WIDTH, &[gradient, gate, up], arguments);
         (d_gate, d_up)
     }
 
@@ -219,7 +231,7 @@ impl Kernels {
         expect(&[x], &x.size(), ROW_WIDTH, x.device());
         expect(&[weight], &[columns], ROW_WIDTH, x.device());
         let arguments = vec![pointer(x), pointer(weight), pointer(&out), integer(columns), real(eps)];
-        self.launch(Kernel::RmsNorm, rows, threads_of_row(columns, MOST_FOR_NORM), arguments);
+        self.launch(Kernel::RmsNorm, rows, threads_of_row(columns, MOST_FOR_NORM), &[x, weight], arguments);
         out
     }
 
@@ -237,7 +249,8 @@ impl Kernels {
         expect(&[weight], &[columns], ROW_WIDTH, x.device());
         let mut arguments: Vec<u64> = [gradient, x, weight, residual, &out].map(pointer).into();
         arguments.extend([integer(columns), real(eps)]);
-        self.launch(Kernel::RmsNormBackward, rows, threads_of_row(columns, MOST_FOR_NORM), arguments);
+        let inputs = [gradient, x, weight, residual];
+        self.launch(Kernel::RmsNormBackward, rows, threads_of_row(columns, MOST_FOR_NORM), &inputs, arguments);
         out
     }
 
@@ -250,7 +263,7 @@ impl Kernels {
         assert!(u32::try_from(vectors).is_ok(), "{x:?} is more than one rotation counts");
         let mut arguments: Vec<u64> = [x, cos, sin, &out].map(pointer).into();
         arguments.extend([integer(vectors), integer(heads), integer(size), real(sign)]);
-        self.launch_by_vector(Kernel::Rotate, vectors, arguments);
+        self.launch_by_vector(Kernel::Rotate, vectors, &[x, cos, sin], arguments);
         out
     }
 
@@ -263,7 +276,7 @@ impl Kernels {
         let losses = Tensor::empty([rows], (Kind::Float, logits.device()));
         let mut arguments: Vec<u64> = [logits, labels, &losses].map(pointer).into();
         arguments.extend([integer(columns), real(scale)]);
-        self.launch(Kernel::CrossEntropy, rows, threads_of_row(columns, MOST_FOR_LOGITS), arguments);
+        self.launch(Kernel::CrossEntropy, rows, threads_of_row(columns, MOST_FOR_LOGITS), &[logits, labels], arguments);
         losses
     }
 
