@@ -177,6 +177,9 @@ fn nothing_is_started_for_no_rows_and_nothing_is_loaded_for_the_cpu() {
 
 #[test]
 fn the_profiler_sees_each_launch_as_an_operation_on_its_inputs() {
+    if !without_a_gpu() {
+        return;
+    }
     let (x, weight) = (random(&[3, 16]), random(&[16]));
     let (heads, table) = (random(&[3, 2, 16]), random(&[3, 1, 16]));
     let (logits, labels) = (random(&[3, 24]), Tensor::from_slice(&[1i64, 2, 3]));
@@ -187,6 +190,15 @@ fn the_profiler_sees_each_launch_as_an_operation_on_its_inputs() {
         let _ = KERNELS.rms_norm_backward(&x, &x, &weight, 1e-5, &x);
         let _ = KERNELS.rotate(&heads, &table, &table, 1.0);
         let _ = KERNELS.cross_entropy(&logits, &labels, 1.0);
+        let _ = KERNELS.dropout(&DropoutMask {
+            keys: &labels,
+            positions: &labels,
+            columns: 8,
+            kind: Kind::Float,
+            site: 0,
+            threshold: 9,
+            kept: 1.0,
+        });
     };
     launches();
     let folder = tempfile::tempdir().expect("writable");
@@ -201,6 +213,7 @@ fn the_profiler_sees_each_launch_as_an_operation_on_its_inputs() {
         ("finetune::rms_norm_backward", [row, row, "c10::BFloat16 16", row].join(";")),
         ("finetune::rotate", [head, place, place].join(";")),
         ("finetune::cross_entropy", "c10::BFloat16 3 24;long int 3".into()),
+        ("finetune::dropout", "long int 3;float 3 8".into()),
     ];
     let found: Vec<_> = ours.iter().map(|operation| (operation.name.as_str(), operation.inputs.clone())).collect();
     assert_eq!(found, expected);

@@ -58,6 +58,8 @@ const OPERATIONS: [&CStr; NAMES.len()] = [
     c"finetune::rms_norm_backward",
     c"finetune::rotate",
     c"finetune::cross_entropy",
+    c"finetune::dropout",
+    c"finetune::dropout",
 ];
 
 #[derive(Clone, Copy, Debug)]
@@ -297,7 +299,7 @@ impl Kernels {
         let mut arguments: Vec<u64> = [mask.keys, mask.positions, &out].map(pointer).into();
         arguments.extend([counters, mask.columns, mask.site.into(), mask.threshold.into()].map(integer));
         arguments.push(real(mask.kept));
-        self.launch_by_vector(kernel, counters, arguments);
+        self.launch_by_vector(kernel, counters, &[mask.keys, &out], arguments);
         out
     }
 }
