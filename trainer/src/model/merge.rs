@@ -138,14 +138,20 @@ mod tests {
         let mapped = Mapped { dtype: Dtype::BF16, shape: vec![rows, columns], data: &base };
         let by = Mapped { dtype: Dtype::F32, shape: vec![rows, columns], data: &master };
         let added = whole.to_kind(Kind::BFloat16).to_kind(Kind::Float) + b.matmul(&a) * 0.5;
-        for (change, expected) in [
-            (Change::None, base.clone()),
-            (Change::Replaced { by }, numbers(&(&whole * 2), Kind::BFloat16)),
-            (Change::Added { a, b, scale: 0.5 }, numbers(&added, Kind::BFloat16)),
+        for (change, expected, is_exact) in [
+            (Change::None, base.clone(), true),
+            (Change::Replaced { by }, numbers(&(&whole * 2), Kind::BFloat16), true),
+            (Change::Added { a, b, scale: 0.5 }, numbers(&added, Kind::BFloat16), false),
         ] {
             let mut sink = Pieces::default();
             write_changed(&mut sink, &mapped, &change, &Stop::default()).expect("a vector takes everything");
-            assert!(sink.bytes == expected);
+            // Products of other sizes may round their sums of four otherwise, and few bf16 are nearest to the other one then.
+            let [found, exact] = [&sink.bytes, &expected]
+                .map(|bytes| Tensor::from_data_size(bytes, &shape, Kind::BFloat16).to_kind(Kind::Float));
+            let others = found.not_equal_tensor(&exact).to_kind(Kind::Double).mean(Kind::Double).double_value(&[]);
+            let farthest = ((&found - &exact).abs() / (exact.abs() + 1e-30)).max().double_value(&[]);
+            assert!(others < if is_exact { f64::MIN_POSITIVE } else { 1e-4 }, "{others:e}");
+            assert!(farthest <= 2f64.powi(-7), "{farthest:e}");
             assert!(sink.largest <= 2 * PIECE && sink.largest < expected.len() / 2, "{}", sink.largest);
         }
         let norm = Mapped { dtype: Dtype::F32, shape: vec![columns], data: &master[..4 * columns] };
