@@ -10,6 +10,7 @@ use std::ops::Range;
 use tch::Device;
 
 use self::cache::Cache;
+pub(crate) use self::cache::{copied_bytes, is_plain, pass_bytes};
 use crate::linear::Adapters;
 use crate::model::Llama;
 use crate::shim::decode::whole_columns;

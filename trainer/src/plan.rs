@@ -10,7 +10,7 @@ use crds::run::{Lora, Method, Optimizer, RunConfig};
 use tch::Kind;
 
 use crate::attention::{flash_backward_bytes, score_bytes};
-use crate::generate::PROMPT_TOKENS;
+use crate::generate::{PROMPT_TOKENS, copied_bytes, pass_bytes};
 use crate::loss::chunk_rows;
 use crate::model::{Config, Recompute, base_elements, layer_elements, lora_parameters};
 
@@ -47,6 +47,8 @@ pub struct Inputs<'a> {
     pub accelerator: bool,
     /// Whether that makes matrices of scores, as [`crate::attention::makes_scores`] tells.
     pub makes_scores: bool,
+    /// Whether answers take the plain cache, as `generate::is_plain` tells.
+    pub plain_cache: bool,
     /// Multiprocessors of the accelerator.
     pub multiprocessors: i64,
     /// Longest example in tokens.
@@ -217,11 +219,10 @@ fn estimate_at(inputs: &Inputs, method: &Method, tokens: i64, recompute: Recompu
     let scores = |longest| {
         if inputs.makes_scores { score_bytes(inputs.kind, model.num_attention_heads, longest, tokens) } else { 0 }
     };
+    let shape = [model.num_attention_heads, model.head_size()];
     // Of one long example, or of as many as there are on average: both need more than what lies between.
-    let flash = [1, tokens / inputs.mean_length.max(1)].map(|examples| {
-        let shape = [model.num_attention_heads, model.head_size()];
-        flash_backward_bytes(shape, tokens, examples.max(1), inputs.multiprocessors)
-    });
+    let flash = [1, tokens / inputs.mean_length.max(1)]
+        .map(|examples| flash_backward_bytes(shape, tokens, examples.max(1), inputs.multiprocessors));
     let flash = if inputs.accelerator && !inputs.makes_scores { flash.into_iter().max().unwrap_or(0) } else { 0 };
     let trained = tokens * (saved + live) + scores(inputs.longest) + flash - replaced;
     // Measuring keeps nothing, and is less unless it makes the scores of a longer row.
@@ -245,7 +246,9 @@ fn estimate_at(inputs: &Inputs, method: &Method, tokens: i64, recompute: Recompu
     let host_copy = trainable * 4 + moments;
     let copy = if inputs.accelerator { 0 } else { host_copy };
     let answering_tokens = inputs.longest_answered.max(PROMPT_TOKENS as i64) + inputs.answered;
-    let forward = (kept + cheap) * element * answering_tokens;
+    let attending =
+        if inputs.plain_cache { pass_bytes(inputs.kind, shape, answering_tokens, inputs.longest_answered) } else { 0 };
+    let forward = (kept + cheap) * element * answering_tokens + attending;
     let (cache_tokens, caches) = caches(inputs, others, forward, copy, |bytes| memory_with(others.max(bytes)).total);
     let mut memory = memory_with(others.max(caches));
     let fits = memory.total <= inputs.memory;
@@ -287,7 +290,8 @@ fn caches(inputs: &Inputs, others: i64, forward: i64, copy: i64, total: impl Fn(
         return (0, 0);
     }
     let keys = model.kv_heads() * model.head_size();
-    let token = model.num_hidden_layers * 2 * keys * inputs.kind.elt_size_in_bytes() as i64;
+    let held = model.num_hidden_layers * 2 * keys * inputs.kind.elt_size_in_bytes() as i64;
+    let token = held + if inputs.plain_cache { copied_bytes(inputs.kind, keys, inputs.accelerator) } else { 0 };
     let bytes = |tokens: i64| (tokens + longest) * token + forward;
     let free = ((others - forward) / token - longest).max(longest);
     let wanted = CACHE_TOKENS.min(inputs.answered * longest).max(free);

@@ -3,10 +3,11 @@
 //! Shapes: r rows of one pass, each with its new tokens, t new tokens of all rows, s slots, c columns of a slot, p tokens of the
 //! prefix, n heads, k key-value heads, g heads of a group, d head size.
 
-use std::collections::BTreeMap;
+mod plain;
 
 use tch::{Device, Kind, Tensor};
 
+pub use self::plain::{copied_bytes, pass_bytes};
 use crate::attention;
 use crate::linear::Adapters;
 use crate::model::{KeyValues, Llama, Outputs};
@@ -18,8 +19,12 @@ use crate::signal::Stop;
 pub struct Cache<'a> {
     /// What all sequences begin with: a cache of one sequence.
     prefix: Option<&'a Cache<'a>>,
+    /// Layers, heads, key-value heads, head size.
+    sizes: [i64; 4],
     layers: Vec<KeysAndValues>,
     layout: Layout,
+    /// Elements that a matrix of scores has at most in the plain layout, unless those of one token are more.
+    most_scores: i64,
     /// Tokens that a slot has room for, the prefix not counted.
     columns: i64,
     /// Tokens in each slot, the prefix not counted.
@@ -29,10 +34,21 @@ pub struct Cache<'a> {
 /// How a layer's keys and values lie in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Layout {
-    /// `[s, c, k, d]`
+    /// `[s, k, c, d]`
     Plain,
     /// As `shim::decode` wants them.
     Kernel,
+}
+
+impl Layout {
+    fn of(kind: Kind, head_size: i64, device: Device) -> Self {
+        if is_plain(kind, head_size, device) { Self::Plain } else { Self::Kernel }
+    }
+}
+
+/// Whether attention to a cache is made of libtorch's products, and takes what [`pass_bytes`] and [`copied_bytes`] tell.
+pub fn is_plain(kind: Kind, head_size: i64, device: Device) -> bool {
+    device != Device::Cpu || !cpu::fits(&[&Tensor::zeros([head_size], (kind, device))], cpu::HEAD_WIDTH)
 }
 
 /// A slot and the tokens that are appended to it.
@@ -45,28 +61,29 @@ impl<'a> Cache<'a> {
     /// `slots` empty sequences of at most `columns` tokens after the prefix.
     pub fn new(model: &Llama, slots: usize, columns: i64, prefix: Option<&'a Cache<'a>>) -> Self {
         let config = &model.config;
-        let sizes = [config.num_hidden_layers, config.kv_heads(), config.head_size()];
-        Self::empty(sizes, (model.kind(), model.device()), slots, columns, prefix)
+        let (heads, kv_heads) = (config.num_attention_heads, config.kv_heads());
+        let sizes = [config.num_hidden_layers, heads, kv_heads, config.head_size()];
+        let options = (model.kind(), model.device());
+        let layout = Layout::of(options.0, config.head_size(), options.1);
+        Self::empty(sizes, options, layout, slots, columns, prefix)
     }
 
     fn empty(
-        [layers, kv_heads, head_size]: [i64; 3],
+        sizes: [i64; 4],
         options: (Kind, Device),
+        layout: Layout,
         slots: usize,
         columns: i64,
         prefix: Option<&'a Cache<'a>>,
     ) -> Self {
-        let zeros = |shape: &[i64]| Tensor::zeros(shape, options);
-        let fits = cpu::fits(&[&zeros(&[head_size])], cpu::HEAD_WIDTH);
-        let layout = if fits { Layout::Kernel } else { Layout::Plain };
+        let [layers, _, kv_heads, head_size] = sizes;
+        let shape = [slots as i64, kv_heads, columns, head_size];
         let layer = |_| match layout {
-            Layout::Kernel => decode::empty_cache([slots as i64, kv_heads, columns, head_size], options),
-            Layout::Plain => {
-                let shape = [slots as i64, columns, kv_heads, head_size];
-                (zeros(&shape), zeros(&shape))
-            }
+            Layout::Kernel => decode::empty_cache(shape, options),
+            Layout::Plain => plain::empty_cache(shape, options),
         };
-        Self { prefix, layers: (0..layers).map(layer).collect(), layout, columns, lengths: vec![0; slots] }
+        let (layers, lengths) = ((0..layers).map(layer).collect(), vec![0; slots]);
+        Self { prefix, sizes, layers, layout, most_scores: plain::MOST_SCORES, columns, lengths }
     }
 
     fn prefix_length(&self) -> i64 {
@@ -114,7 +131,7 @@ impl<'a> Cache<'a> {
         }
         match self.layout {
             Layout::Kernel => Rows::Kernel(self.kernel_rows(new)),
-            Layout::Plain => Rows::Plain(PlainRows::new(self, new, device)),
+            Layout::Plain => Rows::Plain(plain::Rows::new(self, new, device)),
         }
     }
 
@@ -151,117 +168,7 @@ impl<'a> Cache<'a> {
 /// The rows of one pass, as the layout needs to know them.
 enum Rows {
     Kernel(Tensor),
-    Plain(PlainRows),
-}
-
-/// What one pass with libtorch's attention needs in every layer.
-struct PlainRows {
-    /// Where the new tokens go among all columns of all slots, int64 `[t]`.
-    places_t: Tensor,
-    /// Rows of one width, so that none is padded to the width of another.
-    groups: Vec<Group>,
-    /// Brings the groups' tokens into the order of the pass, int64 `[t]`; `None` where there is one group.
-    order_t: Option<Tensor>,
-}
-
-/// Rows that append equally many tokens.
-struct Group {
-    rows: i64,
-    width: i64,
-    /// Slots, int64 `[r]`.
-    slots_r: Tensor,
-    /// The rows' tokens in the pass, int64 `[r * width]`; `None` where they are all.
-    tokens: Option<Tensor>,
-    /// Columns of a slot that are looked at.
-    columns: i64,
-    /// What each query sees of prefix and columns, bool `[r, 1, 1, width, p + columns]`.
-    mask: Tensor,
-}
-
-impl PlainRows {
-    fn new(cache: &Cache, new: &[NewLength], device: Device) -> Self {
-        let upload = |values: &[i64]| Tensor::from_slice(values).to_device(device);
-        let prefix = cache.prefix_length();
-        let mut places = Vec::new();
-        // By width: slots, their tokens so far, the first of their tokens in this pass.
-        let mut by_width = BTreeMap::<i64, Vec<(i64, i64, i64)>>::new();
-        for &(slot, appended) in new {
-            let (slot, start) = (slot as i64, cache.lengths[slot]);
-            by_width.entry(appended).or_default().push((slot, start, places.len() as i64));
-            places.extend((start..start + appended).map(|column| slot * cache.columns + column));
-        }
-        let mut order = Vec::new();
-        let only = by_width.len() == 1;
-        let groups = by_width.into_iter().map(|(width, rows)| {
-            let tokens: Vec<i64> = rows.iter().flat_map(|&(_, _, first)| first..first + width).collect();
-            let starts: Vec<i64> = rows.iter().map(|&(_, start, _)| start).collect();
-            let slots: Vec<i64> = rows.iter().map(|&(slot, _, _)| slot).collect();
-            let columns = starts.iter().max().copied().unwrap_or(0) + width;
-            // The prefix is in columns below 0, which all see.
-            let column = Tensor::arange_start(-prefix, columns, (Kind::Int64, device));
-            let own_rw = upload(&starts).unsqueeze(1) + Tensor::arange(width, (Kind::Int64, device));
-            let seen_rwc = column.le_tensor(&own_rw.unsqueeze(2));
-            let group = Group {
-                rows: rows.len() as i64,
-                width,
-                slots_r: upload(&slots),
-                tokens: (!only).then(|| upload(&tokens)),
-                columns,
-                mask: seen_rwc.unsqueeze(1).unsqueeze(1),
-            };
-            order.extend(tokens);
-            group
-        });
-        let groups = groups.collect();
-        // The inverse of the permutation that the groups are.
-        let order_t = (!only).then(|| upload(&order).argsort(0, false));
-        Self { places_t: upload(&places), groups, order_t }
-    }
-
-    fn attend(
-        &self,
-        own: &KeysAndValues,
-        prefix: Option<(&KeysAndValues, i64)>,
-        q_tnd: &Tensor,
-        new: &KeyValues,
-        scale: f64,
-    ) -> Tensor {
-        for (cached, new) in [(&own.0, &new.keys), (&own.1, &new.values)] {
-            let _ = cached.flatten(0, 1).index_copy_(0, &self.places_t, new);
-        }
-        let attended = self.groups.iter().map(|group| group.attend(own, prefix, q_tnd, scale));
-        let mut attended: Vec<Tensor> = attended.collect();
-        match &self.order_t {
-            Some(order_t) => Tensor::cat(&attended, 0).index_select(0, order_t),
-            None => attended.pop().expect("a pass has a row"),
-        }
-    }
-}
-
-impl Group {
-    fn attend(&self, own: &KeysAndValues, prefix: Option<(&KeysAndValues, i64)>, q_tnd: &Tensor, scale: f64) -> Tensor {
-        let &Self { rows, width, columns, .. } = self;
-        let (kv_heads, head_size) = (own.0.size()[2], own.0.size()[3]);
-        let group = q_tnd.size()[1] / kv_heads;
-        let q = self.tokens.as_ref().map_or_else(|| q_tnd.shallow_clone(), |tokens| q_tnd.index_select(0, tokens));
-        // The query heads of a group become rows of one query: keys and values are read once, not repeated.
-        let as_rows = [rows, kv_heads, group * width, head_size];
-        let q = q.view([rows, width, kv_heads, group, head_size]).permute([0, 2, 3, 1, 4]).reshape(as_rows);
-        let seen = |own: &Tensor, prefix: Option<&Tensor>, prefix_length: i64| {
-            let own = own.narrow(1, 0, columns).index_select(0, &self.slots_r);
-            let Some(prefix) = prefix else { return own.transpose(1, 2) };
-            let prefix = prefix.narrow(1, 0, prefix_length).expand([rows, -1, -1, -1], false);
-            Tensor::cat(&[prefix, own], 1).transpose(1, 2)
-        };
-        let length = prefix.map_or(0, |(_, length)| length);
-        let keys = seen(&own.0, prefix.map(|((keys, _), _)| keys), length);
-        let values = seen(&own.1, prefix.map(|((_, values), _)| values), length);
-        let mask = self.mask.expand([-1, -1, group, -1, -1], false).flatten(2, 3);
-        Tensor::scaled_dot_product_attention(&q, &keys, &values, Some(&mask), 0.0, false, scale, false)
-            .view([rows, kv_heads, group, width, head_size])
-            .permute([0, 3, 1, 2, 4])
-            .reshape([rows * width, kv_heads * group, head_size])
-    }
+    Plain(plain::Rows),
 }
 
 #[cfg(test)]

@@ -32,6 +32,7 @@ fn with_inputs<T>(memory: i64, accelerator: bool, longest_answered: i64, work: i
         kind: Kind::BFloat16,
         accelerator,
         makes_scores: false,
+        plain_cache: accelerator,
         multiprocessors: 132,
         longest: 2048,
         mean_length: 2048,
@@ -67,9 +68,9 @@ fn caches_of_answers_take_the_place_of_activations() {
     assert_eq!(planned(80 << 30, true, 0).cache_tokens, 0);
     let (silent, answering) = (planned(80 << 30, true, 0), planned(80 << 30, true, 512));
     assert_eq!(silent.memory.total, answering.memory.total);
-    // 128 KiB a token, keys and values of 32 layers.
-    let room = answering.memory.activations / (128 << 10);
-    assert!((room - 4096..=room).contains(&answering.cache_tokens), "{} of {room}", answering.cache_tokens);
+    // 128 KiB a token, keys and values of 32 layers, and 4 KiB for copies of a layer's; what new tokens take leaves less.
+    let room = answering.memory.activations / (132 << 10);
+    assert!((room - 6144..=room).contains(&answering.cache_tokens), "{} of {room}", answering.cache_tokens);
 }
 
 #[test]
@@ -91,6 +92,41 @@ fn caches_of_answers_ask_for_no_more_memory_than_there_is() {
     assert_eq!([0, 1 << 30, 4 << 30].map(beside), [8192, 4096, 8192]);
     // A hundred short rows need no more.
     assert_eq!(with_inputs(i64::MAX, false, 16, |inputs| caches(inputs, 0, 0, 0, |bytes| bytes).0), 1600);
+}
+
+#[test]
+fn what_the_plain_cache_takes_is_counted() {
+    // Tokens that fit beside all else, and bytes of caches and attention.
+    let caches = |kind, plain_cache, answered, longest_answered| {
+        with_inputs(i64::MAX, true, 0, |inputs| {
+            let inputs = Inputs { kind, plain_cache, answered, longest_answered, ..*inputs };
+            let none = Method::LoRA {
+                lora: Lora { rank: 1, alpha: 1.0, dropout: 0.0, target_modules: Vec::new(), rank_stabilized: false },
+            };
+            estimate_at(&inputs, &none, 1, Recompute::Layer).memory.activations
+        })
+    };
+    let more = |kind, answered, longest| caches(kind, true, answered, longest) - caches(kind, false, answered, longest);
+    let shape = [32, 128];
+    for kind in [Kind::BFloat16, Kind::Float] {
+        let element = kind.elt_size_in_bytes() as i64;
+        for (answered, longest) in [(100, 512), (400, 512), (100, 4096), (1, 1)] {
+            let tokens = longest.max(PROMPT_TOKENS as i64) + answered;
+            let held = longest + CACHE_TOKENS.min(answered * longest).max(longest);
+            let expected = pass_bytes(kind, shape, tokens, longest) + held * 2 * 1024 * element;
+            assert_eq!(more(kind, answered, longest), expected, "{kind:?} {answered} {longest}");
+        }
+    }
+    let pass = |tokens, longest| pass_bytes(Kind::BFloat16, shape, tokens, longest);
+    // Scores in fp32 and in bf16, the mask, and outputs of each token.
+    assert_eq!(pass(2, 100) - pass(1, 100), (4 + 2) * 32 * 100 + 100 + 6 * 4 * 32 * 128);
+    assert_eq!(pass(10, 200) - pass(10, 100), 10 * ((4 + 2) * 32 * 100 + 100));
+    // Larger matrices are made in parts, of one token at least.
+    assert_eq!(pass(4096, 4096) - pass(2048, 4096), 2048 * (4096 + 6 * 4 * 32 * 128));
+    assert_eq!(pass(1, 1 << 20) - pass(1, 1 << 19), ((4 + 2) * 32 + 1) << 19);
+    // Where no product gives sums of bf16 in fp32, factors are copied.
+    assert_eq!([true, false].map(|gpu| copied_bytes(Kind::BFloat16, 1024, gpu)), [4096, 8192]);
+    assert_eq!([true, false].map(|gpu| copied_bytes(Kind::Float, 1024, gpu)), [8192, 8192]);
 }
 
 #[test]

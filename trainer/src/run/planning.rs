@@ -10,6 +10,7 @@ use crate::attention::{self, makes_scores};
 use crate::data::generation::longest_answered;
 use crate::data::order::Order;
 use crate::device::{self, Chosen};
+use crate::generate;
 use crate::model::Config;
 use crate::plan::{self, Estimate, display_bytes};
 use crate::prepare::{Prepared, Sources, prepare};
@@ -122,6 +123,7 @@ fn plan(config: &RunConfig, context: &Context, place: Place, prepared: Prepared)
         kind: chosen.kind,
         accelerator,
         makes_scores: accelerator && makes_scores(chosen.kind, model.head_size(), chosen.compute_capability),
+        plain_cache: accelerator || generate::is_plain(chosen.kind, model.head_size(), Device::Cpu),
         multiprocessors: cuda::properties().map_or(MULTIPROCESSORS, |gpu| gpu.multiprocessors.into()),
         longest,
         mean_length: prepared.train.total_tokens() as i64 / (prepared.train.len() as i64).max(1),
