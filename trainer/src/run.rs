@@ -210,11 +210,12 @@ pub fn first_report(config: &RunConfig) -> Report {
     }
 }
 
-/// The digest of what a configuration says, whichever attempt it is and whatever it costs.
+/// The digest of what a configuration says, whichever attempt it is, whatever it costs and whatever is told of the accelerator.
 pub fn config_digest(config: &RunConfig) -> String {
     let mut config = config.clone();
     config.job.attempt = None;
     config.resources.price_per_hour = None;
+    config.resources.accelerator_memory_bytes = None;
     digest_of(serde_json::to_string(&config).expect("a configuration is JSON").as_bytes())
 }
 

@@ -175,7 +175,8 @@ fn streamed(tensors: &[(String, Tensor)]) -> Vec<StreamedTensor<'_>> {
             Box::new(move |sink| match tensor.device() {
                 Device::Cpu => sink.write_all(tensor_bytes(&tensor)),
                 device => {
-                    let buffer = Tensor::empty([piece_elements(&tensor)], (tensor.kind(), Device::Cpu));
+                    let piece = piece_elements(&tensor).min(tensor.numel() as i64).max(1);
+                    let buffer = Tensor::empty([piece], (tensor.kind(), Device::Cpu));
                     // Pinned memory takes a copy from the device at the rate of the bus.
                     write_through(&buffer.pin_memory(device), &tensor, sink)
                 }
