@@ -14,6 +14,8 @@ pub enum Disposition {
     Done,
     /// No attempt can succeed until a person changes something: the job fails at once.
     Final,
+    /// A source is down: another attempt succeeds when it is back; counted in no budget, bounded by time.
+    Wait,
     /// Another attempt may succeed; counted in `failurePolicy.maxRetries`.
     Retry,
     /// The attempt gave way after a checkpoint; counted in `failurePolicy.maxPreemptions`, never as a failure.
@@ -117,7 +119,8 @@ impl ExitCode {
         match self {
             Self::Done => Disposition::Done,
             Self::Preempted => Disposition::Preempted,
-            Self::SourceUnavailable | Self::InternalError | Self::CannotWrite | Self::Stalled => Disposition::Retry,
+            Self::SourceUnavailable => Disposition::Wait,
+            Self::InternalError | Self::CannotWrite | Self::Stalled => Disposition::Retry,
             Self::BadConfiguration
             | Self::BadData
             | Self::InputNotFound

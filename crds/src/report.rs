@@ -178,6 +178,9 @@ pub struct Report {
     /// `metadata.uid` of the pod; empty in local runs.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub pod_uid: String,
+    /// The attempt left no word of its own: whoever read the volume tells of what is there, `lastCheckpointStep` above all.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub from_volume: bool,
     /// What ended: `Succeeded`, `Failed`, or what an attempt that gave way was doing.
     pub stage: Stage,
     /// Absent when the stage is done.
@@ -228,6 +231,11 @@ pub struct Report {
 }
 
 impl Report {
+    /// Whether the attempt said it itself; otherwise it is what its volume holds, and tells nothing of how it ended.
+    pub fn is_last_word(&self) -> bool {
+        !self.from_volume
+    }
+
     /// Whether this is the last word of `attempt` at `stage` of the job.
     pub fn is_of(&self, job_uid: &str, stage: PodStage, attempt: i32) -> bool {
         self.job_uid == job_uid && self.pod_stage == Some(stage) && self.attempt == attempt

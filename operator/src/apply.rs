@@ -1,5 +1,5 @@
-//! Makes what the status lists and the cluster lacks, and takes away what must not run. Objects are made once, under names
-//! that follow from the job, and never written again; one that is there already is ours or in the way.
+//! Makes what was decided, and takes away what must not run. Objects are made once, under names that follow from the job, and
+//! never written again; one that is there already is ours or in the way.
 
 use crds::FineTuneJob;
 use k8s_openapi::api::batch::v1::Job;
@@ -13,15 +13,15 @@ use serde::de::DeserializeOwned;
 
 use crate::build::{
     build_claim, build_config_map, build_control, build_report_job, build_stage_job, controller, is_labelled_for,
-    is_owned_by,
+    is_owned_by, pod_digest,
 };
-use crate::observe::{AttemptSeen, JobSeen, Observed};
-use crate::status::{Applied, is_terminal, needs_report_job};
-use crate::validate::Plan;
+use crate::decide::{Decision, Step};
+use crate::facts::Facts;
+use crate::status::{Applied, Created};
 
-/// Something to do. Each may be repeated.
+/// A change of the cluster. Each may be repeated.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Act {
+pub enum Change {
     /// Make `run.yaml` and `plan.yaml`.
     ConfigMap(Box<ConfigMap>),
     /// Tell the trainer to stop.
@@ -30,7 +30,7 @@ pub enum Act {
     Claim(Box<PersistentVolumeClaim>),
     /// Make the Job of the newest attempt.
     StageJob(Box<Job>),
-    /// Make the Job that reads the last word of the newest attempt.
+    /// Make the Job that reads what the newest attempt left.
     ReportJob(Box<Job>),
     /// Take a Job away, and its pods with it.
     DeleteJob {
@@ -41,84 +41,93 @@ pub enum Act {
     },
 }
 
-/// What a job needs now, in the order in which it is done. Pure.
-pub fn acts(job: &FineTuneJob, plan: Option<&Plan>, observed: &Observed) -> Vec<Act> {
-    let status = job.status.clone().unwrap_or_default();
-    let Some(current) = status.job_refs.last() else { return Vec::new() };
-    let mut acts = Vec::new();
-    let running = |seen: &AttemptSeen| match &seen.job {
-        JobSeen::Present { uid, finished: false, .. } => Some(uid.clone()),
-        _ => None,
-    };
-    let attempt = observed.attempt.clone().unwrap_or_default();
-    if is_terminal(&status) || job.spec.suspend {
-        // Whoever watches the job is told that nothing runs: so nothing may.
-        acts.extend(running(&attempt).map(|uid| Act::DeleteJob { name: current.name.clone(), uid }));
-        return acts;
-    }
-    let Some(plan) = plan.filter(|_| current.outcome.is_none()) else { return acts };
-    if job.spec.stop_requested {
-        acts.push(Act::Control(Box::new(build_control(job))));
-    }
-    if current.uid.is_none() && attempt.job == JobSeen::Missing {
-        // Today's profile makes another plan than the one that is recorded, which nothing was made from: this pass records it.
-        let recorded = status.resolved.as_ref().and_then(|resolved| resolved.plan_digest.as_deref());
-        if observed.plan.is_none() && recorded != Some(plan.digest().as_str()) {
-            return acts;
-        }
-        acts.push(Act::ConfigMap(Box::new(build_config_map(job, plan))));
-        acts.extend(build_claim(job, &plan.claim).map(|claim| Act::Claim(Box::new(claim))));
-        acts.push(Act::StageJob(Box::new(build_stage_job(job, plan, current))));
-    } else if observed.report_job.is_none() && needs_report_job(job, observed) {
-        acts.push(Act::ReportJob(Box::new(build_report_job(job, plan, current))));
-    }
-    acts
+/// A change could not be made, for reasons outside of the job.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {verb} {object}")]
+pub struct Error {
+    verb: &'static str,
+    object: String,
+    /// Why.
+    #[source]
+    pub source: Box<kube::Error>,
 }
 
-/// Does it. What the API server refuses for good is told, what it could not do now is an error.
-pub async fn apply(client: &Client, job: &FineTuneJob, acts: Vec<Act>) -> Result<Applied, kube::Error> {
+/// The changes that a decision asks for, in the order in which they are made. Pure.
+pub fn changes(decision: &Decision, facts: &Facts) -> Vec<Change> {
+    let job = facts.job;
+    let (Some(newest), Ok(plan)) = (facts.newest(), facts.plan) else {
+        return removal(decision, facts).into_iter().collect();
+    };
+    let mut changes: Vec<Change> = removal(decision, facts).into_iter().collect();
+    let is_open = facts.current().is_some() && !matches!(decision.step, Step::Rest { .. } | Step::Hold { .. });
+    if job.spec.stop_requested && is_open {
+        changes.push(Change::Control(Box::new(build_control(job))));
+    }
+    match decision.step {
+        Step::Make => {
+            changes.push(Change::ConfigMap(Box::new(build_config_map(job, plan))));
+            changes.extend(build_claim(job, &plan.claim).map(|claim| Change::Claim(Box::new(claim))));
+            changes.push(Change::StageJob(Box::new(build_stage_job(job, plan, newest))));
+        }
+        Step::ReadVolume => changes.push(Change::ReportJob(Box::new(build_report_job(job, plan, newest)))),
+        _ => {}
+    }
+    changes
+}
+
+fn removal(decision: &Decision, facts: &Facts) -> Option<Change> {
+    let uid = match &decision.step {
+        Step::Rest { remove } | Step::Hold { remove } => remove.clone()?,
+        Step::Stop { remove, .. } => remove.clone(),
+        _ => return None,
+    };
+    Some(Change::DeleteJob { name: facts.newest()?.name.clone(), uid })
+}
+
+/// Makes them. What the API server says when it does not take an object is told, whatever it says.
+pub async fn apply(client: &Client, job: &FineTuneJob, changes: Vec<Change>) -> Result<Applied, Error> {
     let namespace = job.namespace().unwrap_or_default();
     let mut applied = Applied::default();
-    for act in acts {
-        let made = match act {
-            Act::ConfigMap(map) => {
-                let made = create(client, &namespace, &*map, same_map(job, &map)).await?;
-                applied.plan_was_recorded = matches!(made, Made::Ours(_));
-                made
+    for change in changes {
+        let outcome = match change {
+            Change::ConfigMap(map) => {
+                let outcome = create(client, &namespace, &*map, same_map(job, &map)).await?;
+                applied.plan_was_recorded = matches!(outcome, Outcome::Ours(_));
+                outcome
             }
-            Act::Control(map) => {
-                let made = create(client, &namespace, &*map, same_map(job, &map)).await?;
-                applied.stop_was_told = matches!(made, Made::Ours(_));
-                made
+            Change::Control(map) => {
+                let outcome = create(client, &namespace, &*map, same_map(job, &map)).await?;
+                applied.stop_was_told = matches!(outcome, Outcome::Ours(_));
+                outcome
             }
-            Act::Claim(claim) => {
+            Change::Claim(claim) => {
                 let is_ours = |found: &PersistentVolumeClaim| is_labelled_for(&found.metadata, job);
                 create(client, &namespace, &*claim, is_ours).await?
             }
-            Act::ReportJob(child) => create(client, &namespace, &*child, owned_by(job)).await?,
-            Act::StageJob(child) => {
-                let made = create(client, &namespace, &*child, owned_by(job)).await?;
-                if let Made::Ours(uid) = &made {
-                    applied.created_uid.clone_from(uid);
+            Change::ReportJob(child) => create(client, &namespace, &*child, same_job(job, &child)).await?,
+            Change::StageJob(child) => {
+                let outcome = create(client, &namespace, &*child, same_job(job, &child)).await?;
+                if let Outcome::Ours(Some(uid)) = &outcome {
+                    applied.created = digest_of(&child).map(|pod_digest| Created { uid: uid.clone(), pod_digest });
                 }
-                made
+                outcome
             }
-            Act::DeleteJob { name, uid } => {
+            Change::DeleteJob { name, uid } => {
                 delete_job(client, &namespace, &name, &uid).await?;
                 continue;
             }
         };
-        match made {
-            Made::Ours(_) => {}
-            Made::Leftover(what) => {
+        match outcome {
+            Outcome::Ours(_) => {}
+            Outcome::Leftover(what) => {
                 applied.leftover = Some(what);
                 break;
             }
-            Made::Taken(what) => {
+            Outcome::Taken(what) => {
                 applied.name_taken = Some(what);
                 break;
             }
-            Made::Refused(message) => {
+            Outcome::Refused(message) => {
                 applied.refused = Some(message);
                 break;
             }
@@ -127,7 +136,7 @@ pub async fn apply(client: &Client, job: &FineTuneJob, acts: Vec<Act>) -> Result
     Ok(applied)
 }
 
-enum Made {
+enum Outcome {
     /// It is there, and ours.
     Ours(Option<String>),
     /// The object of a job of the same name that was deleted has its name.
@@ -150,16 +159,17 @@ fn is_leftover(found: &ObjectMeta, object: &ObjectMeta) -> bool {
         .is_some_and(|(found, ours)| (&found.kind, &found.name) == (&ours.kind, &ours.name) && found.uid != ours.uid)
 }
 
-fn owned_by(job: &FineTuneJob) -> impl Fn(&Job) -> bool {
-    |found| is_owned_by(&found.metadata, job)
+/// So it is with a Job: what it runs must be what was asked for.
+fn same_job(job: &FineTuneJob, child: &Job) -> impl Fn(&Job) -> bool {
+    let expected = digest_of(child);
+    move |found| is_owned_by(&found.metadata, job) && digest_of(found) == expected
 }
 
-async fn create<K>(
-    client: &Client,
-    namespace: &str,
-    object: &K,
-    is_ours: impl Fn(&K) -> bool,
-) -> Result<Made, kube::Error>
+fn digest_of(job: &Job) -> Option<String> {
+    job.spec.as_ref()?.template.spec.as_ref().map(pod_digest)
+}
+
+async fn create<K>(client: &Client, namespace: &str, object: &K, is_ours: impl Fn(&K) -> bool) -> Result<Outcome, Error>
 where
     K: Resource<Scope = NamespaceResourceScope, DynamicType = ()>
         + Clone
@@ -169,25 +179,29 @@ where
 {
     let api: Api<K> = Api::namespaced(client.clone(), namespace);
     let what = format!("{} {}", K::kind(&()), object.name_any());
+    let failed = |verb, source| Error {
+        verb,
+        object: format!("{} {namespace}/{}", K::kind(&()), object.name_any()),
+        source: Box::new(source),
+    };
     match api.create(&PostParams::default(), object).await {
-        Ok(created) => Ok(Made::Ours(created.meta().uid.clone())),
+        Ok(created) => Ok(Outcome::Ours(created.meta().uid.clone())),
         Err(kube::Error::Api(status)) if status.is_already_exists() => {
-            Ok(match api.get_opt(&object.name_any()).await? {
-                Some(found) if is_ours(&found) => Made::Ours(found.meta().uid.clone()),
-                Some(found) if is_leftover(found.meta(), object.meta()) => Made::Leftover(what),
-                Some(_) => Made::Taken(what),
-                None => Made::Refused(format!("{what} was deleted while it was made")),
+            Ok(match api.get_opt(&object.name_any()).await.map_err(|source| failed("get", source))? {
+                Some(found) if is_ours(&found) => Outcome::Ours(found.meta().uid.clone()),
+                Some(found) if is_leftover(found.meta(), object.meta()) => Outcome::Leftover(what),
+                Some(_) => Outcome::Taken(what),
+                None => Outcome::Refused(format!("{what} was deleted while it was made")),
             })
         }
-        // Quota, admission and Pod Security answer 403, a field that is out of bounds 422.
-        Err(kube::Error::Api(status)) if matches!(status.code, 400 | 403 | 404 | 422) => {
-            Ok(Made::Refused(format!("{what}: {}", status.message)))
-        }
-        Err(error) => Err(error),
+        // Quota, admission and Pod Security answer 403, a field that is out of bounds 422, a webhook that is down 500: whatever it
+        // is, its user can do more about it than a log.
+        Err(kube::Error::Api(status)) => Ok(Outcome::Refused(format!("cannot create {what}: {}", status.message))),
+        Err(source) => Err(failed("create", source)),
     }
 }
 
-async fn delete_job(client: &Client, namespace: &str, name: &str, uid: &str) -> Result<(), kube::Error> {
+async fn delete_job(client: &Client, namespace: &str, name: &str, uid: &str) -> Result<(), Error> {
     let api: Api<Job> = Api::namespaced(client.clone(), namespace);
     let parameters = DeleteParams {
         // Without it the pods of a Job are orphaned, and go on.
@@ -199,12 +213,14 @@ async fn delete_job(client: &Client, namespace: &str, name: &str, uid: &str) -> 
         Ok(_) => Ok(()),
         // It is gone already, or a Job made anew has its name.
         Err(kube::Error::Api(status)) if status.is_not_found() || status.is_conflict() => Ok(()),
-        Err(error) => Err(error),
+        Err(source) => {
+            Err(Error { verb: "delete", object: format!("Job {namespace}/{name}"), source: Box::new(source) })
+        }
     }
 }
 
 /// Deletes a job whose time to live is over: this very object, as it was last seen.
-pub async fn delete_finetunejob(client: &Client, job: &FineTuneJob) -> Result<(), kube::Error> {
+pub async fn delete_finetunejob(client: &Client, job: &FineTuneJob) -> Result<(), Error> {
     let api: Api<FineTuneJob> = Api::namespaced(client.clone(), &job.namespace().unwrap_or_default());
     let parameters = DeleteParams {
         propagation_policy: Some(PropagationPolicy::Background),
@@ -214,6 +230,9 @@ pub async fn delete_finetunejob(client: &Client, job: &FineTuneJob) -> Result<()
     match api.delete(&job.name_any(), &parameters).await {
         Ok(_) => Ok(()),
         Err(kube::Error::Api(status)) if status.is_not_found() => Ok(()),
-        Err(error) => Err(error),
+        Err(source) => {
+            let object = format!("FineTuneJob {}/{}", job.namespace().unwrap_or_default(), job.name_any());
+            Err(Error { verb: "delete", object, source: Box::new(source) })
+        }
     }
 }

@@ -3,6 +3,7 @@
 
 mod claim;
 mod config_map;
+mod digest;
 mod job;
 #[cfg(test)]
 mod tests;
@@ -17,6 +18,7 @@ use kube::{Resource, ResourceExt};
 
 pub use claim::build_claim;
 pub use config_map::{PLAN_FILE, RUN_FILE, build_config_map, build_control};
+pub use digest::pod_digest;
 pub use job::{CONTAINER, TRAINER_PORT, build_report_job, build_stage_job};
 
 /// Value of [`MANAGED_BY_LABEL`] on everything that this operator makes.

@@ -11,23 +11,24 @@ use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::jiff::Timestamp;
 use kube::api::{Api, Patch, PatchParams};
-use kube::core::DeserializeGuard;
 use kube::core::NamespaceResourceScope;
 use kube::runtime::controller::{Action, Config, Controller};
 use kube::runtime::events::Recorder;
-use kube::runtime::reflector::{self, ObjectRef, Store};
+use kube::runtime::reflector::{self, ObjectRef};
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Client, Resource, ResourceExt};
 use serde_json::json;
 
-use crate::apply::{self, Act, acts, apply};
+use crate::apply::{self, Change, apply, changes};
 use crate::build::{JOB_NAME_LABEL, MANAGED_BY_LABEL, MANAGER, config_map_name};
+use crate::caches::{Caches, Guarded, Pods, prune_finetunejob, prune_job, prune_pod};
+use crate::decide::{decide, is_terminal, nothing_was_made};
 use crate::events::events;
+use crate::facts::{Facts, Observed, Timing};
 use crate::memory::Memory;
-use crate::observe::pods::Pods;
 use crate::observe::progress::{Intervals, ProgressBoard, poll};
-use crate::observe::{self, Caches, Observed, observe};
-use crate::status::{Timing, is_terminal, next_status, nothing_was_made};
+use crate::observe::{self, observe};
+use crate::status::render;
 use crate::telemetry::Telemetry;
 use crate::validate::{Invalid, Plan, validate};
 
@@ -50,9 +51,6 @@ const CACHE_DELAY: Duration = Duration::from_secs(1);
 /// Owner of `status` in server-side apply.
 const STATUS_MANAGER: &str = "finetune-operator/status";
 
-/// What the watches of one namespace, or of all, deliver; a job that does not parse stalls no other.
-pub type Guarded = DeserializeGuard<FineTuneJob>;
-
 /// What a pass needs.
 struct Context {
     shared: Shared,
@@ -68,11 +66,16 @@ pub enum Error {
     #[error(transparent)]
     Observe(#[from] observe::Error),
     /// Something could not be made or taken away.
-    #[error("cannot write a child")]
-    Apply(#[source] Box<kube::Error>),
+    #[error(transparent)]
+    Apply(#[from] apply::Error),
     /// The status could not be written.
-    #[error("cannot write the status")]
-    Status(#[source] Box<kube::Error>),
+    #[error("cannot patch the status of FineTuneJob {object}")]
+    Status {
+        /// Namespace and name.
+        object: String,
+        /// Why.
+        source: Box<kube::Error>,
+    },
     /// The API server began to answer and did not end.
     #[error("the API server did not end its answer within {} s", PASS_DEADLINE.as_secs())]
     Deadline,
@@ -84,7 +87,7 @@ impl Error {
         match self {
             Self::Observe(_) => "observe",
             Self::Apply(_) => "apply",
-            Self::Status(_) => "status",
+            Self::Status { .. } => "status",
             Self::Deadline => "deadline",
         }
     }
@@ -92,7 +95,9 @@ impl Error {
     /// What the API server said, where it said something; its own text is shorter than kube's.
     fn cause(&self) -> String {
         let source = match self {
-            Self::Apply(source) | Self::Status(source) | Self::Observe(observe::Error::Get { source, .. }) => source,
+            Self::Apply(apply::Error { source, .. })
+            | Self::Status { source, .. }
+            | Self::Observe(observe::Error { source, .. }) => source,
             Self::Deadline => return String::new(),
         };
         match &**source {
@@ -103,7 +108,7 @@ impl Error {
 
     /// Somebody wrote in between: the next pass sees it.
     fn is_conflict(&self) -> bool {
-        matches!(self, Self::Status(error) if matches!(&**error, kube::Error::Api(status) if status.is_conflict()))
+        matches!(self, Self::Status { source, .. } if matches!(&**source, kube::Error::Api(status) if status.is_conflict()))
     }
 }
 
@@ -186,30 +191,6 @@ where
     namespace.map_or_else(|| Api::all(client.clone()), |namespace| Api::namespaced(client.clone(), namespace))
 }
 
-/// The cache holds what is read of a FineTuneJob. Who owns which field takes more room than all the rest of it.
-fn prune_finetunejob(guarded: &mut Guarded) {
-    let metadata = guarded.meta_mut();
-    metadata.managed_fields = None;
-    metadata.annotations = None;
-}
-
-/// The cache holds what is read of a Job, for thousands of them.
-fn prune_job(job: &mut Job) {
-    job.metadata.managed_fields = None;
-    job.metadata.annotations = None;
-    if let Some(spec) = &mut job.spec {
-        spec.template = k8s_openapi::api::core::v1::PodTemplateSpec::default();
-        spec.pod_failure_policy = None;
-    }
-}
-
-/// The cache holds what is read of a pod.
-fn prune_pod(pod: &mut Pod) {
-    pod.metadata.managed_fields = None;
-    pod.metadata.annotations = None;
-    pod.spec = None;
-}
-
 fn job_of(pod: &Pod) -> Option<ObjectRef<Guarded>> {
     let name = pod.labels().get(JOB_NAME_LABEL)?;
     Some(ObjectRef::new(name).within(pod.metadata.namespace.as_deref()?))
@@ -261,10 +242,20 @@ async fn pass(job: &FineTuneJob, context: &Context) -> Result<Action, Error> {
     let before = job.status.clone().unwrap_or_default();
     let known_plan = context.memory.known_plan(job);
     let observed = observe(&context.shared.client, &context.caches, job, known_plan, &context.board).await?; // I/O
-    let plan = plan(job, context, &observed);
-    let mut wanted = acts(job, plan.as_ref().ok(), &observed);
-    wanted.retain(|act| !(matches!(act, Act::Control(_)) && context.memory.was_told_to_stop(job)));
-    let applied = apply(&context.shared.client, job, wanted).await.map_err(|error| Error::Apply(Box::new(error)))?; // I/O
+    let now = Timestamp::now();
+    let unplanned = Facts {
+        job,
+        plan: Err(&Invalid { reason: reason::PENDING, message: String::new() }),
+        observed: &observed,
+        timing: context.shared.timing,
+        now,
+    };
+    let plan = plan(&unplanned, context);
+    let facts = Facts { plan: plan.as_ref(), ..unplanned };
+    let decision = decide(&facts);
+    let mut wanted = changes(&decision, &facts);
+    wanted.retain(|change| !(matches!(change, Change::Control(_)) && context.memory.was_told_to_stop(job)));
+    let applied = apply(&context.shared.client, job, wanted).await?; // I/O
     if let Ok(plan) = &plan
         && (observed.plan.is_some() || applied.plan_was_recorded)
     {
@@ -273,7 +264,7 @@ async fn pass(job: &FineTuneJob, context: &Context) -> Result<Action, Error> {
     if applied.stop_was_told {
         context.memory.remember_stop(job);
     }
-    let next = next_status(job, plan.as_ref(), &observed, &applied, context.shared.timing, Timestamp::now());
+    let next = render(&decision, &facts, &applied);
     if next.status != before {
         publish(job, &before, &next.status, context).await?; // I/O
     }
@@ -284,7 +275,7 @@ async fn pass(job: &FineTuneJob, context: &Context) -> Result<Action, Error> {
             Some(Duration::ZERO) if next.status != before => Ok(Action::requeue(CACHE_DELAY)),
             Some(Duration::ZERO) => {
                 let deleted = apply::delete_finetunejob(&context.shared.client, job).await; // I/O
-                deleted.map_err(|error| Error::Apply(Box::new(error)))?;
+                deleted?;
                 Ok(Action::await_change())
             }
             Some(wake) => Ok(Action::requeue(wake)),
@@ -301,7 +292,8 @@ async fn pass(job: &FineTuneJob, context: &Context) -> Result<Action, Error> {
 
 /// The plan that the job was accepted with; before that, and where its ConfigMap is gone and they still say the same, one by
 /// today's profiles.
-fn plan(job: &FineTuneJob, context: &Context, observed: &Observed) -> Result<Plan, Invalid> {
+fn plan(facts: &Facts, context: &Context) -> Result<Plan, Invalid> {
+    let (job, observed): (&FineTuneJob, &Observed) = (facts.job, facts.observed);
     if let Some(plan) = &observed.plan {
         return Ok(plan.clone());
     }
@@ -314,7 +306,7 @@ fn plan(job: &FineTuneJob, context: &Context, observed: &Observed) -> Result<Pla
         return Err(Invalid { reason: reason::PLAN_UNREADABLE, message });
     }
     let plan = validate(job, &context.shared.profiles);
-    let status = job.status.as_ref().filter(|status| !nothing_was_made(status, observed) && !is_terminal(status));
+    let status = job.status.as_ref().filter(|status| !nothing_was_made(facts) && !is_terminal(status));
     let Some(accepted) =
         status.map(|status| status.resolved.as_ref().and_then(|resolved| resolved.plan_digest.clone()))
     else {
@@ -356,7 +348,10 @@ async fn publish(
     let written = match written {
         // It was deleted meanwhile.
         Err(kube::Error::Api(status)) if status.is_not_found() => return Ok(()),
-        written => written.map_err(|error| Error::Status(Box::new(error)))?,
+        written => written.map_err(|error| Error::Status {
+            object: format!("{namespace}/{}", job.name_any()),
+            source: Box::new(error),
+        })?,
     };
     context.memory.remember_write(&written);
     let about = job.object_ref(&());
@@ -368,6 +363,3 @@ async fn publish(
     }
     Ok(())
 }
-
-/// The jobs that a controller knows.
-pub type JobStore = Store<Guarded>;

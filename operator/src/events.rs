@@ -53,7 +53,7 @@ pub fn events(namespace: &str, before: &FineTuneJobStatus, after: &FineTuneJobSt
                 Some(AttemptOutcome::Preempted) => {
                     tell(EventType::Normal, event::PREEMPTED, format!("Job {}: {why}", attempt.name));
                 }
-                Some(AttemptOutcome::Failed | AttemptOutcome::Final) => {
+                Some(AttemptOutcome::Failed | AttemptOutcome::Final | AttemptOutcome::Unavailable) => {
                     let message = after.last_failure.as_ref().map_or("", |failure| failure.message.as_str());
                     tell(EventType::Warning, event::ATTEMPT_FAILED, format!("Job {}: {why}: {message}", attempt.name));
                 }

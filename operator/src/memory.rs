@@ -7,7 +7,7 @@ use crds::FineTuneJob;
 use kube::ResourceExt;
 use kube::runtime::watcher::Event;
 
-use crate::controller::{Guarded, JobStore};
+use crate::caches::{Guarded, JobStore};
 use crate::validate::Plan;
 
 /// By `metadata.uid` of the job.

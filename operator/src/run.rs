@@ -12,9 +12,9 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::build::MANAGER;
 use crate::controller::{self, Shared};
+use crate::facts::Timing;
 use crate::lease::{Elector, Settings};
 use crate::observe::progress::Intervals;
-use crate::status::Timing;
 use crate::telemetry::{HearingLayer, LogFormat, LogLevel, STUCK_AFTER, Telemetry, serve, start_logs};
 
 /// Longest time that the API server may take to begin an answer. Shorter than a lease lasts.

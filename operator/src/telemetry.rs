@@ -17,7 +17,7 @@ use axum::routing::get;
 use k8s_openapi::jiff::Timestamp;
 use prometheus::{GaugeVec, Histogram, HistogramOpts, IntCounterVec, IntGauge, Opts, Registry, TextEncoder};
 
-use crate::controller::{Guarded, JobStore};
+use crate::caches::{Guarded, JobStore};
 
 /// Kinds that are watched; each has to be heard of.
 pub const WATCHED: [&str; 3] = ["finetunejobs", "jobs", "pods"];

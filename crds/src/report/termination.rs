@@ -134,6 +134,7 @@ mod tests {
             passed: random.random_bool(0.5),
         };
         Report {
+            from_volume: false,
             job_uid: text(random),
             pod_stage: some(random, |_| PodStage::Train),
             attempt: 7,

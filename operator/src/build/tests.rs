@@ -38,6 +38,7 @@ fn planned(job: &FineTuneJob) -> Plan {
 
 fn attempt(job: &FineTuneJob, stage: PodStage) -> JobReference {
     JobReference {
+        pod_digest: None,
         name: stage_job_name(job, stage, 1),
         stage,
         attempt: 1,

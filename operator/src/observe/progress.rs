@@ -20,8 +20,10 @@ use kube::runtime::reflector::ObjectRef;
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::time::{sleep, timeout};
 
-use super::{Caches, controller_uid, pod_seen};
+use super::{controller_uid, pod_seen};
 use crate::build::{JOB_NAME_LABEL, JOB_UID_LABEL, TRAINER_PORT};
+use crate::caches::Caches;
+use crate::facts::Silence;
 
 /// The Job controller's own label.
 const CHILD_NAME_LABEL: &str = "batch.kubernetes.io/job-name";
@@ -58,6 +60,11 @@ impl ProgressBoard {
     pub fn get(&self, pod_uid: &str, job_uid: &str) -> Option<Progress> {
         let notes = self.notes();
         notes.get(pod_uid).map(|noted| &noted.progress).filter(|progress| progress.job_uid == job_uid).cloned()
+    }
+
+    /// Since when a pod does not answer, and why.
+    pub fn silence(&self, _pod_uid: &str) -> Option<Silence> {
+        None
     }
 
     fn notes(&self) -> std::sync::MutexGuard<'_, HashMap<String, Noted>> {

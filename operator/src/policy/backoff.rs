@@ -10,16 +10,16 @@ const LONGEST: Duration = Duration::from_mins(5);
 /// Preempted attempts come back at once, spread a little: whatever took them away took others too.
 const SPREAD: Duration = Duration::from_secs(10);
 
-/// The wait after an attempt that ended so, when `failed` attempts have failed. `first` is the wait after the first failure;
-/// each further one doubles it. `seed` names the attempt, so that the same question has the same answer.
-pub fn backoff(outcome: AttemptOutcome, failed: i32, first: Duration, seed: &str) -> Duration {
+/// The wait after an attempt that ended so, when `repeated` attempts have. `first` is the wait after the first of them; each
+/// further one doubles it. `seed` names the attempt, so that the same question has the same answer.
+pub fn backoff(outcome: AttemptOutcome, repeated: i32, first: Duration, seed: &str) -> Duration {
     let mut hasher = DefaultHasher::new();
     seed.hash(&mut hasher);
     let share = hasher.finish() as f64 / u64::MAX as f64;
     match outcome {
         AttemptOutcome::Preempted => SPREAD.min(first).mul_f64(share),
-        AttemptOutcome::Failed => {
-            let doublings = u32::try_from(failed - 1).unwrap_or(0).min(16);
+        AttemptOutcome::Failed | AttemptOutcome::Unavailable => {
+            let doublings = u32::try_from(repeated - 1).unwrap_or(0).min(16);
             first.saturating_mul(1 << doublings).min(LONGEST).mul_f64(0.75 + share / 2.0)
         }
         AttemptOutcome::Done | AttemptOutcome::Final | AttemptOutcome::Suspended => Duration::ZERO,

@@ -16,6 +16,8 @@ pub enum Deadline {
         reason: &'static str,
         /// One sentence.
         message: String,
+        /// For so long.
+        by: Duration,
     },
     /// It comes in so long.
     In(Duration),
@@ -28,33 +30,38 @@ pub fn seconds_between(from: Timestamp, to: Timestamp) -> i64 {
     to.duration_since(from).max(SignedDuration::ZERO).as_secs()
 }
 
-/// The nearer of the two deadlines of a job. `waits_since`: its creation, or when it was last resumed. `running_since`: when the training pod that runs now began to.
-pub fn deadline(
-    spec: &FineTuneJobSpec,
-    status: &FineTuneJobStatus,
-    waits_since: Timestamp,
-    has_trained: bool,
-    running_since: Option<Timestamp>,
-    now: Timestamp,
-) -> Deadline {
+/// What the deadlines of a job count.
+#[derive(Clone, Copy, Debug)]
+pub struct Elapsed {
+    /// Since when the job waits for its first training pod: its creation, or when it was last resumed; `None` when it waits no
+    /// more, or is held.
+    pub waits_since: Option<Timestamp>,
+    /// Seconds that training pods have run, over all attempts.
+    pub trained_seconds: i64,
+    /// Whether one runs now.
+    pub trains: bool,
+}
+
+/// The nearer of the two deadlines of a job.
+pub fn deadline(spec: &FineTuneJobSpec, elapsed: Elapsed, now: Timestamp) -> Deadline {
+    let seconds_of = |seconds: i64| Duration::from_secs(seconds.unsigned_abs());
     let mut nearest: Option<i64> = None;
     let mut near = |left: i64| nearest = Some(nearest.map_or(left, |nearest| nearest.min(left)));
-    if let Some(seconds) = spec.start_deadline_seconds.filter(|_| !has_trained) {
-        let left = seconds - seconds_between(waits_since, now);
+    if let (Some(seconds), Some(since)) = (spec.start_deadline_seconds, elapsed.waits_since) {
+        let left = seconds - seconds_between(since, now);
         if left <= 0 {
             let message = format!("no training pod ran within {seconds} s since the job was created or resumed");
-            return Deadline::Over { reason: reason::START_DEADLINE_EXCEEDED, message };
+            return Deadline::Over { reason: reason::START_DEADLINE_EXCEEDED, message, by: seconds_of(left) };
         }
         near(left);
     }
     if let Some(seconds) = spec.active_deadline_seconds {
-        let earlier = status.usage.as_ref().map_or(0, |usage| usage.train_seconds);
-        let left = seconds - earlier - running_since.map_or(0, |since| seconds_between(since, now));
+        let left = seconds - elapsed.trained_seconds;
         if left <= 0 {
             let message = format!("training pods ran for {seconds} s over all attempts");
-            return Deadline::Over { reason: reason::DEADLINE_EXCEEDED, message };
+            return Deadline::Over { reason: reason::DEADLINE_EXCEEDED, message, by: seconds_of(left) };
         }
-        if running_since.is_some() {
+        if elapsed.trains {
             near(left);
         }
     }
@@ -71,7 +78,6 @@ pub fn time_to_live(spec: &FineTuneJobSpec, status: &FineTuneJobStatus, now: Tim
 
 #[cfg(test)]
 mod tests {
-    use crds::finetunejob::UsageStatus;
     use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
     use super::*;
@@ -91,7 +97,10 @@ mod tests {
     #[test]
     fn a_start_deadline_counts_from_creation_until_the_first_training_pod() {
         let spec = spec(&serde_json::json!({"startDeadlineSeconds": 60}));
-        let ask = |trained, now| deadline(&spec, &FineTuneJobStatus::default(), at(100), trained, None, at(now));
+        let ask = |trained: bool, now| {
+            let waits_since = (!trained).then(|| at(100));
+            deadline(&spec, Elapsed { waits_since, trained_seconds: 0, trains: false }, at(now))
+        };
         assert_eq!(ask(false, 110), Deadline::In(Duration::from_secs(50)));
         assert!(matches!(ask(false, 160), Deadline::Over { reason: reason::START_DEADLINE_EXCEEDED, .. }));
         assert_eq!(ask(true, 160), Deadline::None);
@@ -101,12 +110,13 @@ mod tests {
     #[test]
     fn an_active_deadline_counts_training_seconds_of_all_attempts() {
         let spec = spec(&serde_json::json!({"activeDeadlineSeconds": 100}));
-        let usage = Some(UsageStatus { train_seconds: 70, ..UsageStatus::default() });
-        let status = FineTuneJobStatus { usage, ..FineTuneJobStatus::default() };
-        let ask = |since: Option<i64>, now| deadline(&spec, &status, at(0), true, since.map(at), at(now));
-        assert_eq!(ask(None, 100_000), Deadline::None, "waiting costs nothing");
-        assert_eq!(ask(Some(1000), 1010), Deadline::In(Duration::from_secs(20)));
-        assert!(matches!(ask(Some(1000), 1030), Deadline::Over { reason: reason::DEADLINE_EXCEEDED, .. }));
+        let ask = |trained_seconds, trains| {
+            deadline(&spec, Elapsed { waits_since: None, trained_seconds, trains }, at(100_000))
+        };
+        assert_eq!(ask(70, false), Deadline::None, "waiting costs nothing");
+        assert_eq!(ask(80, true), Deadline::In(Duration::from_secs(20)));
+        let Deadline::Over { reason: reason::DEADLINE_EXCEEDED, by, .. } = ask(103, true) else { panic!("it is over") };
+        assert_eq!(by, Duration::from_secs(3));
     }
 
     #[test]

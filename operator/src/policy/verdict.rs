@@ -16,6 +16,13 @@ pub struct Judgement {
     pub gate_failed: bool,
 }
 
+impl Judgement {
+    /// Whether it speaks against the result.
+    pub fn is_against(&self) -> bool {
+        self.status == ConditionStatus::False
+    }
+}
+
 /// Judges what validation found. A report that had to be short may not list the gates that hold: the plan knows of them.
 pub fn judge(validation: Option<&ValidationReport>, has_gates: bool) -> Judgement {
     let Some(validation) = validation else {

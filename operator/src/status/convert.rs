@@ -35,6 +35,17 @@ pub fn shorten(message: &mut String) {
     }
 }
 
+/// A sentence as a condition takes it: on one line, without control characters, and bounded.
+pub fn message(text: &str) -> String {
+    let mut message: String = text
+        .chars()
+        .map(|character| if character.is_control() { ' ' } else { character })
+        .take(2 * MAX_MESSAGE)
+        .collect();
+    shorten(&mut message);
+    message
+}
+
 /// `1h30m`, `12m`, `40s`: for a column.
 pub fn duration(seconds: i64) -> String {
     let (hours, minutes) = (seconds / 3600, seconds / 60 % 60);

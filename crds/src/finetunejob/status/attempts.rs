@@ -19,6 +19,10 @@ pub struct JobReference {
     /// `metadata.uid` of the Job, once it was seen.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub uid: Option<String>,
+    /// Digest of the pod that it was made with; a pod that runs anything else is not of this attempt.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 71))]
+    pub pod_digest: Option<String>,
     /// When its pod began to run.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub start_time: Option<Time>,
@@ -46,6 +50,8 @@ pub enum AttemptOutcome {
     Final,
     /// It was held; counted in neither.
     Suspended,
+    /// A source was down; counted in neither, and tried again for hours.
+    Unavailable,
 }
 
 /// How many attempts there were.
@@ -64,6 +70,9 @@ pub struct AttemptsStatus {
     /// Training attempts in a row that left no new checkpoint.
     #[serde(default)]
     pub without_checkpoint: i32,
+    /// Since when a source is down; absent while none is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unavailable_since: Option<Time>,
     /// Newest step that a checkpoint is known of.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub checkpoint_step: Option<i64>,

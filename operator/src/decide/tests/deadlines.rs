@@ -7,9 +7,12 @@ fn deadlines_end_a_job_and_take_its_pod_away() {
     let mut world = training(&json!({"activeDeadlineSeconds": 100}));
     world.wait(101);
     world.pass();
-    assert_eq!(world.condition(condition::FAILED).1, "DeadlineExceeded");
-    world.pass();
     assert_eq!(world.made.last().map(String::as_str), Some("-bot-train-1"));
+    assert!(!is_terminal(&world.status()), "what it did is read first");
+    world.pass();
+    world.read_volume(Some(failed(ExitCode::Preempted)));
+    world.pass();
+    assert_eq!(world.condition(condition::FAILED).1, "DeadlineExceeded");
 
     let mut world = World::new(&json!({"startDeadlineSeconds": 60}));
     world.start();
@@ -32,6 +35,9 @@ fn a_deadline_does_not_end_what_is_trained_and_counts_what_it_ends() {
 
     let mut world = training(&json!({"activeDeadlineSeconds": 100}));
     world.wait(120);
+    world.pass();
+    world.pass();
+    world.read_volume(None);
     world.pass();
     assert_eq!(world.status().usage.map(|usage| usage.gpu_seconds), Some(120));
     assert_eq!(world.current().outcome, Some(AttemptOutcome::Final));

@@ -35,20 +35,25 @@ fn failures_are_counted_and_waited_for() {
     assert_eq!(world.made.last().map(String::as_str), Some("bot-train-3"));
     world.end(70, None);
     world.pass();
+    world.read_volume(None);
+    world.pass();
     assert_eq!(world.condition(condition::FAILED).1, "BackoffLimitExceeded");
 }
 
 #[test]
 fn three_lives_without_a_checkpoint_end_a_job() {
     let mut world = training(&json!({}));
-    for _ in 0..2 {
+    for life in 1..=3 {
         world.end(137, None);
         world.pass();
-        world.wait(60);
-        world.start();
+        assert_eq!(world.current().outcome, None, "the volume is asked before a life is spent");
+        world.read_volume(Some(Report { from_volume: true, ..Report::default() }));
+        world.pass();
+        if life < 3 {
+            world.wait(60);
+            world.start();
+        }
     }
-    world.end(137, None);
-    world.pass();
     assert_eq!(world.condition(condition::FAILED).1, "NoProgress");
 }
 
@@ -72,12 +77,15 @@ fn killed_attempts_that_left_checkpoints_are_progress() {
 fn a_life_counts_when_a_trainer_ran() {
     let mut world = training(&json!({}));
     for number in 1..=4 {
-        let taken =
-            PodSeen { terminating: true, disrupted: Some("EvictionByEvictionAPI".into()), ..PodSeen::default() };
+        let taken = PodSeen {
+            ends_by: Some(Time(world.now)),
+            disrupted: Some("EvictionByEvictionAPI".into()),
+            ..PodSeen::default()
+        };
         let uid = world.current().uid.expect("made");
         world.attempt().job = present(&uid, true);
         world.attempt().pods = vec![taken];
-        world.observed.report_job = Some(AttemptSeen { job: present("report", true), pods: Vec::new() });
+        world.observed.report_job = Some(AttemptSeen { job: present("report", true), ..AttemptSeen::default() });
         world.pass();
         assert_eq!(world.status().attempts.map(|attempts| attempts.preempted), Some(number));
         assert!(!is_terminal(&world.status()), "{:?}", world.status());
@@ -93,21 +101,34 @@ fn the_next_attempt_waits_until_no_pod_of_the_last_is_left() {
     let uid = world.current().uid.expect("made");
     // A lost node: the Job controller gave up, the pod is Terminating and may still write.
     world.attempt().job = present(&uid, true);
-    world.attempt().pods[0].terminating = true;
+    world.attempt().pods[0].ends_by = Some(Time(world.now));
     world.attempt().pods[0].disrupted = Some("DeletionByTaintManager".into());
+    world.attempt().pods[0].node = Some("gpu-7".into());
+    world.wait(10);
+    assert!(world.pass().wake.is_some_and(|wake| wake <= Duration::from_secs(30)));
+    assert_eq!(world.condition(condition::RUNNING).1, "Preempted");
     world.wait(1000);
     world.pass();
     assert_eq!(world.current().name, "bot-train-1");
-    assert_eq!(world.condition(condition::RUNNING).1, "Preempted");
+    let (_, reason, message) = world.condition(condition::RUNNING);
+    assert_eq!(reason, "NodeLost");
+    for advice in [
+        "kubectl taint nodes gpu-7 node.kubernetes.io/out-of-service=nodeshutdown:NoExecute",
+        "kubectl delete node gpu-7",
+    ] {
+        assert!(message.contains(advice), "{message}");
+    }
     world.attempt().pods.clear();
     world.observed.report_job = None;
     world.attempt().job = JobSeen::Present {
         uid,
-        created: None,
+        released: None,
         suspended: false,
         finished: true,
         failure: Some(("PodFailurePolicy".into(), "Pod team/x has condition DisruptionTarget matching".into())),
     };
+    world.pass();
+    world.read_volume(Some(Report { from_volume: true, ..Report::default() }));
     world.pass();
     world.wait(11);
     world.start();
@@ -123,11 +144,7 @@ fn a_pod_that_is_gone_is_read_from_the_volume() {
     world.attempt().pods.clear();
     world.pass();
     assert_eq!(world.made.last().map(String::as_str), Some("bot-train-1-report"));
-    let report =
-        Report { job_uid: UID.into(), pod_stage: Some(PodStage::Train), attempt: 1, ..validated(Verdict::Better) };
-    let terminated = Terminated { message: Some(report.termination_message()), ..Terminated::default() };
-    let pod = PodSeen { terminated: Some(terminated), ..PodSeen::default() };
-    world.observed.report_job = Some(AttemptSeen { job: present("r", true), pods: vec![pod] });
+    world.read_volume(Some(validated(Verdict::Better)));
     world.pass();
     assert_eq!(
         world.status().job_refs.iter().find(|a| a.name == current.name).and_then(|a| a.outcome),

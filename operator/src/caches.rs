@@ -1,14 +1,76 @@
-//! The pods of each job, found without a walk through the pods of all jobs.
+//! What the watches hold: jobs, their Jobs and pods, each with no more than is read of it.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use k8s_openapi::api::core::v1::Pod;
+use crds::FineTuneJob;
+use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::core::v1::{Pod, PodSpec, PodTemplateSpec};
+use kube::core::DeserializeGuard;
 use kube::runtime::reflector::{ObjectRef, Store};
 use kube::runtime::watcher::Event;
 use kube::{Resource, ResourceExt};
 
-use crate::build::JOB_UID_LABEL;
+use crate::build::{JOB_UID_LABEL, pod_digest};
+
+/// What the watches of one namespace, or of all, deliver; a job that does not parse stalls no other.
+pub type Guarded = DeserializeGuard<FineTuneJob>;
+/// The jobs that a controller knows.
+pub type JobStore = Store<Guarded>;
+
+/// In the cache, the place of the digest of what was pruned: no annotation of that name is taken from outside.
+const POD_DIGEST: &str = "finetune.dev/pod-digest";
+
+/// What observing reads from.
+#[derive(Clone, Debug)]
+pub struct Caches {
+    /// Jobs that this operator made.
+    pub jobs: Store<Job>,
+    /// Their pods.
+    pub pods: Pods,
+}
+
+impl Caches {
+    /// Returns when both hold what the API server held when it was first asked.
+    pub async fn wait_until_ready(&self) {
+        // A writer that was dropped ends the controller, and this pass with it.
+        let _ = self.jobs.wait_until_ready().await;
+        let _ = self.pods.store.wait_until_ready().await;
+    }
+}
+
+/// The cache holds what is read of a FineTuneJob. Who owns which field takes more room than all the rest of it.
+pub fn prune_finetunejob(guarded: &mut Guarded) {
+    let metadata = guarded.meta_mut();
+    metadata.managed_fields = None;
+    metadata.annotations = None;
+}
+
+/// The cache holds what is read of a Job, for thousands of them.
+pub fn prune_job(job: &mut Job) {
+    job.metadata.managed_fields = None;
+    let digest = job.spec.as_ref().and_then(|spec| spec.template.spec.as_ref()).map(pod_digest);
+    job.metadata.annotations = digest.map(|digest| [(POD_DIGEST.to_owned(), digest)].into());
+    if let Some(spec) = &mut job.spec {
+        spec.template = PodTemplateSpec::default();
+        spec.pod_failure_policy = None;
+    }
+}
+
+/// The cache holds what is read of a pod.
+pub fn prune_pod(pod: &mut Pod) {
+    pod.metadata.managed_fields = None;
+    let digest = pod.spec.as_ref().map(pod_digest);
+    pod.metadata.annotations = digest.map(|digest| [(POD_DIGEST.to_owned(), digest)].into());
+    if let Some(spec) = &mut pod.spec {
+        *spec = PodSpec { node_name: spec.node_name.take(), ..PodSpec::default() };
+    }
+}
+
+/// Digest of the pod, or of the template of the Job, that was in the cache before it was pruned.
+pub fn pruned_digest(object: &impl ResourceExt) -> Option<&str> {
+    object.annotations().get(POD_DIGEST).map(String::as_str)
+}
 
 /// The cache of pods, and which of them are of which job.
 #[derive(Clone, Debug)]

@@ -1,6 +1,7 @@
 //! What a job is accepted by, and what is in its way.
 
 use super::*;
+use crate::facts::Waiting;
 
 #[test]
 fn what_the_profile_does_not_allow_is_not_accepted_and_makes_nothing() {
@@ -52,18 +53,15 @@ fn a_job_whose_plan_is_lost_ends_and_takes_its_pod_away() {
 #[test]
 fn a_plan_that_this_version_does_not_understand_holds_a_job_until_one_does() {
     let mut world = training(&json!({}));
-    let (plan, job) = (validate(&world.job, &profiles()).expect("valid"), world.job.clone());
-    let next = |plan: Result<&Plan, &Invalid>, job: &FineTuneJob| {
-        next_status(job, plan, &world.observed, &Applied::default(), TIMING, world.now).status
-    };
+    let plan = validate(&world.job, &profiles()).expect("valid");
     let unreadable = Invalid { reason: reason::PLAN_UNREADABLE, message: "unknown field".into() };
-    let held = next(Err(&unreadable), &job);
+    let held = world.told(Err(&unreadable), &Applied::default(), world.now);
     assert!(!is_terminal(&held), "{held:?}");
     assert_eq!(held.job_refs, world.status().job_refs);
     let accepted = held.conditions.iter().find(|condition| condition.type_ == condition::ACCEPTED).expect("there");
     assert_eq!((accepted.status.as_str(), accepted.reason.as_str()), ("False", "PlanUnreadable"));
     world.job.status = Some(held);
-    let next = next_status(&world.job, Ok(&plan), &world.observed, &Applied::default(), TIMING, world.now).status;
+    let next = world.told(Ok(&plan), &Applied::default(), world.now);
     assert_eq!(next.phase, Some(Phase::Training));
 }
 
@@ -74,11 +72,11 @@ fn what_is_in_the_way_of_a_word_to_stop_stops_nothing_else() {
     let applied = Applied { name_taken: Some("ConfigMap bot-control".into()), ..Applied::default() };
     let next = |seconds| {
         let now = world.now + k8s_openapi::jiff::SignedDuration::from_secs(seconds);
-        next_status(&world.job, Ok(&plan), &world.observed, &applied, TIMING, now).status
+        world.told(Ok(&plan), &applied, now)
     };
     assert_eq!(next(1).phase, Some(Phase::Training));
     assert!(next(1).conditions.iter().any(|one| one.type_ == condition::ACCEPTED && one.reason == "ChildNameTaken"));
-    assert_eq!(next(200).phase, Some(Phase::Failed), "its deadline holds");
+    assert_eq!(next(400).phase, Some(Phase::Failed), "its deadline holds");
 }
 
 #[test]
@@ -90,12 +88,15 @@ fn what_stands_in_the_way_of_a_pod_is_told_in_the_words_of_who_sees_it() {
     world.pass();
     assert_eq!(world.condition(condition::RUNNING), ("False".into(), "Unschedulable".into(), sentence.into()));
     assert_eq!(world.status().phase, Some(Phase::Pending));
-    let waiting = Some(("ImagePullBackOff".to_owned(), "Back-off pulling image".to_owned()));
-    world.attempt().pods[0] = PodSeen { live: true, waiting, ..PodSeen::default() };
+    let waiting = |reason: &str, message: &str| {
+        Some(Waiting { container: "trainer".into(), reason: reason.into(), message: message.into() })
+    };
+    world.attempt().pods[0] =
+        PodSeen { live: true, waiting: waiting("ImagePullBackOff", "Back-off pulling image"), ..PodSeen::default() };
     world.pass();
     assert_eq!(world.condition(condition::RUNNING).1, "ImagePullFailed");
-    let failed = Some(("ErrImagePull".to_owned(), "401 unauthorized".to_owned()));
-    world.attempt().pods[0] = PodSeen { live: true, waiting: failed, ..PodSeen::default() };
+    world.attempt().pods[0] =
+        PodSeen { live: true, waiting: waiting("ErrImagePull", "401 unauthorized"), ..PodSeen::default() };
     world.pass();
     assert_eq!(
         world.condition(condition::RUNNING).2,

@@ -2,19 +2,22 @@
 
 mod acceptance;
 mod attempts;
+mod clusters;
 mod deadlines;
 mod queue;
 
 use crds::exit::ExitCode;
-use crds::finetunejob::FineTuneJob;
+use crds::finetunejob::{FineTuneJob, Phase};
 use crds::profile::{self, Profiles};
 use crds::report::{Failure, Report, ValidationReport, Verdict};
+use k8s_openapi::jiff::Timestamp;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::apply::{Act, acts};
-use crate::observe::{AttemptSeen, PodSeen, Terminated};
-use crate::validate::validate;
+use crate::apply::{Change, changes};
+use crate::facts::{Observed, PodSeen, Terminated, Timing};
+use crate::status::{Applied, Created, LISTED_ATTEMPTS, Next, render};
+use crate::validate::{Invalid, validate};
 
 const UID: &str = "0b8e1c9e-0d5c-4f7e-9a53-3a2b7b1f0a11";
 const TIMING: Timing = Timing { first_backoff: Duration::from_secs(10) };
@@ -74,25 +77,33 @@ impl World {
     /// One pass; what it makes is there for the next one.
     fn pass(&mut self) -> Next {
         let plan = validate(&self.job, &profiles());
-        let (mut applied, mut recorded) = (Applied::default(), None);
-        for act in acts(&self.job, plan.as_ref().ok(), &self.observed) {
-            match act {
-                Act::StageJob(job) => {
+        let facts =
+            Facts { job: &self.job, plan: plan.as_ref(), observed: &self.observed, timing: TIMING, now: self.now };
+        let decision = decide(&facts);
+        let (mut applied, mut recorded, mut made, mut removed) = (Applied::default(), None, Vec::new(), false);
+        for change in changes(&decision, &facts) {
+            match change {
+                Change::StageJob(job) => {
                     let name = job.metadata.name.clone().expect("a name");
-                    applied.created_uid = Some(format!("uid-{name}"));
-                    self.made.push(name);
+                    applied.created =
+                        Some(Created { uid: format!("uid-{name}"), pod_digest: format!("sha256:{:064}", 0) });
+                    made.push(name);
                 }
-                Act::ReportJob(job) => self.made.push(job.metadata.name.clone().expect("a name")),
-                Act::DeleteJob { name, .. } => {
-                    self.made.push(format!("-{name}"));
-                    self.attempt().job = JobSeen::Missing;
-                    self.attempt().pods.iter_mut().for_each(|pod| pod.live = false);
+                Change::ReportJob(job) => made.push(job.metadata.name.clone().expect("a name")),
+                Change::DeleteJob { name, .. } => {
+                    made.push(format!("-{name}"));
+                    removed = true;
                 }
-                Act::ConfigMap(_) => recorded = plan.as_ref().ok().cloned(),
-                Act::Control(_) | Act::Claim(_) => {}
+                Change::ConfigMap(_) => recorded = plan.as_ref().ok().cloned(),
+                Change::Control(_) | Change::Claim(_) => {}
             }
         }
-        let next = next_status(&self.job, plan.as_ref(), &self.observed, &applied, TIMING, self.now);
+        let next = render(&decision, &facts, &applied);
+        self.made.extend(made);
+        if removed {
+            self.attempt().job = JobSeen::Missing;
+            self.attempt().pods.iter_mut().for_each(|pod| pod.live = false);
+        }
         let listed = next.status.job_refs.last().map(|attempt| attempt.name.clone());
         let had = self.status().job_refs.last().map(|attempt| attempt.name.clone());
         self.job.status = Some(next.status.clone());
@@ -101,10 +112,29 @@ impl World {
             self.observed.report_job = None;
             self.observed.attempt = Some(AttemptSeen::default());
         }
-        if let Some(uid) = applied.created_uid {
-            self.attempt().job = present(&uid, false);
+        if let Some(created) = applied.created {
+            self.attempt().job = present(&created.uid, false);
         }
         next
+    }
+
+    /// What is told of the job as it is, without a pass.
+    fn told(&self, plan: Result<&Plan, &Invalid>, applied: &Applied, now: Timestamp) -> FineTuneJobStatus {
+        let facts = Facts { job: &self.job, plan, observed: &self.observed, timing: TIMING, now };
+        render(&decide(&facts), &facts, applied).status
+    }
+
+    /// The volume is read: what is on it, or that nothing could be read.
+    fn read_volume(&mut self, report: Option<Report>) {
+        let current = self.current();
+        assert_eq!(self.made.last(), Some(&format!("{}-report", current.name)), "the volume is asked");
+        let pods = report.map(|report| {
+            let of = Report { job_uid: UID.into(), pod_stage: Some(current.stage), attempt: current.attempt, ..report };
+            let terminated = Terminated { message: Some(of.termination_message()), ..Terminated::default() };
+            PodSeen { terminated: Some(terminated), ..PodSeen::default() }
+        });
+        let pods = pods.into_iter().collect();
+        self.observed.report_job = Some(AttemptSeen { job: present("r", true), pods, strangers: Vec::new() });
     }
 
     fn attempt(&mut self) -> &mut AttemptSeen {
@@ -137,7 +167,7 @@ impl World {
         self.attempt().job = present(&current.uid.unwrap_or_default(), true);
         let pod = self.attempt().pods.last_mut().expect("a pod");
         (pod.live, pod.running) = (false, false);
-        pod.terminated = Some(Terminated { exit_code, message, finished, oom_killed: false });
+        pod.terminated = Some(Terminated { exit_code, message, finished, reason: "Error".into() });
     }
 }
 
@@ -151,7 +181,7 @@ fn training(spec: &Value) -> World {
 }
 
 fn present(uid: &str, finished: bool) -> JobSeen {
-    JobSeen::Present { uid: uid.into(), created: None, suspended: false, finished, failure: None }
+    JobSeen::Present { uid: uid.into(), released: None, suspended: false, finished, failure: None }
 }
 
 fn failed(exit: ExitCode) -> Report {

@@ -1,7 +1,7 @@
 //! A queue that holds Jobs and takes their pods away.
 
 use super::*;
-use crate::observe::QueueSeen;
+use crate::facts::QueueSeen;
 
 #[test]
 fn a_queue_holds_evicts_and_takes_back_the_same_job() {
@@ -12,7 +12,7 @@ fn a_queue_holds_evicts_and_takes_back_the_same_job() {
     world.pass();
     let held = |world: &mut World, queue| {
         let uid = world.current().uid.expect("made");
-        world.attempt().job = JobSeen::Present { uid, created: None, suspended: true, finished: false, failure: None };
+        world.attempt().job = JobSeen::Present { uid, released: None, suspended: true, finished: false, failure: None };
         world.attempt().pods.clear();
         world.observed.queue = Some(queue);
         world.pass();
@@ -66,7 +66,7 @@ fn evictions_are_bounded_like_other_preemptions() {
         world.attempt().pods = vec![PodSeen { live: true, running: true, started, ..PodSeen::default() }];
         world.pass();
         world.wait(10);
-        world.attempt().job = JobSeen::Present { uid, created: None, suspended: true, finished: false, failure: None };
+        world.attempt().job = JobSeen::Present { uid, released: None, suspended: true, finished: false, failure: None };
         world.observed.queue = Some(QueueSeen::Evicted("Preempted: by another".into()));
         world.pass();
         assert_eq!(world.status().usage.map(|usage| usage.train_seconds), Some(10 * number));
@@ -74,7 +74,8 @@ fn evictions_are_bounded_like_other_preemptions() {
         world.attempt().job = present(&uid, false);
         world.observed.queue = None;
         let started = Some(Time(leaving));
-        world.attempt().pods = vec![PodSeen { live: true, terminating: true, started, ..PodSeen::default() }];
+        world.attempt().pods =
+            vec![PodSeen { live: true, ends_by: Some(Time(leaving)), started, ..PodSeen::default() }];
         world.pass();
     }
     assert_eq!(world.status().phase, Some(Phase::Failed));
