@@ -1,6 +1,7 @@
 //! What the code may not do, as far as a test can see it: dependency direction, environment, unsafe code, documented
 //! commands.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -96,7 +97,18 @@ fn the_environment_is_read_in_main_and_unsafe_code_has_few_places() {
 /// Decisions are pure: they take facts and the time, and reach for neither the API server nor a clock.
 #[test]
 fn what_decides_in_the_operator_knows_no_client_and_no_clock() {
-    for file in ["validate.rs", "build.rs", "build", "status.rs", "status", "policy", "events.rs"] {
+    for file in [
+        "validate.rs",
+        "build.rs",
+        "build",
+        "facts.rs",
+        "decide.rs",
+        "decide",
+        "status.rs",
+        "status",
+        "policy",
+        "events.rs",
+    ] {
         let path = repository().join("operator/src").join(file);
         let files = if path.is_dir() { rust_files(&path) } else { vec![path] };
         for path in files {
@@ -106,6 +118,43 @@ fn what_decides_in_the_operator_knows_no_client_and_no_clock() {
             }
         }
     }
+}
+
+/// Modules of a crate that a file names as `crate::module`, tests left out: they may look at anything.
+fn modules_named_in(text: &str) -> BTreeSet<String> {
+    let code = text.split("#[cfg(test)]\nmod tests {").next().unwrap_or_default();
+    let code = code.lines().filter(|line| !line.trim_start().starts_with("//"));
+    let named = code.flat_map(|line| line.split("crate::").skip(1).map(str::to_owned).collect::<Vec<_>>());
+    let word = |rest: String| rest.chars().take_while(|c| c.is_ascii_lowercase() || *c == '_').collect::<String>();
+    named.map(word).filter(|name| !name.is_empty()).collect()
+}
+
+#[test]
+fn no_module_of_the_operator_imports_in_a_circle() {
+    let folder = repository().join("operator/src");
+    let mut imports: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for path in rust_files(&folder) {
+        let place = path.strip_prefix(&folder).expect("below the folder").with_extension("");
+        let mut parts = place.iter().map(|part| part.to_string_lossy().into_owned());
+        let module = parts.next().expect("a name");
+        if parts.any(|part| part == "tests") || ["main", "lib", "bin"].contains(&module.as_str()) {
+            continue;
+        }
+        let named = modules_named_in(&fs::read_to_string(&path).expect("readable"));
+        imports.entry(module).or_default().extend(named);
+    }
+    for (module, named) in &mut imports {
+        named.remove(module);
+    }
+    assert!(imports.len() > 10 && imports["controller"].contains("decide"), "{imports:?}");
+    // What imports nothing that is left can be taken away; what remains in the end imports itself by way of others.
+    while let Some(leaf) = imports.iter().find(|(_, named)| named.is_empty()).map(|(module, _)| module.clone()) {
+        imports.remove(&leaf);
+        imports.values_mut().for_each(|named| {
+            named.remove(&leaf);
+        });
+    }
+    assert!(imports.is_empty(), "these import in a circle, or what a circle imports: {imports:#?}");
 }
 
 #[test]
