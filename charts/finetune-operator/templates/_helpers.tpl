@@ -88,5 +88,7 @@ storage: {size: 50Gi}
 - {apiGroups: [""], resources: [pods], verbs: [list, watch]}
 - {apiGroups: [""], resources: [configmaps, persistentvolumeclaims], verbs: [get, create]}
 - {apiGroups: [events.k8s.io], resources: [events], verbs: [create, patch]}
+# Why a volume does not mount, or a quota refuses a pod, is told in events of the kubelet and the Job controller alone.
+- {apiGroups: [""], resources: [events], verbs: [list]}
 - {apiGroups: [kueue.x-k8s.io], resources: [workloads], verbs: [list]}
 {{- end }}

@@ -34,9 +34,15 @@ pub(super) async fn warning(
     };
     let events: Api<Event> = Api::namespaced(client.clone(), &job.namespace().unwrap_or_default());
     let selected = ListParams::default().fields(&format!("involvedObject.uid={about},type=Warning")).limit(MOST);
-    let found =
-        events.list(&selected).await.map_err(|source| Error::new("list", "Events", job, &job.name_any(), source))?;
-    Ok(newest(found.items, Timestamp::now()))
+    match events.list(&selected).await {
+        Ok(found) => Ok(newest(found.items, Timestamp::now())),
+        // Without the right to read events a job still goes its way; what is in it is told less well.
+        Err(kube::Error::Api(status)) if status.is_forbidden() => {
+            tracing::warn!("{}: {}", job.name_any(), status.message);
+            Ok(None)
+        }
+        Err(source) => Err(Error::new("list", "Events", job, &job.name_any(), source)),
+    }
 }
 
 fn newest(events: Vec<Event>, now: Timestamp) -> Option<Warning> {
