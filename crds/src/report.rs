@@ -157,6 +157,16 @@ pub struct Failure {
 }
 
 impl Failure {
+    /// What stands in the report of an attempt that left no word: an operator that does not know [`Report::from_volume`] takes
+    /// it for an attempt that failed and may be tried again, never for one that is done.
+    pub fn untold(message: impl Into<String>) -> Self {
+        Self {
+            reason: crate::condition::reason::REPORT_MISSING.to_owned(),
+            exit_code: i32::from(ExitCode::InternalError.code()),
+            message: message.into(),
+        }
+    }
+
     /// A failure with the reason and number of `exit`.
     pub fn new(exit: ExitCode, message: impl Into<String>) -> Self {
         Self { reason: exit.reason().to_owned(), exit_code: i32::from(exit.code()), message: message.into() }
@@ -164,7 +174,8 @@ impl Failure {
 }
 
 /// The last word of an attempt: `reports/<stage>.json` and `report.json` on the volume, and the termination message on a
-/// cluster, see [`Report::termination_message`].
+/// cluster, see [`Report::termination_message`]. Where an attempt left none, the report stage tells what the volume holds
+/// instead, see [`Report::from_volume`].
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Report {
@@ -178,9 +189,6 @@ pub struct Report {
     /// `metadata.uid` of the pod; empty in local runs.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub pod_uid: String,
-    /// The attempt left no word of its own: whoever read the volume tells of what is there, `lastCheckpointStep` above all.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub from_volume: bool,
     /// What ended: `Succeeded`, `Failed`, or what an attempt that gave way was doing.
     pub stage: Stage,
     /// Absent when the stage is done.
@@ -228,6 +236,13 @@ pub struct Report {
     /// What the run left.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub artifact: Option<Artifact>,
+    /// The attempt itself left no word: this is what the volume holds of the job, and how the attempt ended it does not say.
+    /// `lastCheckpointStep` and `checkpoints` are facts; `failure` only says that there was no word.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub from_volume: bool,
+    /// The newest committed checkpoints on the volume, newest last; only with `fromVolume`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub checkpoints: Vec<CheckpointInfo>,
 }
 
 impl Report {
@@ -236,8 +251,36 @@ impl Report {
         !self.from_volume
     }
 
-    /// Whether this is the last word of `attempt` at `stage` of the job.
+    /// Whether this is the last word of `attempt` at `stage` of the job, or, with [`Report::from_volume`], what stands for it.
     pub fn is_of(&self, job_uid: &str, stage: PodStage, attempt: i32) -> bool {
         self.job_uid == job_uid && self.pod_stage == Some(stage) && self.attempt == attempt
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As a trainer wrote it before there was anything to tell of the volume.
+    const EARLIER: &str = r#"{"jobUid":"0b8e","podStage":"train","attempt":2,"podUid":"p","stage":"Failed",
+        "failure":{"reason":"Stalled","exitCode":80,"message":"it hung"},"step":7,"totalSteps":9,"lastCheckpointStep":4,
+        "configDigest":"sha256:1","metrics":[],"usage":{"wallSeconds":1.5}}"#;
+
+    #[test]
+    fn an_earlier_report_is_a_word_of_its_attempt_and_is_written_as_it_was() {
+        let report: Report = serde_json::from_str(EARLIER).expect("it parses");
+        assert!(report.is_of("0b8e", PodStage::Train, 2) && !report.from_volume && report.checkpoints.is_empty());
+        let again = serde_json::to_string(&report).expect("JSON");
+        assert!(!again.contains("fromVolume") && !again.contains("checkpoints"), "{again}");
+    }
+
+    #[test]
+    fn what_the_volume_knows_is_no_success() {
+        let failure = Failure::untold("no word");
+        let report = Report { from_volume: true, failure: Some(failure), ..Report::default() };
+        let again: Report = serde_json::from_str(&report.termination_message()).expect("it parses");
+        assert_eq!(again, report);
+        let exit = again.failure.and_then(|failure| ExitCode::from_code(failure.exit_code)).expect("one of the table");
+        assert_eq!(exit.disposition(), crate::exit::Disposition::Retry);
     }
 }

@@ -1,12 +1,17 @@
 //! `RunConfig`: everything the trainer does, fully resolved.
 //!
 //! Written by [`crate::resolve`] (by the operator into a ConfigMap, by a local run in memory), read by the trainer.
-//! Unknown fields are refused: a trainer that is older than its operator says so instead of ignoring a setting.
+//! Unknown fields are refused: a trainer that is older than its operator says so instead of ignoring a setting. So that a
+//! profile may pin an older trainer all the same, a field that is added is left out where it says what a trainer without it
+//! does anyway (`#[serde(default, skip_serializing_if = …)]`): only a job that asks for the new thing needs the new trainer.
+//! `run/golden` holds that rule, and that digests of configurations, by which runs are resumed, stay as they are.
 //! Numbers that the resource carries as quoted decimals are `f64` here, parsed once. `None` means that the trainer
 //! chooses from what it sees (the model's context, the rows, the memory) and echoes the choice in its report.
 
 mod checkpoint;
 mod data;
+#[cfg(test)]
+mod golden;
 mod hyperparameters;
 mod method;
 mod output;
@@ -92,6 +97,21 @@ fn from_yaml<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, Error> {
     })
 }
 
+/// What to do about a configuration that says more than this version knows. Nobody writes it by hand: its writer is newer.
+fn older_than_the_operator(message: &str) -> Option<String> {
+    let known =
+        message.split_once(", expected").or_else(|| message.split_once(", there are no")).map(|(found, _)| found)?;
+    let is_unknown = known.starts_with("unknown field") || known.starts_with("unknown variant");
+    is_unknown.then(|| format!("{known}: {ADVICE}"))
+}
+
+const ADVICE: &str = concat!(
+    "this trainer (version ",
+    env!("CARGO_PKG_VERSION"),
+    ") is older than the operator that wrote the file; set image in the job's profile to the trainer of the operator's version, \
+     or leave out of the job what the older one does not know"
+);
+
 /// What a running job is told: a file that changes while the trainer runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
@@ -142,13 +162,22 @@ pub struct RunConfig {
 impl RunConfig {
     /// Reads a configuration file, strictly.
     pub fn from_yaml(text: &str) -> Result<Self, Error> {
-        let config: Self = from_yaml(text)?;
-        if config.version == RUN_CONFIG_VERSION {
-            return Ok(config);
+        let document = crate::yaml::Document::parse(text)?;
+        let refuse = |(line, column), field: String, message| Error::Field { line, column, field, message };
+        // The version first: of another one no field means what it seems to.
+        if let Some(version) = document.value.get("version").and_then(serde_json::Value::as_i64)
+            && version != i64::from(RUN_CONFIG_VERSION)
+        {
+            let message = format!("found {version}, expected {RUN_CONFIG_VERSION}: {ADVICE}");
+            return Err(refuse(document.position("/version"), "version".into(), message));
         }
-        let (line, column) = crate::yaml::Document::parse(text)?.position("/version");
-        let message = format!("found {}, expected {RUN_CONFIG_VERSION}", config.version);
-        Err(Error::Field { line, column, field: "version".into(), message })
+        from_yaml(text).map_err(|error| match error {
+            Error::Field { line, column, field, message } => {
+                let message = older_than_the_operator(&message).unwrap_or(message);
+                refuse((line, column), field, message)
+            }
+            yaml @ Error::Yaml(_) => yaml,
+        })
     }
 
     /// The configuration as a file.
@@ -254,10 +283,15 @@ mod tests {
                 "batchSize: many",
                 "hyperparameters.batchSize: invalid type: string \"many\", expected i64",
             ),
-            ("rank: 16", "rank: 16\n      rang: 3", "method.loRA.lora.rang: unknown field `rang`, expected one of"),
-            ("name: bot", "nom: bot", "job.nom: unknown field `nom`, expected one of"),
+            (
+                "rank: 16",
+                "rank: 16\n      rang: 3",
+                "method.loRA.lora.rang: unknown field `rang`: this trainer (version 0.1.0) is older than the operator",
+            ),
+            ("name: bot", "nom: bot", "job.nom: unknown field `nom`: this trainer"),
+            ("metric: evalLoss", "metric: rouge", "validation.metric: unknown variant `rouge`: this trainer"),
             ("  uid: local-bot\n", "", "job: missing field `uid`"),
-            ("version: 1", "version: 2", "version: found 2, expected 1"),
+            ("version: 1", "version: 2\nsurprise: 1", "version: found 2, expected 1: this trainer"),
         ] {
             let text = config().to_yaml();
             assert!(text.contains(from), "{from}\n{text}");

@@ -27,7 +27,8 @@ fn fitting(report: &Report) -> Option<String> {
 }
 
 /// What is left out of a report that is too long, in this order.
-const SHORTENINGS: [fn(&mut Report); 14] = [
+const SHORTENINGS: [fn(&mut Report); 15] = [
+    |report| report.checkpoints.clear(),
     |report| with(&mut report.data, |data| data.length_histogram.clear()),
     |report| with(&mut report.data, |data| data.warnings.clear()),
     |report| with(&mut report.data, |data| data.sources.clear()),
@@ -101,8 +102,8 @@ mod tests {
     use super::*;
     use crate::exit::ExitCode;
     use crate::report::{
-        Artifact, DataReport, Failure, ForgettingResult, GateResult, Generated, Generation, MetricValue, PlanReport,
-        Scores, SourceDigest, Stage, ValidationReport, Verdict,
+        Artifact, CheckpointInfo, DataReport, Failure, ForgettingResult, GateResult, Generated, Generation,
+        MetricValue, PlanReport, Scores, SourceDigest, Stage, ValidationReport, Verdict,
     };
     use crate::run::{Baseline, Gate, Metric, OutputFormat, PodStage};
 
@@ -134,7 +135,6 @@ mod tests {
             passed: random.random_bool(0.5),
         };
         Report {
-            from_volume: false,
             job_uid: text(random),
             pod_stage: some(random, |_| PodStage::Train),
             attempt: 7,
@@ -199,6 +199,13 @@ mod tests {
                 lora_rank: Some(16),
                 base_model: text(random),
             }),
+            from_volume: random.random_bool(0.5),
+            checkpoints: several(random, |random| CheckpointInfo {
+                step: random.random(),
+                time: text(random),
+                eval_loss: Some(number(random)),
+                best: true,
+            }),
         }
     }
 
@@ -210,7 +217,8 @@ mod tests {
             let message = report.termination_message();
             assert!(message.len() <= TERMINATION_MESSAGE_BYTES, "{} bytes", message.len());
             let parsed: Report = serde_json::from_str(&message).expect("it parses");
-            let decides = |report: &Report| (report.pod_stage, report.attempt, report.stage, report.step);
+            let decides =
+                |report: &Report| (report.pod_stage, report.attempt, report.stage, report.step, report.from_volume);
             assert_eq!(decides(&parsed), decides(&report));
             assert_eq!(parsed.failure.as_ref().map(|f| f.exit_code), report.failure.as_ref().map(|f| f.exit_code));
             assert_eq!(parsed.last_checkpoint_step, Some(4));
