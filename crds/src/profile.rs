@@ -52,6 +52,8 @@ pub struct Profile {
     #[serde(deserialize_with = "quantity::strict_requirements")]
     #[schemars(schema_with = "quantity::strict_requirements_schema")]
     pub resources: ResourceRequirements,
+    /// Pods that prepare, publish and report: where they are not to be as training pods are.
+    pub cpu_pods: CpuPods,
     /// Resources of the pods that prepare and publish.
     #[serde(deserialize_with = "quantity::strict_requirements")]
     #[schemars(schema_with = "quantity::strict_requirements_schema")]
@@ -87,6 +89,19 @@ pub struct Profile {
     pub fall_back_to_cpu: bool,
     /// What a job may choose for itself.
     pub allowed: Allowed,
+}
+
+/// Pods that prepare, publish and report: what they have for themselves.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct CpuPods {
+    /// Labels that their nodes must have, in the place of those of training pods; `{}`: none. Absent: those of training pods, what a
+    /// job adds included, whose nodes are where its volume can be mounted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub node_selector: Option<BTreeMap<String, String>>,
+    /// Taints that they tolerate, in the place of those of training pods. Absent: those of training pods.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tolerations: Option<Vec<Toleration>>,
 }
 
 /// Volumes that the operator makes.

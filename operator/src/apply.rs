@@ -12,8 +12,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::build::{
-    build_claim, build_config_map, build_control, build_report_job, build_stage_job, controller, is_labelled_for,
-    is_owned_by,
+    Placement, build_claim, build_config_map, build_control, build_report_job, build_stage_job, controller,
+    is_labelled_for, is_owned_by,
 };
 use crate::observe::{AttemptSeen, JobSeen, Observed};
 use crate::status::{Applied, is_terminal, needs_report_job};
@@ -68,7 +68,7 @@ pub fn acts(job: &FineTuneJob, plan: Option<&Plan>, observed: &Observed) -> Vec<
         }
         acts.push(Act::ConfigMap(Box::new(build_config_map(job, plan))));
         acts.extend(build_claim(job, &plan.claim).map(|claim| Act::Claim(Box::new(claim))));
-        acts.push(Act::StageJob(Box::new(build_stage_job(job, plan, current))));
+        acts.push(Act::StageJob(Box::new(build_stage_job(job, plan, current, &Placement::default()))));
     } else if observed.report_job.is_none() && needs_report_job(job, observed) {
         acts.push(Act::ReportJob(Box::new(build_report_job(job, plan, current))));
     }

@@ -4,6 +4,7 @@
 mod claim;
 mod config_map;
 mod job;
+mod placement;
 #[cfg(test)]
 mod tests;
 
@@ -18,6 +19,7 @@ use kube::{Resource, ResourceExt};
 pub use claim::build_claim;
 pub use config_map::{PLAN_FILE, RUN_FILE, build_config_map, build_control};
 pub use job::{CONTAINER, TRAINER_PORT, build_report_job, build_stage_job};
+pub use placement::{HOSTNAME_LABEL, Placement, ZONE_LABEL, nodes_of};
 
 /// Value of [`MANAGED_BY_LABEL`] on everything that this operator makes.
 pub const MANAGER: &str = "finetune-operator";

@@ -1,6 +1,7 @@
 //! What there is of a job: its plan, the newest attempt's Job and pods, and what was heard from them. From caches, with two
 //! exceptions: an object that the caches lack is asked for before it is called missing, and Kueue's Workload is not cached.
 
+pub mod nodes;
 pub mod pods;
 pub mod progress;
 

@@ -48,6 +48,12 @@ pub struct PodPlan {
     /// Of training pods.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tolerations: Vec<Toleration>,
+    /// Of the pods that prepare, publish and report; absent: those of training pods.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_node_selector: Option<BTreeMap<String, String>>,
+    /// Of the pods that prepare, publish and report; absent: those of training pods.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_tolerations: Option<Vec<Toleration>>,
     /// Of training pods.
     pub resources: ResourceRequirements,
     /// Of the pods that prepare, publish and report.
@@ -140,6 +146,8 @@ pub fn validate(job: &FineTuneJob, profiles: &Profiles) -> Result<Plan, Invalid>
         runtime_class_name: profile.runtime_class_name.clone(),
         node_selector,
         tolerations,
+        cpu_node_selector: profile.cpu_pods.node_selector.clone(),
+        cpu_tolerations: profile.cpu_pods.tolerations.clone(),
         resources: training_resources(job, &profile.resources),
         cpu_resources: profile.cpu_resources.clone(),
         priority_class_name: scheduling.priority_class_name,

@@ -16,6 +16,7 @@ use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
 use super::config_map::CONTROL_FILE;
+use super::placement::{Placement, place};
 use super::{ATTEMPT_LABEL, RUN_FILE, config_map_name, control_name, labels, metadata, report_job_name};
 use crate::validate::Plan;
 
@@ -33,8 +34,8 @@ const USER: i64 = 65532;
 /// Seconds that reading a report from a volume may take, the volume's mounting included.
 const REPORT_DEADLINE_SECONDS: i64 = 300;
 
-/// The Job of one attempt.
-pub fn build_stage_job(job: &FineTuneJob, plan: &Plan, attempt: &JobReference) -> Job {
+/// The Job of one attempt; `placement` is heeded by the first of them.
+pub fn build_stage_job(job: &FineTuneJob, plan: &Plan, attempt: &JobReference, placement: &Placement) -> Job {
     let train = attempt.stage == PodStage::Train;
     let mut args: Vec<String> = trainer_args(attempt.stage, attempt.attempt);
     args.extend(["--control".into(), format!("{CONFIG_FOLDER}/{CONTROL_FILE}")]);
@@ -43,10 +44,9 @@ pub fn build_stage_job(job: &FineTuneJob, plan: &Plan, attempt: &JobReference) -
     pod.priority_class_name.clone_from(&plan.pods.priority_class_name);
     if train {
         pod.runtime_class_name.clone_from(&plan.pods.runtime_class_name);
-        pod.node_selector = Some(plan.pods.node_selector.clone()).filter(|labels| !labels.is_empty());
-        pod.tolerations = Some(plan.pods.tolerations.clone()).filter(|taints| !taints.is_empty());
         pod.containers[0].resources = Some(plan.pods.resources.clone());
     }
+    place(&mut pod, &plan.pods, attempt.stage, placement);
     let queue = plan.pods.queue(attempt.stage);
     let mut built = assemble(job, attempt, attempt.stage, pod);
     built.metadata.name = Some(attempt.name.clone());
@@ -66,6 +66,7 @@ pub fn build_report_job(job: &FineTuneJob, plan: &Plan, of: &JobReference) -> Jo
     let mut args = trainer_args(PodStage::Report, of.attempt);
     args.extend(["--of".into(), of.stage.name().into()]);
     let mut pod = pod_spec(job, plan, PodStage::Report, args);
+    place(&mut pod, &plan.pods, PodStage::Report, &Placement::default());
     for mount in pod.containers[0].volume_mounts.iter_mut().flatten() {
         mount.read_only = (mount.mount_path == RUN_VOLUME || mount.mount_path == CONFIG_FOLDER).then_some(true);
     }
