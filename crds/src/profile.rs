@@ -52,6 +52,8 @@ pub struct Profile {
     #[serde(deserialize_with = "quantity::strict_requirements")]
     #[schemars(schema_with = "quantity::strict_requirements_schema")]
     pub resources: ResourceRequirements,
+    /// The cluster gives pods their user, group and the group of their volumes, as OpenShift does: none is asked for. Off, it is 65532.
+    pub cluster_assigns_user: bool,
     /// Pods that prepare, publish and report: where they are not to be as training pods are.
     pub cpu_pods: CpuPods,
     /// Resources of the pods that prepare and publish.

@@ -67,6 +67,9 @@ pub struct PodPlan {
     /// Queue of the other Jobs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpu_queue_name: Option<String>,
+    /// Pods ask for no user and no group of their own.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub cluster_assigns_user: bool,
     /// The hub that `hf://` means.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hub_endpoint: Option<String>,
@@ -153,6 +156,7 @@ pub fn validate(job: &FineTuneJob, profiles: &Profiles) -> Result<Plan, Invalid>
         priority_class_name: scheduling.priority_class_name,
         queue_name: scheduling.queue_name,
         cpu_queue_name: profile.cpu_queue_name.clone(),
+        cluster_assigns_user: profile.cluster_assigns_user,
         hub_endpoint: profile.hub.endpoint.clone(),
         termination_grace_period_seconds: profile.termination_grace_period_seconds.unwrap_or(GRACE_PERIOD_SECONDS),
     };

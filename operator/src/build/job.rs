@@ -170,15 +170,7 @@ fn pod_spec(job: &FineTuneJob, plan: &Plan, stage: PodStage, args: Vec<String>) 
         enable_service_links: Some(false),
         termination_grace_period_seconds: Some(plan.pods.termination_grace_period_seconds),
         image_pull_secrets: Some(plan.pods.image_pull_secrets.clone()).filter(|secrets| !secrets.is_empty()),
-        security_context: Some(PodSecurityContext {
-            run_as_non_root: Some(true),
-            run_as_user: Some(USER),
-            run_as_group: Some(USER),
-            fs_group: Some(USER),
-            fs_group_change_policy: Some("OnRootMismatch".into()),
-            seccomp_profile: Some(SeccompProfile { type_: "RuntimeDefault".into(), localhost_profile: None }),
-            ..PodSecurityContext::default()
-        }),
+        security_context: Some(security_context(plan)),
         containers: vec![Container {
             name: CONTAINER.into(),
             image: Some(plan.pods.image.clone()),
@@ -204,6 +196,19 @@ fn pod_spec(job: &FineTuneJob, plan: &Plan, stage: PodStage, args: Vec<String>) 
         }],
         volumes: Some(volumes),
         ..PodSpec::default()
+    }
+}
+
+fn security_context(plan: &Plan) -> PodSecurityContext {
+    let user = (!plan.pods.cluster_assigns_user).then_some(USER);
+    PodSecurityContext {
+        run_as_non_root: Some(true),
+        run_as_user: user,
+        run_as_group: user,
+        fs_group: user,
+        fs_group_change_policy: Some("OnRootMismatch".into()),
+        seccomp_profile: Some(SeccompProfile { type_: "RuntimeDefault".into(), localhost_profile: None }),
+        ..PodSecurityContext::default()
     }
 }
 

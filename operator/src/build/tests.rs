@@ -252,6 +252,27 @@ fn the_first_pod_is_sent_to_the_nodes_or_zones_of_its_placement() {
     assert_eq!(sent(PodStage::Train, &["a"], &[]), Value::Null);
 }
 
+/// OpenShift refuses a pod that asks for a user outside of its namespace's range, and gives one from it to a pod that asks for none.
+#[test]
+fn where_the_cluster_assigns_users_no_pod_asks_for_one() {
+    let job = example(&json!({}));
+    let made = objects_by(&job, &planned_by(&job, &profiles_with(&json!({"clusterAssignsUser": true}))));
+    for (component, found) in by_component(&made, "/spec/template/spec/securityContext") {
+        let expected = json!({
+            "runAsNonRoot": true, "fsGroupChangePolicy": "OnRootMismatch", "seccompProfile": {"type": "RuntimeDefault"},
+        });
+        assert_eq!(found, expected, "{component}");
+    }
+    let container = "/spec/template/spec/containers/0/securityContext";
+    for (component, found) in by_component(&made, container) {
+        assert!(found["runAsUser"].is_null() && found["allowPrivilegeEscalation"] == false, "{component}: {found}");
+    }
+    for (component, found) in by_component(&objects(&job), "/spec/template/spec/securityContext") {
+        let ids = ["runAsUser", "runAsGroup", "fsGroup"].map(|id| found[id].as_i64());
+        assert_eq!(ids, [Some(65532); 3], "{component}");
+    }
+}
+
 /// Names of what a pod mounts, by kind.
 fn mounted(objects: &[Value]) -> std::collections::BTreeSet<(String, String)> {
     let mut names = std::collections::BTreeSet::new();
