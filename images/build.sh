@@ -18,6 +18,8 @@ need() { [ -e "$1" ] || die "$1 is missing; $2"; }
 # What both images share: users, names from DNS, certificates of well-known authorities.
 common=(
   --user 65532:65532
+  # A cluster may assign another user, which is in no file: its home would be /, where nobody may write.
+  --env HOME=/tmp
   --layer
   --text $'/etc/passwd=root:x:0:0:root:/root:/sbin/nologin\nnonroot:x:65532:65532:nonroot:/tmp:/sbin/nologin\n'
   --text $'/etc/group=root:x:0:\nnonroot:x:65532:\n'

@@ -12,8 +12,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::build::{
-    build_claim, build_config_map, build_control, build_report_job, build_stage_job, controller, is_labelled_for,
-    is_owned_by, pod_digest,
+    Placement, build_claim, build_config_map, build_control, build_report_job, build_stage_job, controller,
+    is_labelled_for, is_owned_by, pod_digest,
 };
 use crate::decide::{Decision, Step};
 use crate::facts::Facts;
@@ -52,8 +52,8 @@ pub struct Error {
     pub source: Box<kube::Error>,
 }
 
-/// The changes that a decision asks for, in the order in which they are made. Pure.
-pub fn changes(decision: &Decision, facts: &Facts) -> Vec<Change> {
+/// The changes that a decision asks for, in the order in which they are made. Pure. `placement` is for the first pod of a job.
+pub fn changes(decision: &Decision, facts: &Facts, placement: &Placement) -> Vec<Change> {
     let job = facts.job;
     let (Some(newest), Ok(plan)) = (facts.newest(), facts.plan) else {
         return removal(decision, facts).into_iter().collect();
@@ -67,7 +67,7 @@ pub fn changes(decision: &Decision, facts: &Facts) -> Vec<Change> {
         Step::Make => {
             changes.push(Change::ConfigMap(Box::new(build_config_map(job, plan))));
             changes.extend(build_claim(job, &plan.claim).map(|claim| Change::Claim(Box::new(claim))));
-            changes.push(Change::StageJob(Box::new(build_stage_job(job, plan, newest))));
+            changes.push(Change::StageJob(Box::new(build_stage_job(job, plan, newest, placement))));
         }
         Step::ReadVolume => changes.push(Change::ReportJob(Box::new(build_report_job(job, plan, newest)))),
         _ => {}

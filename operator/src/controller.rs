@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use crds::condition::reason;
 use crds::profile::Profiles;
+use crds::run::PodStage;
 use crds::{FineTuneJob, FineTuneJobStatus};
 use futures::{StreamExt, TryStreamExt};
 use k8s_openapi::api::batch::v1::Job;
@@ -20,12 +21,13 @@ use kube::{Client, Resource, ResourceExt};
 use serde_json::json;
 
 use crate::apply::{self, Change, apply, changes};
-use crate::build::{JOB_NAME_LABEL, MANAGED_BY_LABEL, MANAGER, config_map_name};
+use crate::build::{JOB_NAME_LABEL, MANAGED_BY_LABEL, MANAGER, Placement, config_map_name};
 use crate::caches::{Caches, Guarded, Pods, prune_finetunejob, prune_job, prune_pod};
-use crate::decide::{decide, is_terminal, nothing_was_made};
+use crate::decide::{Step, decide, is_terminal, nothing_was_made};
 use crate::events::events;
 use crate::facts::{Facts, Observed, Timing};
 use crate::memory::Memory;
+use crate::observe::nodes::{Nodes, placement};
 use crate::observe::progress::{Intervals, ProgressBoard, poll};
 use crate::observe::{self, observe};
 use crate::status::render;
@@ -56,6 +58,7 @@ struct Context {
     shared: Shared,
     caches: Caches,
     board: Arc<ProgressBoard>,
+    nodes: Nodes,
     memory: Memory,
 }
 
@@ -170,7 +173,7 @@ pub async fn run(shared: Shared, namespace: Option<String>) {
         .watches_stream(pod_events, |pod| job_of(&pod))
         .reconcile_on(told);
     shared.telemetry.add_store(namespace.clone(), controller.store());
-    let context = Arc::new(Context { shared, caches, board, memory });
+    let context = Arc::new(Context { shared, caches, board, nodes: Nodes::default(), memory });
     let passes = controller.run(reconcile, error_policy, Arc::clone(&context)).for_each(async |pass| match pass {
         Ok(_) => {}
         // It is asked again by itself; a right that is missing shows here.
@@ -253,7 +256,13 @@ async fn pass(job: &FineTuneJob, context: &Context) -> Result<Action, Error> {
     let plan = plan(&unplanned, context);
     let facts = Facts { plan: plan.as_ref(), ..unplanned };
     let decision = decide(&facts);
-    let mut wanted = changes(&decision, &facts);
+    let placement = match (&plan, facts.newest()) {
+        (Ok(plan), Some(newest)) if decision.step == Step::Make && newest.stage == PodStage::Prepare => {
+            placement(&context.shared.client, &context.nodes, job, plan).await? // I/O
+        }
+        _ => Placement::default(),
+    };
+    let mut wanted = changes(&decision, &facts, &placement);
     wanted.retain(|change| !(matches!(change, Change::Control(_)) && context.memory.was_told_to_stop(job)));
     let applied = apply(&context.shared.client, job, wanted).await?; // I/O
     if let Ok(plan) = &plan

@@ -3,6 +3,7 @@
 //! events are asked for.
 
 mod children;
+pub mod nodes;
 pub mod progress;
 mod queue;
 mod warning;
@@ -35,6 +36,10 @@ pub struct Error {
 }
 
 impl Error {
+    fn of_cluster(verb: &'static str, kind: &str, source: kube::Error) -> Self {
+        Self { verb, object: kind.to_owned(), source: Box::new(source) }
+    }
+
     fn new(verb: &'static str, kind: &str, job: &FineTuneJob, name: &str, source: kube::Error) -> Self {
         let object = format!("{kind} {}/{name}", job.namespace().unwrap_or_default());
         Self { verb, object, source: Box::new(source) }
@@ -78,10 +83,18 @@ async fn recorded_plan(
     job: &FineTuneJob,
     digest: Option<&str>,
 ) -> Result<Result<Option<Plan>, String>, Error> {
-    let name = build::config_map_name(job);
     let maps: Api<ConfigMap> = Api::namespaced(client.clone(), &job.namespace().unwrap_or_default());
-    let found = maps.get_opt(&name).await.map_err(|source| Error::new("get", "ConfigMap", job, &name, source))?;
-    let Some(map) = found else { return Ok(Ok(None)) };
+    let get = async |name: String| {
+        let found = maps.get_opt(&name).await;
+        found.map_err(|source| Error::new("get", "ConfigMap", job, &name, source))
+    };
+    let map = match get(build::config_map_name(job)).await? {
+        Some(map) => map,
+        None => match get(build::earlier_config_map_name(job)).await? {
+            Some(map) => map,
+            None => return Ok(Ok(None)),
+        },
+    };
     let file = |name: &str| map.data.as_ref().and_then(|data| data.get(name)).map_or("", String::as_str);
     // Whoever may make a ConfigMap can make one that names the job as its owner; the status is the operator's alone.
     if digest != Some(digest_of_files(file(build::RUN_FILE), file(build::PLAN_FILE)).as_str()) {

@@ -1,6 +1,9 @@
 //! From a job and its profile to a complete plan. Pure. Nothing later reads the raw spec, except for what may be edited while
 //! the job runs: `suspend`, `stopRequested`, deadlines and the TTL.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::BTreeMap;
 
 use crds::FineTuneJob;
@@ -45,6 +48,12 @@ pub struct PodPlan {
     /// Of training pods.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tolerations: Vec<Toleration>,
+    /// Of the pods that prepare, publish and report; absent: those of training pods.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_node_selector: Option<BTreeMap<String, String>>,
+    /// Of the pods that prepare, publish and report; absent: those of training pods.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_tolerations: Option<Vec<Toleration>>,
     /// Of training pods.
     pub resources: ResourceRequirements,
     /// Of the pods that prepare, publish and report.
@@ -58,6 +67,9 @@ pub struct PodPlan {
     /// Queue of the other Jobs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpu_queue_name: Option<String>,
+    /// Pods ask for no user and no group of their own.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub cluster_assigns_user: bool,
     /// The hub that `hf://` means.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hub_endpoint: Option<String>,
@@ -137,11 +149,14 @@ pub fn validate(job: &FineTuneJob, profiles: &Profiles) -> Result<Plan, Invalid>
         runtime_class_name: profile.runtime_class_name.clone(),
         node_selector,
         tolerations,
+        cpu_node_selector: profile.cpu_pods.node_selector.clone(),
+        cpu_tolerations: profile.cpu_pods.tolerations.clone(),
         resources: training_resources(job, &profile.resources),
         cpu_resources: profile.cpu_resources.clone(),
         priority_class_name: scheduling.priority_class_name,
         queue_name: scheduling.queue_name,
         cpu_queue_name: profile.cpu_queue_name.clone(),
+        cluster_assigns_user: profile.cluster_assigns_user,
         hub_endpoint: profile.hub.endpoint.clone(),
         termination_grace_period_seconds: profile.termination_grace_period_seconds.unwrap_or(GRACE_PERIOD_SECONDS),
     };

@@ -73,6 +73,9 @@ storage: {size: 50Gi}
 {{- if not $profile.image }}
 {{- $_ := set $profile "image" $image }}
 {{- end }}
+{{- if and $.Values.clusterAssignsUser (not (hasKey $profile "clusterAssignsUser")) }}
+{{- $_ := set $profile "clusterAssignsUser" true }}
+{{- end }}
 {{ $name | quote }}:
   {{- toYaml $profile | nindent 2 }}
 {{- end }}

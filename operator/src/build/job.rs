@@ -16,6 +16,7 @@ use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
 use super::config_map::CONTROL_FILE;
+use super::placement::{Placement, place};
 use super::{ATTEMPT_LABEL, RUN_FILE, config_map_name, control_name, labels, metadata, report_job_name};
 use crate::validate::Plan;
 
@@ -33,8 +34,8 @@ const USER: i64 = 65532;
 /// Seconds that reading a report from a volume may take, the volume's mounting included.
 const REPORT_DEADLINE_SECONDS: i64 = 300;
 
-/// The Job of one attempt.
-pub fn build_stage_job(job: &FineTuneJob, plan: &Plan, attempt: &JobReference) -> Job {
+/// The Job of one attempt; `placement` is heeded by the first of them.
+pub fn build_stage_job(job: &FineTuneJob, plan: &Plan, attempt: &JobReference, placement: &Placement) -> Job {
     let train = attempt.stage == PodStage::Train;
     let mut args: Vec<String> = trainer_args(attempt.stage, attempt.attempt);
     args.extend(["--control".into(), format!("{CONFIG_FOLDER}/{CONTROL_FILE}")]);
@@ -43,10 +44,9 @@ pub fn build_stage_job(job: &FineTuneJob, plan: &Plan, attempt: &JobReference) -
     pod.priority_class_name.clone_from(&plan.pods.priority_class_name);
     if train {
         pod.runtime_class_name.clone_from(&plan.pods.runtime_class_name);
-        pod.node_selector = Some(plan.pods.node_selector.clone()).filter(|labels| !labels.is_empty());
-        pod.tolerations = Some(plan.pods.tolerations.clone()).filter(|taints| !taints.is_empty());
         pod.containers[0].resources = Some(plan.pods.resources.clone());
     }
+    place(&mut pod, &plan.pods, attempt.stage, placement);
     let queue = plan.pods.queue(attempt.stage);
     let mut built = assemble(job, attempt, attempt.stage, pod);
     built.metadata.name = Some(attempt.name.clone());
@@ -66,6 +66,7 @@ pub fn build_report_job(job: &FineTuneJob, plan: &Plan, of: &JobReference) -> Jo
     let mut args = trainer_args(PodStage::Report, of.attempt);
     args.extend(["--of".into(), of.stage.name().into()]);
     let mut pod = pod_spec(job, plan, PodStage::Report, args);
+    place(&mut pod, &plan.pods, PodStage::Report, &Placement::default());
     for mount in pod.containers[0].volume_mounts.iter_mut().flatten() {
         mount.read_only = (mount.mount_path == RUN_VOLUME || mount.mount_path == CONFIG_FOLDER).then_some(true);
     }
@@ -169,15 +170,7 @@ fn pod_spec(job: &FineTuneJob, plan: &Plan, stage: PodStage, args: Vec<String>) 
         enable_service_links: Some(false),
         termination_grace_period_seconds: Some(plan.pods.termination_grace_period_seconds),
         image_pull_secrets: Some(plan.pods.image_pull_secrets.clone()).filter(|secrets| !secrets.is_empty()),
-        security_context: Some(PodSecurityContext {
-            run_as_non_root: Some(true),
-            run_as_user: Some(USER),
-            run_as_group: Some(USER),
-            fs_group: Some(USER),
-            fs_group_change_policy: Some("OnRootMismatch".into()),
-            seccomp_profile: Some(SeccompProfile { type_: "RuntimeDefault".into(), localhost_profile: None }),
-            ..PodSecurityContext::default()
-        }),
+        security_context: Some(security_context(plan)),
         containers: vec![Container {
             name: CONTAINER.into(),
             image: Some(plan.pods.image.clone()),
@@ -203,6 +196,19 @@ fn pod_spec(job: &FineTuneJob, plan: &Plan, stage: PodStage, args: Vec<String>) 
         }],
         volumes: Some(volumes),
         ..PodSpec::default()
+    }
+}
+
+fn security_context(plan: &Plan) -> PodSecurityContext {
+    let user = (!plan.pods.cluster_assigns_user).then_some(USER);
+    PodSecurityContext {
+        run_as_non_root: Some(true),
+        run_as_user: user,
+        run_as_group: user,
+        fs_group: user,
+        fs_group_change_policy: Some("OnRootMismatch".into()),
+        seccomp_profile: Some(SeccompProfile { type_: "RuntimeDefault".into(), localhost_profile: None }),
+        ..PodSecurityContext::default()
     }
 }
 

@@ -33,7 +33,18 @@ fn example(spec: &Value) -> FineTuneJob {
 }
 
 fn planned(job: &FineTuneJob) -> Plan {
-    validate(job, &profiles()).unwrap_or_else(|invalid| panic!("{invalid:?}"))
+    planned_by(job, &profiles())
+}
+
+fn planned_by(job: &FineTuneJob, profiles: &Profiles) -> Plan {
+    validate(job, profiles).unwrap_or_else(|invalid| panic!("{invalid:?}"))
+}
+
+/// The profiles, with more fields in their `default`.
+fn profiles_with(fields: &Value) -> Profiles {
+    let mut default = serde_json::to_value(&profiles()["default"]).expect("JSON");
+    default.as_object_mut().expect("a map").extend(fields.as_object().expect("a map").clone());
+    profile::parse(&json!({"default": default}).to_string()).unwrap_or_else(|error| panic!("{error}"))
 }
 
 fn attempt(job: &FineTuneJob, stage: PodStage) -> JobReference {
@@ -51,12 +62,15 @@ fn attempt(job: &FineTuneJob, stage: PodStage) -> JobReference {
 }
 
 fn objects(job: &FineTuneJob) -> Vec<Value> {
-    let plan = planned(job);
+    objects_by(job, &planned(job))
+}
+
+fn objects_by(job: &FineTuneJob, plan: &Plan) -> Vec<Value> {
     let stages = [PodStage::Prepare, PodStage::Train, PodStage::Publish].map(|stage| attempt(job, stage));
-    let mut all = vec![json(&build_config_map(job, &plan)), json(&build_control(job))];
+    let mut all = vec![json(&build_config_map(job, plan)), json(&build_control(job))];
     all.extend(build_claim(job, &plan.claim).map(|claim| json(&claim)));
-    all.extend(stages.iter().map(|stage| json(&build_stage_job(job, &plan, stage))));
-    all.push(json(&build_report_job(job, &plan, &stages[1])));
+    all.extend(stages.iter().map(|stage| json(&build_stage_job(job, plan, stage, &Placement::default()))));
+    all.push(json(&build_report_job(job, plan, &stages[1])));
     all
 }
 
@@ -135,10 +149,8 @@ fn a_job_chooses_nothing_else_of_a_pod() {
             "/metadata/labels/kueue.x-k8s.io~1queue-name".into(),
         ]
         .contains(&path.to_owned())
-            || train
-                && ["containers/0/resources", "nodeSelector", "tolerations"]
-                    .iter()
-                    .any(|field| path.starts_with(&format!("{pod}/{field}")))
+            || ["nodeSelector", "tolerations"].iter().any(|field| path.starts_with(&format!("{pod}/{field}")))
+            || train && path.starts_with(&format!("{pod}/containers/0/resources"))
     };
     for (before, after) in plain.iter().zip(&objects(&loud)) {
         if before["kind"] == "ConfigMap" {
@@ -184,5 +196,119 @@ fn names_fit_whatever_the_job_is_called() {
             assert!(name.ends_with(|c: char| c.is_ascii_alphanumeric()), "{name}");
         }
         assert_ne!(name, stage_job_name(&job, stage, number + 1));
+    }
+}
+
+/// Its component, and what the pod of each Job says under a JSON pointer.
+fn by_component<'a>(objects: &'a [Value], pointer: &str) -> Vec<(&'a str, Value)> {
+    let jobs = objects.iter().filter(|object| object["kind"] == "Job");
+    let component =
+        |job: &'a Value| job["metadata"]["labels"]["app.kubernetes.io/component"].as_str().expect("a label");
+    jobs.map(|job| (component(job), job.pointer(pointer).cloned().unwrap_or(Value::Null))).collect()
+}
+
+/// Where all nodes are tainted, every pod of a job tolerates it; a profile may have other nodes for those without an accelerator.
+#[test]
+fn cpu_stages_go_where_training_goes_or_where_the_profile_sends_them() {
+    let job = example(&json!({"scheduling": {"nodeSelector": {"zone": "b"}}}));
+    let (labels, taints) = ("/spec/template/spec/nodeSelector", "/spec/template/spec/tolerations");
+    let gpu = json!([{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]);
+    let made = objects(&job);
+    for (component, found) in by_component(&made, labels) {
+        assert_eq!(found, json!({"zone": "b"}), "{component}");
+    }
+    for (component, found) in by_component(&made, taints) {
+        assert_eq!(found, gpu, "{component}");
+    }
+    let own = profiles_with(&json!({"cpuPods": {"nodeSelector": {"pool": "cpu"}, "tolerations": []}}));
+    let made = objects_by(&job, &planned_by(&job, &own));
+    for (component, found) in by_component(&made, labels) {
+        let expected = if component == "train" { json!({"zone": "b"}) } else { json!({"pool": "cpu"}) };
+        assert_eq!(found, expected, "{component}");
+    }
+    for (component, found) in by_component(&made, taints) {
+        assert_eq!(found, if component == "train" { gpu.clone() } else { Value::Null }, "{component}");
+    }
+}
+
+/// The volume is made where the first pod goes.
+#[test]
+fn the_first_pod_is_sent_to_the_nodes_or_zones_of_its_placement() {
+    let job = example(&json!({}));
+    let plan = planned(&job);
+    let sent = |stage, nodes: &[&str], zones: &[&str]| {
+        let own = |list: &[&str]| list.iter().map(|&name| name.to_owned()).collect();
+        let placement = Placement { nodes: own(nodes), zones: own(zones) };
+        json(&build_stage_job(&job, &plan, &attempt(&job, stage), &placement))["spec"]["template"]["spec"]["affinity"]
+            .take()
+    };
+    let required = |key: &str, values: &[&str]| {
+        let term = json!({"matchExpressions": [{"key": key, "operator": "In", "values": values}]});
+        json!({"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [term]}}})
+    };
+    assert_eq!(sent(PodStage::Prepare, &["a", "b"], &[]), required("kubernetes.io/hostname", &["a", "b"]));
+    assert_eq!(sent(PodStage::Prepare, &[], &["z"]), required("topology.kubernetes.io/zone", &["z"]));
+    assert_eq!(sent(PodStage::Prepare, &[], &[]), Value::Null);
+    // The volume is there: its own topology leads.
+    assert_eq!(sent(PodStage::Train, &["a"], &[]), Value::Null);
+}
+
+/// OpenShift refuses a pod that asks for a user outside of its namespace's range, and gives one from it to a pod that asks for none.
+#[test]
+fn where_the_cluster_assigns_users_no_pod_asks_for_one() {
+    let job = example(&json!({}));
+    let made = objects_by(&job, &planned_by(&job, &profiles_with(&json!({"clusterAssignsUser": true}))));
+    for (component, found) in by_component(&made, "/spec/template/spec/securityContext") {
+        let expected = json!({
+            "runAsNonRoot": true, "fsGroupChangePolicy": "OnRootMismatch", "seccompProfile": {"type": "RuntimeDefault"},
+        });
+        assert_eq!(found, expected, "{component}");
+    }
+    let container = "/spec/template/spec/containers/0/securityContext";
+    for (component, found) in by_component(&made, container) {
+        assert!(found["runAsUser"].is_null() && found["allowPrivilegeEscalation"] == false, "{component}: {found}");
+    }
+    for (component, found) in by_component(&objects(&job), "/spec/template/spec/securityContext") {
+        let ids = ["runAsUser", "runAsGroup", "fsGroup"].map(|id| found[id].as_i64());
+        assert_eq!(ids, [Some(65532); 3], "{component}");
+    }
+}
+
+/// Names of what a pod mounts, by kind.
+fn mounted(objects: &[Value]) -> std::collections::BTreeSet<(String, String)> {
+    let mut names = std::collections::BTreeSet::new();
+    let mut note = |kind: &str, name: &Value| {
+        if let Some(name) = name.as_str() {
+            names.insert((kind.to_owned(), name.to_owned()));
+        }
+    };
+    for volume in objects.iter().filter_map(|object| object["spec"]["template"]["spec"]["volumes"].as_array()).flatten()
+    {
+        note("claim", &volume["persistentVolumeClaim"]["claimName"]);
+        note("map", &volume["configMap"]["name"]);
+        note("secret", &volume["secret"]["secretName"]);
+        for source in volume["projected"]["sources"].as_array().into_iter().flatten() {
+            note("map", &source["configMap"]["name"]);
+            note("secret", &source["secret"]["name"]);
+        }
+    }
+    names
+}
+
+/// A kubelet goes on serving what it mounted under a name: a job that is made anew must not get the old one's.
+#[test]
+fn a_job_made_anew_under_its_name_mounts_nothing_of_the_old_one() {
+    for name in ["support-bot", &"n".repeat(52)] {
+        let mut old = example(&json!({}));
+        old.metadata.name = Some(name.to_owned());
+        let mut new = old.clone();
+        new.metadata.uid = Some("7c1f0a3e-0d5c-4f7e-9a53-3a2b7b1f0a11".into());
+        let (old, new) = (mounted(&objects(&old)), mounted(&objects(&new)));
+        // The user's own claim has the name that the user gave it.
+        let shared: Vec<_> =
+            old.intersection(&new).filter(|(_, name)| !["datasets", "models"].contains(&name.as_str())).collect();
+        assert_eq!(shared, Vec::<&(String, String)>::new());
+        assert_eq!(old.iter().filter(|(kind, _)| kind == "map").count(), 2, "{old:?}");
+        assert!(old.iter().all(|(_, name)| name.len() <= MAX_NAME), "{old:?}");
     }
 }

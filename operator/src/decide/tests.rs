@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::apply::{Change, changes};
+use crate::build::Placement;
 use crate::facts::{Observed, PodSeen, Terminated, Timing};
 use crate::status::{Applied, Created, LISTED_ATTEMPTS, Next, render};
 use crate::validate::{Invalid, validate};
@@ -81,7 +82,7 @@ impl World {
             Facts { job: &self.job, plan: plan.as_ref(), observed: &self.observed, timing: TIMING, now: self.now };
         let decision = decide(&facts);
         let (mut applied, mut recorded, mut made, mut removed) = (Applied::default(), None, Vec::new(), false);
-        for change in changes(&decision, &facts) {
+        for change in changes(&decision, &facts, &Placement::default()) {
             match change {
                 Change::StageJob(job) => {
                     let name = job.metadata.name.clone().expect("a name");

@@ -13,7 +13,7 @@ use kube::runtime::reflector::ObjectRef;
 use kube::{Client, ResourceExt};
 
 use super::Error;
-use crate::build::{self, CONTAINER, build_report_job, build_stage_job};
+use crate::build::{self, CONTAINER, Placement, build_report_job, build_stage_job};
 use crate::caches::{Caches, prune_job, pruned_digest};
 use crate::facts::{AttemptSeen, FailedInit, JobSeen, PodSeen, Terminated, Waiting};
 use crate::validate::Plan;
@@ -27,7 +27,7 @@ pub(super) async fn attempt(
     newest: &JobReference,
 ) -> Result<AttemptSeen, Error> {
     let expected = || {
-        let made = build_stage_job(job, plan?, newest);
+        let made = build_stage_job(job, plan?, newest, &Placement::default());
         Some(build::pod_digest(made.spec?.template.spec.as_ref()?))
     };
     let mut found = find_job(caches, job, &newest.name);

@@ -321,3 +321,23 @@ fn trainers_are_fenced_in_where_namespaces_are_known() {
         assert!(operator["ingress"].is_null() && operator["policyTypes"] == json!(["Ingress", "Egress"]), "{operator}");
     }
 }
+
+/// Where the cluster assigns users, a pod that asks for one is refused: neither the operator's does, nor do those of any profile that
+/// does not say so itself.
+#[test]
+fn where_the_cluster_assigns_users_nobody_asks_for_one() {
+    let asked = |more: &[&str]| {
+        let objects = render(more);
+        let pod =
+            the(&objects, "Deployment", "finetune-operator")["spec"]["template"]["spec"]["securityContext"].clone();
+        let profiles = the(&objects, "ConfigMap", "finetune-operator-profiles")["data"]["profiles.yaml"].clone();
+        (pod, parse(profiles.as_str().expect("a file")))
+    };
+    let (pod, profiles) =
+        asked(&["--set", "clusterAssignsUser=true", "--set", "profiles.fixed.clusterAssignsUser=false"]);
+    assert_eq!(pod, json!({"runAsNonRoot": true, "seccompProfile": {"type": "RuntimeDefault"}}));
+    assert_eq!(profiles["default"]["clusterAssignsUser"], true);
+    assert_eq!(profiles["fixed"]["clusterAssignsUser"], false);
+    let (pod, profiles) = asked(&[]);
+    assert_eq!((&pod["runAsUser"], &profiles["default"]["clusterAssignsUser"]), (&json!(65532), &Value::Null));
+}
