@@ -1,5 +1,6 @@
 //! Jobs on the real cluster: the operator as the chart installs it, trainers in real pods.
 
+mod clusters;
 mod disruption;
 mod install;
 mod lifecycle;

@@ -191,7 +191,12 @@ impl Cluster {
 
     /// A further node, for a test that breaks it. Only pods that tolerate its taint come there; off and gone with the guard.
     pub fn node(&self) -> Node<'_> {
-        Node::start(self)
+        Node::start(self, None)
+    }
+
+    /// A further node with a taint that pods of the product are to tolerate.
+    pub fn tainted_node(&self, taint: &str) -> Node<'_> {
+        Node::start(self, Some(taint))
     }
 
     /// For guards: a test that failed already must not abort the process with a second panic.

@@ -34,6 +34,12 @@ fn profiles() -> String {
     maxResources: {{{GPU}: "2"}}
     storage: {{size: 64Mi}}
     fallBackToCpu: true
+  # As the chart's own profile for GPUs: a toleration and a size, no node and no class.
+  zonal:
+    resources: {{limits: {{{GPU}: 1, cpu: "1"}}, requests: {{cpu: 100m}}}}
+    tolerations: [{{key: {GPU}, operator: Exists, effect: NoSchedule}}]
+    storage: {{size: 64Mi}}
+    fallBackToCpu: true
   mig:
     resources: {{limits: {{nvidia.com/mig-1g.10gb: "1", cpu: "1"}}, requests: {{cpu: 100m}}}}
     storage: {{size: 64Mi}}

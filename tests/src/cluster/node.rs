@@ -12,11 +12,13 @@ pub struct Node<'a> {
 }
 
 impl<'a> Node<'a> {
-    pub(super) fn start(cluster: &'a Cluster) -> Self {
+    /// With a taint; absent: that of the tests, by the node's name.
+    pub(super) fn start(cluster: &'a Cluster, taint: Option<&str>) -> Self {
         static NUMBER: AtomicU32 = AtomicU32::new(2);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let node = Self { cluster, number };
-        cluster.command("node-up", &[&number.to_string(), &format!("{TEST_NODE}={}:NoSchedule", node.name())]);
+        let own = format!("{TEST_NODE}={}:NoSchedule", node.name());
+        cluster.command("node-up", &[&number.to_string(), taint.unwrap_or(&own)]);
         node
     }
 
