@@ -21,7 +21,6 @@ pub mod events;
 pub mod lease;
 pub mod memory;
 pub mod observe;
-pub mod plugin;
 pub mod policy;
 pub mod run;
 pub mod status;

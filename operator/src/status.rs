@@ -13,6 +13,8 @@ use std::time::Duration;
 use crds::condition::{self, ConditionStatus, reason, set_condition};
 use crds::finetunejob::{AttemptOutcome, AttemptsStatus, JobReference, Phase, ResolvedStatus};
 use crds::run::PodStage;
+use crds::status::holds;
+pub use crds::status::is_terminal;
 use crds::{FineTuneJob, FineTuneJobStatus};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
@@ -55,15 +57,6 @@ pub struct Next {
     pub status: FineTuneJobStatus,
     /// `None`: only a change can matter.
     pub wake: Option<Duration>,
-}
-
-/// Whether a job has ended.
-pub fn is_terminal(status: &FineTuneJobStatus) -> bool {
-    [condition::COMPLETE, condition::FAILED].into_iter().any(|name| is_true(status, name))
-}
-
-fn is_true(status: &FineTuneJobStatus, name: &str) -> bool {
-    status.conditions.iter().any(|condition| condition.type_ == name && condition.status == "True")
 }
 
 /// Whether no object was made for a job yet: what its profile says today is what it gets.
@@ -218,7 +211,7 @@ impl Transition<'_> {
             self.set(condition::SUSPENDED, ConditionStatus::True, reason::SUSPENDED_BY_USER, "spec.suspend is true");
             return;
         }
-        if is_true(&self.status, condition::SUSPENDED) {
+        if holds(&self.status, condition::SUSPENDED) {
             self.set(condition::SUSPENDED, ConditionStatus::False, reason::RESUMED, "");
         }
         let Some(last) = self.current().cloned() else {

@@ -3,13 +3,13 @@
 use crds::FineTuneJob;
 use crds::finetunejob::{AttemptOutcome, AttemptsStatus, JobReference, LastFailure, UsageStatus};
 use crds::run::PodStage;
+use crds::status::seconds_between;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
 
 use super::{Applied, Transition, convert};
 use crate::observe::{AttemptSeen, JobSeen, Observed};
-use crate::policy::deadline::seconds_between;
 use crate::policy::failure::{Ended, Reading, read};
 use crate::validate::Plan;
 
