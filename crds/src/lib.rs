@@ -3,7 +3,7 @@
 //! User and operator meet in the [`FineTuneJob`] resource; operator and trainer meet in [`run::RunConfig`] (in),
 //! [`report::Progress`] (live), [`report::Report`] and [`exit::ExitCode`] (last word). [`check`] turns YAML into a
 //! resource by the rules of the CRD itself, [`resolve`] turns a resource into a run, [`condition`] has the words of its
-//! status.
+//! status, [`status`] reads them, [`labels`] names what is made for it.
 //! This crate knows no HTTP client, no async runtime and no tensor.
 
 #![forbid(unsafe_code)]
@@ -12,6 +12,7 @@ pub mod check;
 pub mod condition;
 pub mod exit;
 pub mod finetunejob;
+pub mod labels;
 pub mod profile;
 pub mod quantity;
 #[cfg(test)]
@@ -19,6 +20,7 @@ mod reference;
 pub mod report;
 pub mod resolve;
 pub mod run;
+pub mod status;
 mod yaml;
 
 pub use finetunejob::{FineTuneJob, FineTuneJobSpec, FineTuneJobStatus};

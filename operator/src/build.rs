@@ -19,20 +19,13 @@ use kube::{Resource, ResourceExt};
 
 pub use claim::build_claim;
 pub use config_map::{PLAN_FILE, RUN_FILE, build_config_map, build_control};
+pub use crds::labels::{
+    ATTEMPT_LABEL, CONTAINER, JOB_NAME_LABEL, JOB_UID_LABEL, MANAGED_BY_LABEL, MANAGER, STAGE_LABEL,
+};
 pub use digest::pod_digest;
-pub use job::{CONTAINER, TRAINER_PORT, build_report_job, build_stage_job};
+pub use job::{TRAINER_PORT, build_report_job, build_stage_job};
 pub use placement::{HOSTNAME_LABEL, Placement, ZONE_LABEL, nodes_of};
 
-/// Value of [`MANAGED_BY_LABEL`] on everything that this operator makes.
-pub const MANAGER: &str = "finetune-operator";
-/// Kubernetes' recommended label.
-pub const MANAGED_BY_LABEL: &str = "app.kubernetes.io/managed-by";
-/// `metadata.name` of the FineTuneJob.
-pub const JOB_NAME_LABEL: &str = "finetune.dev/job-name";
-/// `metadata.uid` of the FineTuneJob.
-pub const JOB_UID_LABEL: &str = "finetune.dev/job-uid";
-/// Attempt of the stage.
-pub const ATTEMPT_LABEL: &str = "finetune.dev/attempt";
 /// Names of Jobs become labels of pods.
 const MAX_NAME: usize = 63;
 

@@ -16,8 +16,9 @@ mod tests;
 use std::time::Duration;
 
 use crds::condition::{self, reason};
-use crds::finetunejob::{AttemptOutcome, AttemptsStatus, FineTuneJobStatus, JobReference};
+use crds::finetunejob::{AttemptOutcome, AttemptsStatus, JobReference};
 use crds::run::PodStage;
+use crds::status::is_terminal;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::ResourceExt;
 
@@ -116,16 +117,6 @@ impl Decision {
         self.wake = Some(self.wake.map_or(after, |wake| wake.min(after)));
         self
     }
-}
-
-/// Whether a job has ended.
-pub fn is_terminal(status: &FineTuneJobStatus) -> bool {
-    [condition::COMPLETE, condition::FAILED].into_iter().any(|name| is_true(status, name))
-}
-
-/// Whether a condition holds.
-pub fn is_true(status: &FineTuneJobStatus, name: &str) -> bool {
-    status.conditions.iter().any(|condition| condition.type_ == name && condition.status == "True")
 }
 
 /// Whether no object was made for a job yet: what its profile says today is what it gets.

@@ -28,7 +28,6 @@ pub mod facts;
 pub mod lease;
 pub mod memory;
 pub mod observe;
-pub mod plugin;
 pub mod policy;
 pub mod run;
 pub mod status;

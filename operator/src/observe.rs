@@ -9,6 +9,7 @@ mod queue;
 mod warning;
 
 use crds::FineTuneJob;
+use crds::status::is_terminal;
 use k8s_openapi::api::core::v1::ConfigMap;
 use kube::api::Api;
 use kube::{Client, ResourceExt};
@@ -16,7 +17,6 @@ use kube::{Client, ResourceExt};
 use self::progress::ProgressBoard;
 use crate::build;
 use crate::caches::Caches;
-use crate::decide::is_terminal;
 use crate::facts::{JobSeen, Observed};
 use crate::validate::{Plan, digest_of_files};
 

@@ -12,10 +12,11 @@ use crds::FineTuneJobStatus;
 use crds::condition::{self, ConditionStatus, reason, set_condition};
 use crds::finetunejob::{AttemptOutcome, AttemptsStatus, JobReference, Phase, ResolvedStatus};
 use crds::run::PodStage;
+use crds::status::holds;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 use crate::build;
-use crate::decide::{Decision, Step, is_true, nothing_was_made};
+use crate::decide::{Decision, Step, nothing_was_made};
 use crate::facts::Facts;
 use crate::policy::deadline::time_to_live;
 use crate::validate::Plan;
@@ -132,7 +133,7 @@ impl Rendering<'_> {
                 let message = "spec.suspend is true";
                 self.set(condition::SUSPENDED, ConditionStatus::True, reason::SUSPENDED_BY_USER, message);
             }
-            _ if is_true(&self.status, condition::SUSPENDED) => {
+            _ if holds(&self.status, condition::SUSPENDED) => {
                 self.set(condition::SUSPENDED, ConditionStatus::False, reason::RESUMED, "");
             }
             _ => {}

@@ -52,19 +52,28 @@ fn dependencies_point_one_way() {
         assert!(!crds.iter().any(|found| found == name), "crds depends on {name}");
     }
     let trainer = dependencies("finetune-trainer");
-    for name in ["kube-client", "kube-runtime", "finetune-operator", "ring"] {
+    for name in ["kube-client", "kube-runtime", "finetune-operator", "finetune-kubectl", "ring"] {
         assert!(!trainer.iter().any(|found| found == name), "the trainer depends on {name}");
     }
     let operator = dependencies("finetune-operator");
     for name in ["finetune-trainer", "tch", "tokenizers", "safetensors", "ring", "openssl-sys"] {
         assert!(!operator.iter().any(|found| found == name), "the operator depends on {name}");
     }
+    // What a controller has no use for: bars, completions, a terminal.
+    for name in ["finetune-kubectl", "indicatif", "clap_complete", "console"] {
+        assert!(!operator.iter().any(|found| found == name), "the operator depends on {name}");
+    }
+    let plugin = dependencies("finetune-kubectl");
+    for name in ["finetune-operator", "finetune-trainer", "tch", "axum", "prometheus", "ring", "openssl-sys"] {
+        assert!(!plugin.iter().any(|found| found == name), "the kubectl plugin depends on {name}");
+    }
 }
 
 #[test]
 fn the_environment_is_read_in_main_and_unsafe_code_has_few_places() {
-    let reads = ["crds/src", "operator/src", "trainer/src"].map(|folder| files_with(folder, "env::var")).concat();
-    let mains = ["operator/src/bin/kubectl-finetune.rs", "operator/src/main.rs", "trainer/src/main.rs"];
+    let reads =
+        ["crds/src", "operator/src", "plugin/src", "trainer/src"].map(|folder| files_with(folder, "env::var")).concat();
+    let mains = ["operator/src/main.rs", "plugin/src/main.rs", "trainer/src/main.rs"];
     // `UPDATE=1` lets a test write what it compares with; one is started again to crash, one is told what it has to run on.
     let tests = [
         "crds/src/lib.rs",
@@ -88,7 +97,7 @@ fn the_environment_is_read_in_main_and_unsafe_code_has_few_places() {
         "trainer/src/weights.rs",
     ];
     assert_eq!(files_with("trainer/src", "unsafe "), unsafe_places);
-    for library in ["crds", "operator"] {
+    for library in ["crds", "operator", "plugin"] {
         let code = fs::read_to_string(repository().join(library).join("src/lib.rs")).expect("readable");
         assert!(code.contains("#![forbid(unsafe_code)]"), "{library} allows unsafe code");
     }
@@ -222,7 +231,10 @@ fn documented_files_targets_and_commands_exist() {
         }
         // What stands in a command or in a sentence.
         for word in text.split(|c: char| !c.is_ascii_alphanumeric() && !"._/-".contains(c)) {
-            if ["crds/", "operator/", "tests/", "tools/", "trainer/"].iter().any(|folder| word.starts_with(folder)) {
+            if ["crds/", "operator/", "plugin/", "tests/", "tools/", "trainer/"]
+                .iter()
+                .any(|folder| word.starts_with(folder))
+            {
                 let file = word.trim_end_matches('.');
                 assert!(root.join(file).exists(), "{page} names {file}, which does not exist");
                 files += 1;

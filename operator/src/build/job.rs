@@ -17,11 +17,11 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
 use super::config_map::CONTROL_FILE;
 use super::placement::{Placement, place};
-use super::{ATTEMPT_LABEL, RUN_FILE, config_map_name, control_name, labels, metadata, report_job_name};
+use super::{
+    ATTEMPT_LABEL, CONTAINER, RUN_FILE, STAGE_LABEL, config_map_name, control_name, labels, metadata, report_job_name,
+};
 use crate::validate::Plan;
 
-/// The container that is read.
-pub const CONTAINER: &str = "trainer";
 /// Where a trainer serves `/status` and `/metrics`.
 pub const TRAINER_PORT: i32 = 9464;
 /// Kueue holds a Job that has it.
@@ -120,7 +120,7 @@ fn failure_policy(queued: bool) -> PodFailurePolicy {
 
 fn assemble(job: &FineTuneJob, attempt: &JobReference, component: PodStage, pod: PodSpec) -> Job {
     let mut labels = labels(job);
-    labels.insert("app.kubernetes.io/component".into(), component.name().into());
+    labels.insert(STAGE_LABEL.into(), component.name().into());
     labels.insert(ATTEMPT_LABEL.into(), attempt.attempt.to_string());
     let annotations = [("kubectl.kubernetes.io/default-container".to_owned(), CONTAINER.to_owned())];
     Job {

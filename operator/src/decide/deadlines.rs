@@ -5,12 +5,13 @@ use std::time::Duration;
 use crds::condition::{self, reason};
 use crds::finetunejob::{AttemptOutcome, JobReference};
 use crds::run::PodStage;
+use crds::status::seconds_between;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 use super::{Decision, Recorded, Step, started, unfinished_job};
 use crate::facts::Facts;
 use crate::policy::attempts::{Checkpoints, Counted};
-use crate::policy::deadline::{Deadline, Elapsed, deadline, seconds_between};
+use crate::policy::deadline::{Deadline, Elapsed, deadline};
 use crate::policy::failure::Ended;
 use crate::validate::Plan;
 

@@ -7,7 +7,7 @@ mod deadlines;
 mod queue;
 
 use crds::exit::ExitCode;
-use crds::finetunejob::{FineTuneJob, Phase};
+use crds::finetunejob::{FineTuneJob, FineTuneJobStatus, Phase};
 use crds::profile::{self, Profiles};
 use crds::report::{Failure, Report, ValidationReport, Verdict};
 use k8s_openapi::jiff::Timestamp;

@@ -4,8 +4,9 @@
 use std::time::Duration;
 
 use crds::condition::reason;
+use crds::status::seconds_between;
 use crds::{FineTuneJobSpec, FineTuneJobStatus};
-use k8s_openapi::jiff::{SignedDuration, Timestamp};
+use k8s_openapi::jiff::Timestamp;
 
 /// A moment that is over, or the time until it comes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,11 +24,6 @@ pub enum Deadline {
     In(Duration),
     /// There is none.
     None,
-}
-
-/// Seconds from one moment to another, not below zero.
-pub fn seconds_between(from: Timestamp, to: Timestamp) -> i64 {
-    to.duration_since(from).max(SignedDuration::ZERO).as_secs()
 }
 
 /// What the deadlines of a job count.

@@ -2,12 +2,12 @@
 
 use crds::finetunejob::{AttemptOutcome, AttemptsStatus, JobReference, LastFailure, UsageStatus};
 use crds::run::PodStage;
+use crds::status::seconds_between;
 use k8s_openapi::jiff::Timestamp;
 
 use super::{Rendering, convert};
 use crate::decide::started;
 use crate::facts::JobSeen;
-use crate::policy::deadline::seconds_between;
 use crate::validate::Plan;
 
 impl Rendering<'_> {

@@ -7,6 +7,7 @@ use crds::finetunejob::{
 };
 use crds::report::{GateResult, MetricValue, Progress, Report, Scores, ValidationReport};
 use crds::run::{Gate, PodStage};
+use crds::status::duration;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
 
@@ -44,17 +45,6 @@ pub fn message(text: &str) -> String {
         .collect();
     shorten(&mut message);
     message
-}
-
-/// `1h30m`, `12m`, `40s`: for a column.
-pub fn duration(seconds: i64) -> String {
-    let (hours, minutes) = (seconds / 3600, seconds / 60 % 60);
-    match (hours, minutes) {
-        (0, 0) => format!("{seconds}s"),
-        (0, _) => format!("{minutes}m"),
-        (1..100, _) => format!("{hours}h{minutes}m"),
-        _ => format!("{}d", hours / 24),
-    }
 }
 
 /// Whole seconds: the API server keeps no more, and a difference that it drops would be written again and again.
@@ -236,7 +226,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn decimals_are_short_and_durations_are_for_people() {
+    fn decimals_are_short() {
         for (value, expected) in [
             (1.913_427_9, "1.91343"),
             (2e-4, "0.0002"),
@@ -246,9 +236,6 @@ mod tests {
             (1e-40, "1e-40"),
         ] {
             assert_eq!(decimal(value), expected);
-        }
-        for (seconds, expected) in [(0, "0s"), (59, "59s"), (60, "1m"), (5400, "1h30m"), (360_000, "4d")] {
-            assert_eq!(duration(seconds), expected);
         }
     }
 

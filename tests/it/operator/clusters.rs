@@ -14,7 +14,13 @@ fn running_message(status: &serde_json::Value) -> String {
 fn privileged(space: &Workspace) {
     let name = space.namespace.name();
     let label = "pod-security.kubernetes.io/enforce=privileged";
-    Operator::shared().expect("it has a workspace").cluster.kubectl(&["label", "--overwrite", "namespace", name, label]);
+    Operator::shared().expect("it has a workspace").cluster.kubectl(&[
+        "label",
+        "--overwrite",
+        "namespace",
+        name,
+        label,
+    ]);
 }
 
 /// What a sidecar injector does in the workspace's namespace, by a policy that is gone with the guard.

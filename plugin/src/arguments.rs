@@ -8,18 +8,18 @@ use crds::finetunejob::Phase;
 use crds::run::PodStage;
 use k8s_openapi::jiff::SignedDuration;
 
-use super::cluster::Target;
-use super::completion::HINT;
-use super::outcome::EXIT_CODES;
+use crate::cluster::Target;
+use crate::completion::HINT;
+use crate::outcome::EXIT_CODES;
 
 /// Runs, follows and explains fine-tunings
 #[derive(Debug, Parser)]
 #[command(name = "kubectl-finetune", bin_name = "kubectl finetune", version, after_help = HINT)]
 pub struct Arguments {
     #[command(flatten)]
-    pub(super) target: Target,
+    pub(crate) target: Target,
     #[command(subcommand)]
-    pub(super) command: Command,
+    pub(crate) command: Command,
 }
 
 /// What is to be done.

@@ -2,7 +2,7 @@
 
 use clap::CommandFactory;
 
-use super::Arguments;
+use crate::Arguments;
 
 /// How kubectl asks for words, for `--help`.
 pub const HINT: &str =

@@ -2,10 +2,7 @@
 
 use std::io::{self, Write};
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
-use k8s_openapi::jiff::Timestamp;
-
-use super::error::Error;
+use crate::error::Error;
 
 /// Columns of a page.
 pub const WIDTH: usize = 92;
@@ -62,27 +59,6 @@ pub fn print(text: impl AsRef<[u8]>) -> Result<(), Error> {
 /// Writes what is not a result. A reader that has gone away ends nothing.
 pub fn tell(text: &str) {
     let _ = writeln!(io::stderr(), "{text}");
-}
-
-/// `45s`, `3m20s`, `1h5m`, `2d3h`: the two largest units.
-pub fn duration(seconds: i64) -> String {
-    let seconds = seconds.max(0);
-    let (days, hours, minutes) = (seconds / 86400, seconds / 3600 % 24, seconds / 60 % 60);
-    let pair = |large: i64, large_unit: &str, small: i64, small_unit: &str| match small {
-        0 => format!("{large}{large_unit}"),
-        small => format!("{large}{large_unit}{small}{small_unit}"),
-    };
-    match (days, hours, minutes) {
-        (0, 0, 0) => format!("{seconds}s"),
-        (0, 0, _) => pair(minutes, "m", seconds % 60, "s"),
-        (0, _, _) => pair(hours, "h", minutes, "m"),
-        _ => pair(days, "d", hours, "h"),
-    }
-}
-
-/// Seconds from one time to another.
-pub fn seconds_between(from: &Time, to: Timestamp) -> i64 {
-    to.as_second() - from.0.as_second()
 }
 
 /// A decimal of the status with four digits behind the point at most; what is no number stays as it is.
@@ -182,8 +158,6 @@ mod tests {
 
     #[test]
     fn numbers_are_short() {
-        let durations = [-1, 45, 200, 3900, 7200, 183_600].map(duration);
-        assert_eq!(durations, ["0s", "45s", "3m20s", "1h5m", "2h", "2d3h"]);
         assert_eq!(["1.913427", "0.0002", "0", "12", "NaN"].map(decimal), ["1.9134", "2e-4", "0", "12", "NaN"]);
         assert_eq!([0, 999, 4_884_480, -1000].map(count), ["0", "999", "4,884,480", "-1,000"]);
         assert_eq!([512, 1536, 1_288_490_189].map(bytes), ["512 B", "1.5 KiB", "1.2 GiB"]);

@@ -5,7 +5,7 @@ use crds::finetunejob::Phase;
 use kube::ResourceExt;
 use serde_json::{Value, json};
 
-use super::outcome::outcome;
+use crate::outcome::outcome;
 
 /// What is asked of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,7 +85,7 @@ const fn word(wish: Wish) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plugin::fixture::{finished, job, training};
+    use crate::fixture::{finished, job, training};
 
     #[test]
     fn wishes_change_one_field_or_nothing() {

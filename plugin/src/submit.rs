@@ -8,10 +8,10 @@ use crds::check::check;
 use kube::ResourceExt;
 use serde_json::Value;
 
-use super::cluster::{Cluster, Conflicts, Target, object_name};
-use super::error::{Error, explain};
-use super::outcome::outcome;
-use super::text::{print, tell};
+use crate::cluster::{Cluster, Conflicts, Target, object_name};
+use crate::error::{Error, explain};
+use crate::outcome::outcome;
+use crate::text::{print, tell};
 
 /// A checked job as its file has it: without defaults, so that we own no field that the user did not write.
 #[derive(Clone, Debug, PartialEq)]
@@ -90,7 +90,7 @@ fn change(before: Option<&FineTuneJob>, after: &FineTuneJob) -> &'static str {
 mod tests {
     use super::*;
 
-    const MINIMAL: &str = include_str!("../../../crds/examples/minimal.yaml");
+    const MINIMAL: &str = include_str!("../../crds/examples/minimal.yaml");
 
     #[test]
     fn a_file_is_applied_as_it_was_written() {

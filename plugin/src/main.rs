@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use operator::plugin::{Arguments, ERROR_EXIT, Environment, run};
+use plugin::{Arguments, ERROR_EXIT, Environment, run};
 
 fn main() -> ExitCode {
     let arguments = match Arguments::try_parse() {

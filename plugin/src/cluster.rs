@@ -10,8 +10,8 @@ use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::core::{DeserializeGuard, Resource as _};
 use kube::{Client, Config, ResourceExt};
 
-use super::error::{Asked, Error, causes, explain, near};
-use super::text::tell;
+use crate::error::{Asked, Error, causes, explain, near};
+use crate::text::tell;
 
 /// Who we are to the API server when we write.
 pub const FIELD_MANAGER: &str = "kubectl-finetune";
@@ -189,7 +189,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::plugin::fixture::{client, training};
+    use crate::fixture::{client, training};
 
     #[tokio::test]
     async fn a_job_that_is_not_there_is_told_with_its_neighbours() {

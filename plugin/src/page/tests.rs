@@ -1,5 +1,5 @@
 use super::*;
-use crate::plugin::fixture::{condition, finished, job, now, training};
+use crate::fixture::{condition, finished, job, now, training};
 
 fn shown(job: &FineTuneJob) -> String {
     page(job, now(), Paint::Plain)

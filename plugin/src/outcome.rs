@@ -1,8 +1,9 @@
 //! How a job ended, and the exit code that says so.
 
 use crds::FineTuneJob;
-use crds::condition::{self, reason};
+use crds::condition::{self, ConditionStatus, reason};
 use crds::finetunejob::Phase;
+use crds::status::{found, holds};
 
 /// Anything else: arguments, rights, no cluster, no job.
 pub const ERROR_EXIT: u8 = 5;
@@ -51,14 +52,15 @@ impl Outcome {
 /// How a job ended, if it has.
 pub fn outcome(job: &FineTuneJob) -> Option<Outcome> {
     let status = job.status.as_ref()?;
-    let ended = |name: &str| status.conditions.iter().find(|found| found.type_ == name && found.status == "True");
-    if let Some(failed) = ended(condition::FAILED) {
+    if let Some(failed) = found(status, condition::FAILED, ConditionStatus::True) {
         let by_gate = failed.reason == reason::VALIDATION_FAILED;
         return Some(if by_gate { Outcome::ValidationFailed } else { Outcome::Failed });
     }
-    ended(condition::COMPLETE)?;
+    if !holds(status, condition::COMPLETE) {
+        return None;
+    }
     // `validation.onFailure: Complete` completes a job whose result no one should use unseen.
-    let refused = status.validation.as_ref().and_then(|found| found.verdict.as_deref()) == Some("GateFailed");
+    let refused = status.validation.as_ref().and_then(|judged| judged.verdict.as_deref()) == Some("GateFailed");
     Some(if refused { Outcome::ValidationFailed } else { Outcome::Succeeded })
 }
 
@@ -86,7 +88,7 @@ const fn place(phase: Phase) -> Option<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plugin::fixture::job;
+    use crate::fixture::job;
 
     #[test]
     fn every_end_has_its_exit_code() {

@@ -15,9 +15,9 @@ pub use curve::Curve;
 pub use svg::svg;
 pub use terminal::terminal;
 
-use super::cluster::Cluster;
-use super::error::Error;
-use super::logs::{Chosen, pods_of, record_place, text};
+use crate::cluster::Cluster;
+use crate::error::Error;
+use crate::logs::{Chosen, pods_of, record_place, text};
 
 /// The points of a `metrics.jsonl`.
 pub fn from_file(path: &Path) -> Result<Curve, Error> {

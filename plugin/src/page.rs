@@ -7,12 +7,12 @@ mod tests;
 use crds::condition;
 use crds::finetunejob::{AttemptOutcome, GateOperator, GateStatus, JobReference, Phase, ScoresStatus};
 use crds::run::{Baseline, Metric};
+use crds::status::{duration, is_trouble, seconds_between};
 use crds::{FineTuneJob, FineTuneJobStatus};
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
 
-use super::table::is_trouble;
-use super::text::{Align, Paint, WIDTH, bytes, clean, count, decimal, duration, seconds_between, share, table, wrap};
+use crate::text::{Align, Paint, WIDTH, bytes, clean, count, decimal, share, table, wrap};
 
 /// Columns of the labels at the left.
 const LABEL: usize = 13;
@@ -71,7 +71,7 @@ impl Page {
         self.plain("", &format!("{:?} of {model}, profile {profile}", job.spec.method.method_type));
         let created = job.metadata.creation_timestamp.as_ref();
         let age = created.map_or(0, |created| {
-            seconds_between(created, status.completion_time.as_ref().map_or(now, |ended| ended.0))
+            seconds_between(created.0, status.completion_time.as_ref().map_or(now, |ended| ended.0))
         });
         let since = if status.completion_time.is_some() { "after" } else { "for" };
         let phase = status.phase.map_or("not seen by an operator".to_owned(), |phase| format!("{phase:?}"));
@@ -84,7 +84,7 @@ impl Page {
         };
         self.line("phase", &text);
         for found in &status.conditions {
-            let bad = is_trouble(&found.type_, &found.status, &found.reason);
+            let bad = is_trouble(found);
             let said = match (found.type_.as_str(), found.status.as_str()) {
                 _ if bad => true,
                 (condition::SUSPENDED, "True") => true,
@@ -302,7 +302,7 @@ fn attempt_row(attempt: &JobReference, now: Timestamp) -> Vec<String> {
     let took = attempt
         .start_time
         .as_ref()
-        .map(|start| duration(seconds_between(start, attempt.completion_time.as_ref().map_or(now, |ended| ended.0))));
+        .map(|start| duration(seconds_between(start.0, attempt.completion_time.as_ref().map_or(now, |ended| ended.0))));
     vec![
         attempt.stage.name().to_owned(),
         attempt.attempt.to_string(),

@@ -4,16 +4,17 @@ use std::time::Duration;
 
 use crds::FineTuneJob;
 use crds::finetunejob::Phase;
+use crds::status::{duration, is_trouble};
 use futures::StreamExt;
 use indicatif::{ProgressBar, ProgressStyle};
 use kube::ResourceExt;
 use kube::runtime::{WatchStreamExt, watcher};
 
-use super::cluster::Cluster;
-use super::error::{Error, explain, is_final};
-use super::outcome::{Outcome, has_reached, outcome};
-use super::table::{is_trouble, metric};
-use super::text::{clean, duration, print, tell};
+use crate::cluster::Cluster;
+use crate::error::{Error, explain, is_final};
+use crate::outcome::{Outcome, has_reached, outcome};
+use crate::table::metric;
+use crate::text::{clean, print, tell};
 
 /// When following ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -200,7 +201,7 @@ fn state(job: &FineTuneJob) -> String {
     parts.extend(metric(job, "evalLoss").map(|loss| format!("eval {loss}")));
     let left = status.progress.as_ref().and_then(|progress| progress.estimated_remaining_seconds);
     parts.extend(left.map(|left| format!("{} left", duration(left))));
-    let trouble = status.conditions.iter().find(|found| is_trouble(&found.type_, &found.status, &found.reason));
+    let trouble = status.conditions.iter().find(|found| is_trouble(found));
     parts.extend(trouble.map(|found| format!("{}: {}", found.reason, clean(&found.message))));
     parts.join("  ")
 }
@@ -212,7 +213,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::plugin::fixture::{client, condition, finished, job, training};
+    use crate::fixture::{client, condition, finished, job, training};
 
     /// Longer than any of these tests takes.
     const HOUR: Duration = Duration::from_hours(1);

@@ -1,9 +1,10 @@
 //! What a person can do about the state that a job is in: one sentence and one command each. Pure.
 
-use crds::condition::{self, reason};
+use crds::condition::{self, ConditionStatus, reason};
 use crds::exit::ExitCode;
 use crds::finetunejob::{ArtifactStatus, Phase};
 use crds::run::OutputFormat;
+use crds::status::found;
 use crds::{FineTuneJob, FineTuneJobStatus};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::ResourceExt;
@@ -39,9 +40,7 @@ pub fn next(job: &FineTuneJob, status: &FineTuneJobStatus) -> Vec<Advice> {
         )
     };
     let logs = || advice("what the trainer said", format!("kubectl finetune logs {name} {place}"));
-    let of = |kind: &str| status.conditions.iter().find(|found| found.type_ == kind);
-    let is = |kind: &str, value: &str| of(kind).filter(|found| found.status == value);
-    if let Some(failed) = is(condition::FAILED, "True") {
+    if let Some(failed) = found(status, condition::FAILED, ConditionStatus::True) {
         let mut list = vec![advice(remedy(job, status, failed), ""), again()];
         list.insert(1, logs());
         return list;
@@ -58,14 +57,14 @@ pub fn next(job: &FineTuneJob, status: &FineTuneJobStatus) -> Vec<Advice> {
             "kubectl get pods -A -l app.kubernetes.io/name=finetune-operator",
         )];
     }
-    if let Some(found) = is(condition::ACCEPTED, "False") {
-        return not_accepted(found, &again());
+    if let Some(refused) = found(status, condition::ACCEPTED, ConditionStatus::False) {
+        return not_accepted(refused, &again());
     }
     if job.spec.suspend {
         return vec![advice("the job is held; let it go on", format!("kubectl finetune resume {name} {place}"))];
     }
-    if let Some(found) = is(condition::ADMITTED, "False") {
-        let what = match found.reason.as_str() {
+    if let Some(queued) = found(status, condition::ADMITTED, ConditionStatus::False) {
+        let what = match queued.reason.as_str() {
             reason::QUEUE_CONTROLLER_MISSING => {
                 "nobody serves queues here: install Kueue, or run the job without queueName"
             }
@@ -74,7 +73,7 @@ pub fn next(job: &FineTuneJob, status: &FineTuneJobStatus) -> Vec<Advice> {
         return vec![advice(what, format!("kubectl get workloads {place}"))];
     }
     let pods = format!("kubectl describe pods {place} -l finetune.dev/job-name={name}");
-    match is(condition::RUNNING, "False").map(|found| found.reason.as_str()) {
+    match found(status, condition::RUNNING, ConditionStatus::False).map(|waits| waits.reason.as_str()) {
         Some(reason::UNSCHEDULABLE) => vec![
             advice(
                 "no node has room; the pod starts by itself when one has. What the nodes offer",

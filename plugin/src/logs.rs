@@ -1,6 +1,7 @@
 //! What the trainers of a job write, from their pods, as long as there are any.
 
 use crds::FineTuneJob;
+use crds::labels::{ATTEMPT_LABEL, CONTAINER, JOB_UID_LABEL, STAGE_LABEL};
 use crds::run::PodStage;
 use futures::AsyncBufReadExt;
 use k8s_openapi::api::core::v1::Pod;
@@ -8,13 +9,9 @@ use kube::ResourceExt;
 use kube::api::{ListParams, LogParams};
 use kube::runtime::wait::await_condition;
 
-use super::cluster::Cluster;
-use super::error::{Error, causes, explain};
-use super::text::{print, tell};
-use crate::build::{ATTEMPT_LABEL, CONTAINER, JOB_UID_LABEL};
-
-/// The stage of a pod.
-const STAGE_LABEL: &str = "app.kubernetes.io/component";
+use crate::cluster::Cluster;
+use crate::error::{Error, causes, explain};
+use crate::text::{print, tell};
 
 /// Which pod.
 #[derive(Clone, Copy, Debug, Default)]
@@ -144,7 +141,7 @@ pub fn record_place(job: &FineTuneJob) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plugin::fixture::{job, training};
+    use crate::fixture::{job, training};
 
     #[test]
     fn pods_are_found_by_the_labels_that_they_are_given() {

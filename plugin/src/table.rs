@@ -1,14 +1,14 @@
 //! `list` and `cost`. Pure.
 
 use crds::FineTuneJob;
-use crds::condition::{self, reason};
 use crds::run::PodStage;
+use crds::status::{duration, is_trouble, seconds_between};
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
 use serde_json::json;
 
-use super::cluster::Scope;
-use super::text::{Align, clean, decimal, duration, seconds_between, table};
+use crate::cluster::Scope;
+use crate::text::{Align, clean, decimal, table};
 
 /// One line a job.
 pub fn list(jobs: &[FineTuneJob], scope: Scope, now: Timestamp) -> String {
@@ -38,7 +38,7 @@ fn row(job: &FineTuneJob, now: Timestamp) -> Vec<String> {
     let status = job.status.clone().unwrap_or_default();
     let progress = status.progress.as_ref();
     let phase = status.phase.map_or("-".to_owned(), |phase| format!("{phase:?}"));
-    let age = job.metadata.creation_timestamp.as_ref().map(|created| duration(seconds_between(created, now)));
+    let age = job.metadata.creation_timestamp.as_ref().map(|created| duration(seconds_between(created.0, now)));
     let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".into());
     vec![
         job.namespace().unwrap_or_default(),
@@ -66,24 +66,8 @@ fn verdict(job: &FineTuneJob) -> Option<String> {
     if let Some(verdict) = status.validation.as_ref().and_then(|validation| validation.verdict.as_ref()) {
         return Some(clean(verdict));
     }
-    let why = status.conditions.iter().find(|found| is_trouble(&found.type_, &found.status, &found.reason));
+    let why = status.conditions.iter().find(|found| is_trouble(found));
     why.map(|found| clean(&found.reason))
-}
-
-/// Whether a condition keeps a job from going on, or ended it badly.
-pub fn is_trouble(name: &str, status: &str, why: &str) -> bool {
-    match (name, status) {
-        (condition::FAILED, "True") | (condition::ACCEPTED | condition::ADMITTED, "False") => true,
-        (condition::RUNNING, "False") => [
-            reason::UNSCHEDULABLE,
-            reason::IMAGE_PULL_FAILED,
-            reason::CHILD_CREATION_FAILED,
-            reason::CHILD_NAME_TAKEN,
-            reason::PREEMPTED,
-        ]
-        .contains(&why),
-        _ => false,
-    }
 }
 
 /// What jobs used, and the sum.
@@ -165,7 +149,7 @@ fn lines(lines: &[String]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plugin::fixture::{finished, job, now, training};
+    use crate::fixture::{finished, job, now, training};
 
     #[test]
     fn a_list_shows_every_job_on_one_line() {

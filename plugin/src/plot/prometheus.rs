@@ -7,8 +7,8 @@ use k8s_openapi::jiff::Timestamp;
 use kube::{Client, Config, ResourceExt};
 use serde_json::Value;
 
-use super::super::error::{Error, causes};
 use super::Curve;
+use crate::error::{Error, causes};
 
 /// Points of a range, below the 11,000 that Prometheus gives.
 const POINTS: i64 = 4000;
@@ -107,7 +107,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::plugin::fixture::{finished, now};
+    use crate::fixture::{finished, now};
 
     #[test]
     fn the_question_names_job_namespace_and_time() {
