@@ -67,7 +67,7 @@ pub fn acts(job: &FineTuneJob, plan: Option<&Plan>, observed: &Observed) -> Vec<
             return acts;
         }
         acts.push(Act::ConfigMap(Box::new(build_config_map(job, plan))));
-        acts.extend(build_claim(job, &plan.claim).map(|claim| Act::Claim(Box::new(claim))));
+        acts.extend(build_claim(job, plan).map(|claim| Act::Claim(Box::new(claim))));
         acts.push(Act::StageJob(Box::new(build_stage_job(job, plan, current, &Placement::default()))));
     } else if observed.report_job.is_none() && needs_report_job(job, observed) {
         acts.push(Act::ReportJob(Box::new(build_report_job(job, plan, current))));
