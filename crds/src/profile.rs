@@ -4,15 +4,17 @@
 //! What a field may say is in its schema, and [`parse`] goes by that: who makes a schema of these types refuses the same.
 
 mod parse;
+mod words;
 
 use std::collections::BTreeMap;
 
-use k8s_openapi::api::core::v1::{LocalObjectReference, ResourceRequirements, Toleration};
+use k8s_openapi::api::core::v1::{EnvVar, LocalObjectReference, ResourceRequirements, Toleration};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use self::parse::{Error, parse, schema};
+pub use self::words::CERTIFICATES;
 use crate::quantity;
 
 /// The profile of a job that names none.
@@ -33,7 +35,7 @@ pub struct Profile {
     pub image: Option<String>,
     /// `Always`, `IfNotPresent` or `Never`; absent: Kubernetes' own default.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(schema_with = "parse::pull_policy")]
+    #[schemars(schema_with = "words::pull_policy")]
     pub image_pull_policy: Option<String>,
     /// Secrets of the job's namespace that pull the image.
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -54,6 +56,29 @@ pub struct Profile {
     pub resources: ResourceRequirements,
     /// The cluster gives pods their user, group and the group of their volumes, as OpenShift does: none is asked for. Off, it is 65532.
     pub cluster_assigns_user: bool,
+    /// Priority class of pods whose job names none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1))]
+    pub priority_class_name: Option<String>,
+    /// Labels of the Jobs, pods and volumes of a job. What the operator itself puts on them is not to be named.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(schema_with = "words::labels")]
+    pub labels: BTreeMap<String, String>,
+    /// Annotations of the Jobs and pods of a job. What the operator itself puts on them is not to be named.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(schema_with = "words::annotations")]
+    pub annotations: BTreeMap<String, String>,
+    /// Keys of labels of a FineTuneJob that its Jobs, pods and volumes get too, such as a cost centre; `labels` win.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schemars(schema_with = "words::inherited")]
+    pub inherited_labels: Vec<String>,
+    /// Further environment variables of the trainer, such as HTTPS_PROXY. The operator's own are not to be named.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schemars(schema_with = "words::environment")]
+    pub environment: Vec<EnvVar>,
+    /// Certificates of the authorities that the stages with a network trust.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ca_bundle: Option<CaBundle>,
     /// Pods that prepare, publish and report: where they are not to be as training pods are.
     pub cpu_pods: CpuPods,
     /// Resources of the pods that prepare and publish.
@@ -104,6 +129,35 @@ pub struct CpuPods {
     /// Taints that they tolerate, in the place of those of training pods. Absent: those of training pods.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tolerations: Option<Vec<Toleration>>,
+    /// Priority class, in the place of that of training pods, which may be a job's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1))]
+    pub priority_class_name: Option<String>,
+    /// Labels, besides those of all pods.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(schema_with = "words::labels")]
+    pub labels: BTreeMap<String, String>,
+    /// Annotations, besides those of all pods.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(schema_with = "words::annotations")]
+    pub annotations: BTreeMap<String, String>,
+    /// Environment variables, besides those of all pods.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schemars(schema_with = "words::environment")]
+    pub environment: Vec<EnvVar>,
+}
+
+/// Certificates in a ConfigMap of the job's namespace. They take the place of the well-known ones, which it must hold too if they
+/// are needed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct CaBundle {
+    /// Name of the ConfigMap.
+    #[schemars(length(min = 1))]
+    pub config_map_name: String,
+    /// Its key with certificates in PEM.
+    #[schemars(length(min = 1))]
+    pub key: String,
 }
 
 /// Volumes that the operator makes.

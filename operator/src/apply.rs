@@ -66,7 +66,7 @@ pub fn changes(decision: &Decision, facts: &Facts, placement: &Placement) -> Vec
     match decision.step {
         Step::Make => {
             changes.push(Change::ConfigMap(Box::new(build_config_map(job, plan))));
-            changes.extend(build_claim(job, &plan.claim).map(|claim| Change::Claim(Box::new(claim))));
+            changes.extend(build_claim(job, plan).map(|claim| Change::Claim(Box::new(claim))));
             changes.push(Change::StageJob(Box::new(build_stage_job(job, plan, newest, placement))));
         }
         Step::ReadVolume => changes.push(Change::ReportJob(Box::new(build_report_job(job, plan, newest)))),

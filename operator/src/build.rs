@@ -113,6 +113,13 @@ fn labels(job: &FineTuneJob) -> BTreeMap<String, String> {
     .into()
 }
 
+/// With the administrator's labels besides ours, which win.
+fn labelled(job: &FineTuneJob, name: String, additions: &BTreeMap<String, String>) -> ObjectMeta {
+    let mut labels = additions.clone();
+    labels.extend(self::labels(job));
+    ObjectMeta { labels: Some(labels), ..metadata(job, name) }
+}
+
 fn metadata(job: &FineTuneJob, name: String) -> ObjectMeta {
     ObjectMeta {
         name: Some(name),

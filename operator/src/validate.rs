@@ -8,10 +8,10 @@ use std::collections::BTreeMap;
 
 use crds::FineTuneJob;
 use crds::condition::reason;
-use crds::profile::{self, Profile, Profiles, allows};
+use crds::profile::{self, CaBundle, CpuPods, Profile, Profiles, allows};
 use crds::resolve::{Finding, Target, VolumeClaim, accelerators, resolve, training_resources, volume_claim};
 use crds::run::{PodStage, RunConfig};
-use k8s_openapi::api::core::v1::{LocalObjectReference, ResourceRequirements, Toleration};
+use k8s_openapi::api::core::v1::{EnvVar, LocalObjectReference, ResourceRequirements, Toleration};
 use serde::{Deserialize, Serialize};
 
 /// What is done for a job: resolved once, when it is accepted, and kept in its ConfigMap. Later changes of a profile touch
@@ -58,9 +58,21 @@ pub struct PodPlan {
     pub resources: ResourceRequirements,
     /// Of the pods that prepare, publish and report.
     pub cpu_resources: ResourceRequirements,
-    /// Of all pods.
+    /// Of all pods, or of training pods where the others have their own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub priority_class_name: Option<String>,
+    /// Of the pods that prepare, publish and report; absent: that of all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_priority_class_name: Option<String>,
+    /// What training Jobs and their pods, and the volume, are given besides.
+    #[serde(default, skip_serializing_if = "Additions::is_empty")]
+    pub additions: Additions,
+    /// What the other Jobs and their pods are given besides.
+    #[serde(default, skip_serializing_if = "Additions::is_empty")]
+    pub cpu_additions: Additions,
+    /// Certificates that the stages with a network trust.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca_bundle: Option<CaBundle>,
     /// Queue of the training Jobs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub queue_name: Option<String>,
@@ -75,6 +87,44 @@ pub struct PodPlan {
     pub hub_endpoint: Option<String>,
     /// Seconds from SIGTERM to SIGKILL.
     pub termination_grace_period_seconds: i64,
+}
+
+/// What an administrator puts on Jobs and pods besides what the operator puts there itself, which wins.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Additions {
+    /// The profile's, and those of the job's that it passes on.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
+    /// Annotations.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub annotations: BTreeMap<String, String>,
+    /// Environment variables of the trainer.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub environment: Vec<EnvVar>,
+}
+
+impl Additions {
+    fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// Of training pods.
+    fn new(job: &FineTuneJob, profile: &Profile) -> Self {
+        let own = job.metadata.labels.iter().flatten().filter(|(key, _)| profile.inherited_labels.contains(key));
+        let mut labels: BTreeMap<String, String> = own.map(|(key, value)| (key.clone(), value.clone())).collect();
+        labels.extend(profile.labels.clone());
+        Self { labels, annotations: profile.annotations.clone(), environment: profile.environment.clone() }
+    }
+
+    /// Of the other pods.
+    fn with(mut self, pods: &CpuPods) -> Self {
+        self.labels.extend(pods.labels.clone());
+        self.annotations.extend(pods.annotations.clone());
+        self.environment.retain(|general| pods.environment.iter().all(|variable| variable.name != general.name));
+        self.environment.extend(pods.environment.clone());
+        self
+    }
 }
 
 impl Plan {
@@ -104,6 +154,17 @@ impl PodPlan {
     /// The queue that holds the Jobs of a stage.
     pub fn queue(&self, stage: PodStage) -> Option<&String> {
         if stage == PodStage::Train { self.queue_name.as_ref() } else { self.cpu_queue_name.as_ref() }
+    }
+
+    /// What the Jobs and pods of a stage are given besides.
+    pub fn additions(&self, stage: PodStage) -> &Additions {
+        if stage == PodStage::Train { &self.additions } else { &self.cpu_additions }
+    }
+
+    /// The priority class of the pods of a stage.
+    pub fn priority_class(&self, stage: PodStage) -> Option<&String> {
+        let own = self.cpu_priority_class_name.as_ref().filter(|_| stage != PodStage::Train);
+        own.or(self.priority_class_name.as_ref())
     }
 
     /// Accelerators of a training pod.
@@ -142,6 +203,7 @@ pub fn validate(job: &FineTuneJob, profiles: &Profiles) -> Result<Plan, Invalid>
     node_selector.extend(scheduling.node_selector);
     let mut tolerations = profile.tolerations.clone();
     tolerations.extend(scheduling.tolerations.into_iter().map(|toleration| toleration.0));
+    let additions = Additions::new(job, profile);
     let pods = PodPlan {
         image,
         image_pull_policy: profile.image_pull_policy.clone(),
@@ -153,7 +215,11 @@ pub fn validate(job: &FineTuneJob, profiles: &Profiles) -> Result<Plan, Invalid>
         cpu_tolerations: profile.cpu_pods.tolerations.clone(),
         resources: training_resources(job, &profile.resources),
         cpu_resources: profile.cpu_resources.clone(),
-        priority_class_name: scheduling.priority_class_name,
+        priority_class_name: scheduling.priority_class_name.or_else(|| profile.priority_class_name.clone()),
+        cpu_priority_class_name: profile.cpu_pods.priority_class_name.clone(),
+        cpu_additions: additions.clone().with(&profile.cpu_pods),
+        additions,
+        ca_bundle: profile.ca_bundle.clone(),
         queue_name: scheduling.queue_name,
         cpu_queue_name: profile.cpu_queue_name.clone(),
         cluster_assigns_user: profile.cluster_assigns_user,
@@ -189,7 +255,8 @@ fn scheduling_findings(job: &FineTuneJob, profile: &Profile) -> Vec<Finding> {
     if let Some(queue) = &scheduling.queue_name {
         ask(field("queueName"), queue, &profile.allowed.queues);
     }
-    if let Some(class) = &scheduling.priority_class_name {
+    let own_class = profile.priority_class_name.as_ref();
+    if let Some(class) = scheduling.priority_class_name.as_ref().filter(|class| Some(*class) != own_class) {
         ask(field("priorityClassName"), class, &profile.allowed.priority_classes);
     }
     for key in scheduling.node_selector.keys() {

@@ -1,10 +1,12 @@
 //! Profiles from a file. What the schema of a profile cannot say is checked here besides.
 
+use std::collections::BTreeSet;
+
 use jsonschema::error::ValidationErrorKind as Kind;
-use schemars::{Schema, SchemaGenerator, json_schema};
 use serde_json::Value;
 
-use super::Profiles;
+use super::words::{self, CERTIFICATES};
+use super::{Profile, Profiles};
 use crate::quantity;
 
 /// Why a file of profiles was refused.
@@ -49,10 +51,33 @@ pub fn parse(text: &str) -> Result<Profiles, Error> {
     }
     let file: Value = serde_saphyr::from_str(text)?;
     let validator = jsonschema::validator_for(&schema()).expect("what types generate is a schema");
-    match validator.iter_errors(&file).next() {
-        Some(error) => Err(refusal(&error)),
-        None => Ok(profiles),
+    if let Some(error) = validator.iter_errors(&file).next() {
+        return Err(refusal(&error));
     }
+    for (name, profile) in &profiles {
+        variables_are_named_once(profile).map_err(|(field, found, expected)| Error::Field {
+            field: format!("{name}.{field}"),
+            found,
+            expected,
+        })?;
+    }
+    Ok(profiles)
+}
+
+/// No schema can say it. Of two variables of a name one would be without effect.
+fn variables_are_named_once(profile: &Profile) -> Result<(), (&'static str, String, String)> {
+    let mut seen = BTreeSet::new();
+    let all = profile.environment.iter().map(|variable| ("environment", variable));
+    let all = all.chain(profile.cpu_pods.environment.iter().map(|variable| ("cpuPods.environment", variable)));
+    for (field, variable) in all {
+        if profile.ca_bundle.is_some() && variable.name == CERTIFICATES {
+            return Err((field, variable.name.clone(), "none of the name, which caBundle sets".into()));
+        }
+        if !seen.insert((field, &variable.name)) {
+            return Err((field, format!("{} twice", variable.name), "each name once".into()));
+        }
+    }
+    Ok(())
 }
 
 fn refusal(error: &jsonschema::ValidationError) -> Error {
@@ -68,16 +93,13 @@ fn refusal(error: &jsonschema::ValidationError) -> Error {
                 let words = options.as_array().into_iter().flatten().filter_map(Value::as_str);
                 format!("one of {}", words.collect::<Vec<_>>().join(", "))
             }
+            Kind::PropertyNames { error } => format!("other keys than {} ({})", error.instance(), words::KEYS),
+            Kind::Not { .. } => words::RESERVED.into(),
             Kind::MinLength { .. } => "text that is not empty".into(),
             Kind::Minimum { limit } => format!("a number from {limit}"),
             _ => format!("something else: {error}"),
         },
     }
-}
-
-/// What Kubernetes knows as policies of pulling an image.
-pub(super) fn pull_policy(_: &mut SchemaGenerator) -> Schema {
-    json_schema!({"enum": ["Always", "IfNotPresent", "Never", null]})
 }
 
 #[cfg(test)]
@@ -110,6 +132,25 @@ mod tests {
             ("imagePullPolicy: Sometimes", "default.imagePullPolicy: found \"Sometimes\", expected one of Always"),
             ("image: ''", "default.image: found \"\", expected text that is not empty"),
             ("hub: {endpoint: hub.example}", "default.hub.endpoint: found \"hub.example\""),
+            ("labels: {finetune.dev/job-uid: x}", "default.labels: found"),
+            ("labels: {app.kubernetes.io/managed-by: me}", "default.labels: found"),
+            ("labels: {'two words': x}", "default.labels: found"),
+            ("labels: {team: 'two words'}", "default.labels.team: found"),
+            ("cpuPods: {labels: {kueue.x-k8s.io/queue-name: q}}", "default.cpuPods.labels: found"),
+            ("annotations: {kubectl.kubernetes.io/default-container: x}", "default.annotations: found"),
+            (
+                "inheritedLabels: [app.kubernetes.io/name]",
+                "default.inheritedLabels.0: found \"app.kubernetes.io/name\"",
+            ),
+            ("inheritedLabels: [finetune.dev/job-name]", "default.inheritedLabels.0: found"),
+            ("environment: [{name: HF_HOME, value: /tmp}]", "default.environment.0.name: found \"HF_HOME\""),
+            ("environment: [{name: A B, value: x}]", "default.environment.0.name: found \"A B\""),
+            ("environment: [{name: A}, {name: A}]", "default.environment: found A twice"),
+            (
+                "caBundle: {configMapName: c, key: k}, environment: [{name: SSL_CERT_FILE, value: x}]",
+                "default.environment: found SSL_CERT_FILE",
+            ),
+            ("caBundle: {configMapName: c}", "key"),
             ("terminationGracePeriodSeconds: -1", "default.terminationGracePeriodSeconds: found -1"),
         ] {
             let error = parse(&format!("default: {{{fields}}}")).expect_err(fields).to_string();

@@ -5,12 +5,13 @@ use crds::resolve::VolumeClaim;
 use k8s_openapi::api::core::v1::{PersistentVolumeClaim, PersistentVolumeClaimSpec, VolumeResourceRequirements};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
-use super::metadata;
+use super::labelled;
+use crate::validate::Plan;
 
 /// The claim that a run needs, if it is for us to make.
-pub fn build_claim(job: &FineTuneJob, claim: &VolumeClaim) -> Option<PersistentVolumeClaim> {
-    let VolumeClaim::New { name, size, storage_class_name, deleted_with_job } = claim else { return None };
-    let mut metadata = metadata(job, name.clone());
+pub fn build_claim(job: &FineTuneJob, plan: &Plan) -> Option<PersistentVolumeClaim> {
+    let VolumeClaim::New { name, size, storage_class_name, deleted_with_job } = &plan.claim else { return None };
+    let mut metadata = labelled(job, name.clone(), &plan.pods.additions.labels);
     if !deleted_with_job {
         // Checkpoints and results outlive the job: nothing owns them but the user.
         metadata.owner_references = None;

@@ -4,7 +4,7 @@ use crds::FineTuneJob;
 use crds::run::Control;
 use k8s_openapi::api::core::v1::ConfigMap;
 
-use super::{config_map_name, control_name, metadata};
+use super::{config_map_name, control_name, labelled, metadata};
 use crate::validate::Plan;
 
 /// The trainer's configuration, in the ConfigMap and in the pod.
@@ -16,10 +16,11 @@ pub const CONTROL_FILE: &str = "control.yaml";
 
 /// The plan of a job. Immutable: it is what the job was accepted with.
 pub fn build_config_map(job: &FineTuneJob, plan: &Plan) -> ConfigMap {
+    let labels = &plan.pods.additions.labels;
     let (run, plan) = plan.files();
     let files = [(RUN_FILE, run), (PLAN_FILE, plan)];
     ConfigMap {
-        metadata: metadata(job, config_map_name(job)),
+        metadata: labelled(job, config_map_name(job), labels),
         data: Some(files.map(|(name, text)| (name.to_owned(), text)).into()),
         immutable: Some(true),
         binary_data: None,

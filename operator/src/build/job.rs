@@ -2,13 +2,14 @@
 
 use crds::FineTuneJob;
 use crds::finetunejob::JobReference;
+use crds::profile::{CERTIFICATES, CaBundle};
 use crds::run::PodStage;
 use k8s_openapi::api::batch::v1::{
     Job, JobSpec, PodFailurePolicy, PodFailurePolicyOnExitCodesRequirement, PodFailurePolicyOnPodConditionsPattern,
     PodFailurePolicyRule,
 };
 use k8s_openapi::api::core::v1::{
-    Capabilities, ConfigMapProjection, Container, ContainerPort, EmptyDirVolumeSource, EnvVar, EnvVarSource,
+    Capabilities, ConfigMapProjection, Container, ContainerPort, EmptyDirVolumeSource, EnvVar, EnvVarSource, KeyToPath,
     ObjectFieldSelector, PersistentVolumeClaimVolumeSource, PodSecurityContext, PodSpec, PodTemplateSpec,
     ProjectedVolumeSource, SeccompProfile, SecurityContext, Volume, VolumeMount, VolumeProjection,
 };
@@ -18,7 +19,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use super::config_map::CONTROL_FILE;
 use super::placement::{Placement, place};
 use super::{
-    ATTEMPT_LABEL, CONTAINER, RUN_FILE, STAGE_LABEL, config_map_name, control_name, labels, metadata, report_job_name,
+    ATTEMPT_LABEL, CONTAINER, RUN_FILE, STAGE_LABEL, config_map_name, control_name, metadata, report_job_name,
 };
 use crate::validate::Plan;
 
@@ -27,6 +28,8 @@ pub const TRAINER_PORT: i32 = 9464;
 /// Kueue holds a Job that has it.
 pub const QUEUE_LABEL: &str = "kueue.x-k8s.io/queue-name";
 const CONFIG_FOLDER: &str = "/etc/finetune";
+const CERTIFICATES_FOLDER: &str = "/etc/finetune-certificates";
+const CERTIFICATES_FILE: &str = "ca.crt";
 const RUN_VOLUME: &str = "/data";
 const TERMINATION_MESSAGE: &str = "/dev/termination-log";
 /// Nobody: a user that owns nothing in the image.
@@ -41,14 +44,13 @@ pub fn build_stage_job(job: &FineTuneJob, plan: &Plan, attempt: &JobReference, p
     args.extend(["--control".into(), format!("{CONFIG_FOLDER}/{CONTROL_FILE}")]);
     args.extend(["--listen".into(), format!("0.0.0.0:{TRAINER_PORT}")]);
     let mut pod = pod_spec(job, plan, attempt.stage, args);
-    pod.priority_class_name.clone_from(&plan.pods.priority_class_name);
     if train {
         pod.runtime_class_name.clone_from(&plan.pods.runtime_class_name);
         pod.containers[0].resources = Some(plan.pods.resources.clone());
     }
     place(&mut pod, &plan.pods, attempt.stage, placement);
     let queue = plan.pods.queue(attempt.stage);
-    let mut built = assemble(job, attempt, attempt.stage, pod);
+    let mut built = assemble(job, plan, attempt, attempt.stage, pod);
     built.metadata.name = Some(attempt.name.clone());
     let spec = built.spec.get_or_insert_default();
     spec.backoff_limit = Some(0);
@@ -70,7 +72,7 @@ pub fn build_report_job(job: &FineTuneJob, plan: &Plan, of: &JobReference) -> Jo
     for mount in pod.containers[0].volume_mounts.iter_mut().flatten() {
         mount.read_only = (mount.mount_path == RUN_VOLUME || mount.mount_path == CONFIG_FOLDER).then_some(true);
     }
-    let mut built = assemble(job, of, PodStage::Report, pod);
+    let mut built = assemble(job, plan, of, PodStage::Report, pod);
     built.metadata.name = Some(report_job_name(job, of));
     let spec = built.spec.get_or_insert_default();
     spec.backoff_limit = Some(2);
@@ -118,19 +120,24 @@ fn failure_policy(queued: bool) -> PodFailurePolicy {
     PodFailurePolicy { rules: if queued { vec![disrupted] } else { vec![disrupted, failed] } }
 }
 
-fn assemble(job: &FineTuneJob, attempt: &JobReference, component: PodStage, pod: PodSpec) -> Job {
-    let mut labels = labels(job);
+fn assemble(job: &FineTuneJob, plan: &Plan, attempt: &JobReference, component: PodStage, pod: PodSpec) -> Job {
+    let additions = plan.pods.additions(component);
+    // In this order: what is ours wins.
+    let mut labels = additions.labels.clone();
+    labels.extend(super::labels(job));
     labels.insert(STAGE_LABEL.into(), component.name().into());
     labels.insert(ATTEMPT_LABEL.into(), attempt.attempt.to_string());
-    let annotations = [("kubectl.kubernetes.io/default-container".to_owned(), CONTAINER.to_owned())];
+    let mut annotations = additions.annotations.clone();
+    let of_job = Some(annotations.clone()).filter(|annotations| !annotations.is_empty());
+    annotations.insert("kubectl.kubernetes.io/default-container".to_owned(), CONTAINER.to_owned());
     Job {
-        metadata: ObjectMeta { labels: Some(labels.clone()), ..metadata(job, String::new()) },
+        metadata: ObjectMeta { labels: Some(labels.clone()), annotations: of_job, ..metadata(job, String::new()) },
         spec: Some(JobSpec {
             pod_replacement_policy: Some("Failed".into()),
             template: PodTemplateSpec {
                 metadata: Some(ObjectMeta {
                     labels: Some(labels),
-                    annotations: Some(annotations.into()),
+                    annotations: Some(annotations),
                     ..ObjectMeta::default()
                 }),
                 spec: Some(pod),
@@ -156,6 +163,13 @@ fn pod_spec(job: &FineTuneJob, plan: &Plan, stage: PodStage, args: Vec<String>) 
         mount("tmp", "/tmp", false),
         mount("shm", "/dev/shm", false),
     ];
+    // The other stages reach nothing.
+    let reaches_out = matches!(stage, PodStage::Prepare | PodStage::Publish);
+    let certificates = plan.pods.ca_bundle.as_ref().filter(|_| reaches_out);
+    if let Some(bundle) = certificates {
+        volumes.push(certificates_volume(bundle));
+        mounts.push(mount("certificates", CERTIFICATES_FOLDER, true));
+    }
     let others = storage.map(|storage| &storage.claims).into_iter().flatten();
     let others = others.filter(|(name, _)| *name != plan.claim.name() && stage != PodStage::Report);
     for (index, (name, folder)) in others.enumerate() {
@@ -170,13 +184,14 @@ fn pod_spec(job: &FineTuneJob, plan: &Plan, stage: PodStage, args: Vec<String>) 
         enable_service_links: Some(false),
         termination_grace_period_seconds: Some(plan.pods.termination_grace_period_seconds),
         image_pull_secrets: Some(plan.pods.image_pull_secrets.clone()).filter(|secrets| !secrets.is_empty()),
+        priority_class_name: plan.pods.priority_class(stage).cloned(),
         security_context: Some(security_context(plan)),
         containers: vec![Container {
             name: CONTAINER.into(),
             image: Some(plan.pods.image.clone()),
             image_pull_policy: plan.pods.image_pull_policy.clone(),
             args: Some(args),
-            env: Some(environment(plan)),
+            env: Some(environment(plan, stage, certificates)),
             ports: Some(vec![ContainerPort {
                 name: Some("http".into()),
                 container_port: TRAINER_PORT,
@@ -212,7 +227,16 @@ fn security_context(plan: &Plan) -> PodSecurityContext {
     }
 }
 
-fn environment(plan: &Plan) -> Vec<EnvVar> {
+/// In this order: what is ours wins.
+fn environment(plan: &Plan, stage: PodStage, certificates: Option<&CaBundle>) -> Vec<EnvVar> {
+    let own = own_environment(plan, certificates);
+    let mut variables = plan.pods.additions(stage).environment.clone();
+    variables.retain(|variable| own.iter().all(|own| own.name != variable.name));
+    variables.extend(own);
+    variables
+}
+
+fn own_environment(plan: &Plan, certificates: Option<&CaBundle>) -> Vec<EnvVar> {
     let value = |name: &str, value: &str| EnvVar { name: name.into(), value: Some(value.into()), value_from: None };
     let mut variables = vec![
         EnvVar {
@@ -233,7 +257,27 @@ fn environment(plan: &Plan) -> Vec<EnvVar> {
     if let Some(endpoint) = &plan.pods.hub_endpoint {
         variables.push(value("HF_ENDPOINT", endpoint));
     }
+    if certificates.is_some() {
+        variables.push(value(CERTIFICATES, &format!("{CERTIFICATES_FOLDER}/{CERTIFICATES_FILE}")));
+    }
     variables
+}
+
+fn certificates_volume(bundle: &CaBundle) -> Volume {
+    let file = KeyToPath { key: bundle.key.clone(), path: CERTIFICATES_FILE.into(), mode: None };
+    let source = VolumeProjection {
+        config_map: Some(ConfigMapProjection {
+            name: bundle.config_map_name.clone(),
+            optional: None,
+            items: Some(vec![file]),
+        }),
+        ..VolumeProjection::default()
+    };
+    Volume {
+        name: "certificates".into(),
+        projected: Some(ProjectedVolumeSource { sources: Some(vec![source]), default_mode: None }),
+        ..Volume::default()
+    }
 }
 
 fn config_volume(job: &FineTuneJob) -> Volume {
@@ -241,11 +285,7 @@ fn config_volume(job: &FineTuneJob) -> Volume {
         config_map: Some(ConfigMapProjection {
             name,
             optional,
-            items: Some(vec![k8s_openapi::api::core::v1::KeyToPath {
-                key: items.into(),
-                path: items.into(),
-                mode: None,
-            }]),
+            items: Some(vec![KeyToPath { key: items.into(), path: items.into(), mode: None }]),
         }),
         ..VolumeProjection::default()
     };

@@ -1,5 +1,7 @@
 //! What is made of a job: the whole objects of the example, and that a job can choose no more of a pod than it may.
 
+mod profile_fields;
+
 use crds::finetunejob::JobReference;
 use crds::profile::{self, Profiles};
 use serde_json::{Value, json};
@@ -68,7 +70,7 @@ fn objects(job: &FineTuneJob) -> Vec<Value> {
 fn objects_by(job: &FineTuneJob, plan: &Plan) -> Vec<Value> {
     let stages = [PodStage::Prepare, PodStage::Train, PodStage::Publish].map(|stage| attempt(job, stage));
     let mut all = vec![json(&build_config_map(job, plan)), json(&build_control(job))];
-    all.extend(build_claim(job, &plan.claim).map(|claim| json(&claim)));
+    all.extend(build_claim(job, plan).map(|claim| json(&claim)));
     all.extend(stages.iter().map(|stage| json(&build_stage_job(job, plan, stage, &Placement::default()))));
     all.push(json(&build_report_job(job, plan, &stages[1])));
     all
@@ -196,81 +198,6 @@ fn names_fit_whatever_the_job_is_called() {
             assert!(name.ends_with(|c: char| c.is_ascii_alphanumeric()), "{name}");
         }
         assert_ne!(name, stage_job_name(&job, stage, number + 1));
-    }
-}
-
-/// Its component, and what the pod of each Job says under a JSON pointer.
-fn by_component<'a>(objects: &'a [Value], pointer: &str) -> Vec<(&'a str, Value)> {
-    let jobs = objects.iter().filter(|object| object["kind"] == "Job");
-    let component =
-        |job: &'a Value| job["metadata"]["labels"]["app.kubernetes.io/component"].as_str().expect("a label");
-    jobs.map(|job| (component(job), job.pointer(pointer).cloned().unwrap_or(Value::Null))).collect()
-}
-
-/// Where all nodes are tainted, every pod of a job tolerates it; a profile may have other nodes for those without an accelerator.
-#[test]
-fn cpu_stages_go_where_training_goes_or_where_the_profile_sends_them() {
-    let job = example(&json!({"scheduling": {"nodeSelector": {"zone": "b"}}}));
-    let (labels, taints) = ("/spec/template/spec/nodeSelector", "/spec/template/spec/tolerations");
-    let gpu = json!([{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]);
-    let made = objects(&job);
-    for (component, found) in by_component(&made, labels) {
-        assert_eq!(found, json!({"zone": "b"}), "{component}");
-    }
-    for (component, found) in by_component(&made, taints) {
-        assert_eq!(found, gpu, "{component}");
-    }
-    let own = profiles_with(&json!({"cpuPods": {"nodeSelector": {"pool": "cpu"}, "tolerations": []}}));
-    let made = objects_by(&job, &planned_by(&job, &own));
-    for (component, found) in by_component(&made, labels) {
-        let expected = if component == "train" { json!({"zone": "b"}) } else { json!({"pool": "cpu"}) };
-        assert_eq!(found, expected, "{component}");
-    }
-    for (component, found) in by_component(&made, taints) {
-        assert_eq!(found, if component == "train" { gpu.clone() } else { Value::Null }, "{component}");
-    }
-}
-
-/// The volume is made where the first pod goes.
-#[test]
-fn the_first_pod_is_sent_to_the_nodes_or_zones_of_its_placement() {
-    let job = example(&json!({}));
-    let plan = planned(&job);
-    let sent = |stage, nodes: &[&str], zones: &[&str]| {
-        let own = |list: &[&str]| list.iter().map(|&name| name.to_owned()).collect();
-        let placement = Placement { nodes: own(nodes), zones: own(zones) };
-        json(&build_stage_job(&job, &plan, &attempt(&job, stage), &placement))["spec"]["template"]["spec"]["affinity"]
-            .take()
-    };
-    let required = |key: &str, values: &[&str]| {
-        let term = json!({"matchExpressions": [{"key": key, "operator": "In", "values": values}]});
-        json!({"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [term]}}})
-    };
-    assert_eq!(sent(PodStage::Prepare, &["a", "b"], &[]), required("kubernetes.io/hostname", &["a", "b"]));
-    assert_eq!(sent(PodStage::Prepare, &[], &["z"]), required("topology.kubernetes.io/zone", &["z"]));
-    assert_eq!(sent(PodStage::Prepare, &[], &[]), Value::Null);
-    // The volume is there: its own topology leads.
-    assert_eq!(sent(PodStage::Train, &["a"], &[]), Value::Null);
-}
-
-/// OpenShift refuses a pod that asks for a user outside of its namespace's range, and gives one from it to a pod that asks for none.
-#[test]
-fn where_the_cluster_assigns_users_no_pod_asks_for_one() {
-    let job = example(&json!({}));
-    let made = objects_by(&job, &planned_by(&job, &profiles_with(&json!({"clusterAssignsUser": true}))));
-    for (component, found) in by_component(&made, "/spec/template/spec/securityContext") {
-        let expected = json!({
-            "runAsNonRoot": true, "fsGroupChangePolicy": "OnRootMismatch", "seccompProfile": {"type": "RuntimeDefault"},
-        });
-        assert_eq!(found, expected, "{component}");
-    }
-    let container = "/spec/template/spec/containers/0/securityContext";
-    for (component, found) in by_component(&made, container) {
-        assert!(found["runAsUser"].is_null() && found["allowPrivilegeEscalation"] == false, "{component}: {found}");
-    }
-    for (component, found) in by_component(&objects(&job), "/spec/template/spec/securityContext") {
-        let ids = ["runAsUser", "runAsGroup", "fsGroup"].map(|id| found[id].as_i64());
-        assert_eq!(ids, [Some(65532); 3], "{component}");
     }
 }
 
