@@ -10,6 +10,7 @@ use crds::run::PodStage;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ConfigMap, ContainerStatus, Pod};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::jiff::Timestamp;
 use kube::api::{Api, DynamicObject, ListParams};
 use kube::core::{ApiResource, GroupVersionKind};
 use kube::runtime::reflector::{ObjectRef, Store};
@@ -143,6 +144,15 @@ impl AttemptSeen {
         let report: Report = serde_json::from_str(message).ok()?;
         report.is_of(job_uid, stage, attempt).then_some(report)
     }
+}
+
+/// A running trainer that does not answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Silence {
+    /// When it was first asked in vain.
+    pub since: Timestamp,
+    /// Why, without numbers that change.
+    pub why: String,
 }
 
 /// What Kueue says of a Job.

@@ -127,8 +127,8 @@ struct Transition<'a> {
 
 impl Transition<'_> {
     fn set(&mut self, name: &str, status: ConditionStatus, reason: &str, message: &str) {
-        let generation = self.job.metadata.generation;
-        set_condition(&mut self.status.conditions, name, status, reason, message, generation, Time(self.now));
+        let (generation, message) = (self.job.metadata.generation, convert::message(message));
+        set_condition(&mut self.status.conditions, name, status, reason, &message, generation, Time(self.now));
     }
 
     fn wake_in(&mut self, after: Duration) {

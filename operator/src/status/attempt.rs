@@ -105,8 +105,7 @@ impl Transition<'_> {
             self.count_time(plan, current, finished.0);
         }
         if matches!(ended.outcome, AttemptOutcome::Failed | AttemptOutcome::Final) {
-            let mut message = ended.message.clone();
-            convert::shorten(&mut message);
+            let message = convert::message(&ended.message);
             self.status.last_failure =
                 Some(LastFailure { reason: ended.reason.clone(), exit_code: ended.exit_code, message });
         }

@@ -7,7 +7,7 @@ use crds::report::Report;
 use crds::run::PodStage;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
-use super::{Transition, convert};
+use super::Transition;
 use crate::observe::PodSeen;
 use crate::policy::deadline::{Deadline, deadline, time_to_live};
 use crate::policy::failure::Ended;
@@ -99,12 +99,10 @@ impl Transition<'_> {
     }
 
     pub(super) fn finish(&mut self, name: &str, reason: &str, message: &str) {
-        let mut message = message.to_owned();
-        convert::shorten(&mut message);
         let other = if name == condition::COMPLETE { condition::FAILED } else { condition::COMPLETE };
         self.set(other, ConditionStatus::False, reason, "");
         self.set(condition::RUNNING, ConditionStatus::False, reason, "");
-        self.set(name, ConditionStatus::True, reason, &message);
+        self.set(name, ConditionStatus::True, reason, message);
         self.status.phase = Some(if name == condition::COMPLETE { Phase::Succeeded } else { Phase::Failed });
         self.status.completion_time = Some(Time(self.now));
         self.status.stage = None;
