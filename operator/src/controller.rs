@@ -157,7 +157,9 @@ pub async fn run(shared: Shared, namespace: Option<String>) {
     let told = futures::stream::unfold(told, async |mut told| told.recv().await.map(|job| (job, told)));
     let board = Arc::new(ProgressBoard::default());
     let caches = Caches { jobs: job_store, pods };
-    let polling = poll(caches.clone(), Arc::clone(&board), shared.intervals, tell);
+    let counting = Arc::clone(&shared.telemetry);
+    let count = move |was_answered| counting.count_poll(was_answered);
+    let polling = poll(caches.clone(), Arc::clone(&board), shared.intervals, tell, count);
 
     let (store, writer) = reflector::store::<Guarded>();
     let memory = Memory::default();

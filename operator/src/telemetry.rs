@@ -35,6 +35,7 @@ pub struct Telemetry {
     passes: IntCounterVec,
     pass_duration: Histogram,
     errors: IntCounterVec,
+    polls: IntCounterVec,
     leader: IntGauge,
     heard: GaugeVec,
     last_heard: Mutex<HashMap<Watched, Instant>>,
@@ -53,6 +54,8 @@ impl Telemetry {
         };
         let passes = counters("reconcile_total", "Passes over a job by result", "result")?;
         let errors = counters("reconcile_errors_total", "Passes that failed, by what could not be done", "reason")?;
+        let polls =
+            counters("progress_polls_total", "Questions to running trainers, by whether they answered", "result")?;
         let pass_duration = Histogram::with_opts(
             HistogramOpts::new("reconcile_duration_seconds", "Seconds of a pass over a job")
                 .buckets(prometheus::exponential_buckets(0.001, 2.0, 14)?),
@@ -71,6 +74,8 @@ impl Telemetry {
         // A ratio of errors needs both before the first error.
         passes.with_label_values(&["success"]);
         passes.with_label_values(&["error"]);
+        polls.with_label_values(&["ok"]);
+        polls.with_label_values(&["error"]);
         for reason in ["observe", "apply", "status"] {
             errors.with_label_values(&[reason]);
         }
@@ -79,6 +84,7 @@ impl Telemetry {
             passes,
             pass_duration,
             errors,
+            polls,
             leader,
             heard,
             last_heard: Mutex::default(),
@@ -97,6 +103,11 @@ impl Telemetry {
     /// A pass failed.
     pub fn count_error(&self, reason: &str) {
         self.errors.with_label_values(&[reason]).inc();
+    }
+
+    /// A running trainer was asked for its progress.
+    pub fn count_poll(&self, was_answered: bool) {
+        self.polls.with_label_values(&[if was_answered { "ok" } else { "error" }]).inc();
     }
 
     /// This replica leads, or no longer.

@@ -5,7 +5,7 @@ use crds::finetunejob::Phase;
 use crds::report::Stage;
 use crds::run::PodStage;
 
-use super::{LOOK_AGAIN, Rendering};
+use super::{LOOK_AGAIN, Rendering, convert};
 use crate::decide::Step;
 use crate::facts::{JobSeen, QueueSeen};
 use crate::validate::Plan;
@@ -82,7 +82,7 @@ impl Rendering<'_> {
         // Counters in the queue's words move all the time; what they mean does not.
         let told =
             self.status.conditions.iter().find(|told| told.type_ == condition::ADMITTED && told.reason == reason);
-        let told = told.filter(|told| without_digits(&told.message) == without_digits(&message));
+        let told = told.filter(|told| convert::have_same_meaning(&told.message, &message));
         let message = told.map_or(message, |told| told.message.clone());
         self.set(condition::ADMITTED, ConditionStatus::False, reason, &message);
     }
@@ -117,8 +117,4 @@ impl Rendering<'_> {
         self.set(condition::RECONCILING, reconciling, &reason, "");
         self.set(condition::STALLED, stalled, &reason, &message);
     }
-}
-
-fn without_digits(message: &str) -> String {
-    message.chars().filter(|character| !character.is_ascii_digit()).collect()
 }
