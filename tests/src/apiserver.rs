@@ -135,6 +135,19 @@ impl ApiServer {
         self.state().store.list(kind, None).map(|(_, object)| object.clone()).collect()
     }
 
+    /// Every state that objects of a place have had, oldest first.
+    pub fn history(&self, key: &Key) -> Vec<Value> {
+        let state = self.state();
+        state.store.since(0).iter().filter(|change| change.key == *key).filter_map(|change| change.after.clone()).collect()
+    }
+
+    /// Names of all objects of a kind that were ever made, oldest first.
+    pub fn made(&self, kind: Kind) -> Vec<String> {
+        let state = self.state();
+        let made = state.store.since(0).iter().filter(|change| change.key.kind == kind && change.before.is_none());
+        made.map(|change| change.key.name.clone()).collect()
+    }
+
     /// Somebody makes an object.
     pub fn create(&self, kind: Kind, mut object: Value, author: Author) -> Result<Value, Refusal> {
         if kind == Kind::FineTuneJob {

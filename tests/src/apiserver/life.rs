@@ -34,6 +34,8 @@ pub enum Turn {
     Wait(String, String, String),
     /// Something tells of the pod: reason and sentence of a warning event, from now on every minute.
     Warn(String, String),
+    /// An init container cannot start: its name, the kubelet's reason and sentence.
+    WaitInit(String, String, String),
     /// An init container runs.
     RunInit(String),
     /// An init container ends: exit code and termination message. Any code but 0 ends the pod.

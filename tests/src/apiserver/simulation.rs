@@ -84,6 +84,19 @@ impl Simulation {
         self.condition(name, kind).1
     }
 
+    /// Every reason and message that a condition has had, in their order.
+    pub fn told(&self, name: &str, kind: &str) -> Vec<(String, String)> {
+        let mut told = Vec::new();
+        for job in self.server.history(&Key::new(Kind::FineTuneJob, NAMESPACE, name)) {
+            let conditions = job["status"]["conditions"].as_array();
+            let found = conditions.into_iter().flatten().find(|condition| condition["type"] == kind);
+            let text = |field: &str| found.map_or("", |found| found[field].as_str().unwrap_or_default()).to_owned();
+            told.push((text("reason"), text("message")));
+        }
+        told.dedup();
+        told
+    }
+
     /// Whether a FineTuneJob has ended.
     pub fn has_ended(&self, name: &str) -> bool {
         let job = self.job(name);

@@ -62,10 +62,12 @@ impl Cluster {
                 edited.expect("it was listed");
                 self.set_status(Kind::Pod, pod, |status| set_condition(status, "PodScheduled", "True", "", "", &now));
             }
-            Turn::Wait(container, reason, message) => self.set_status(Kind::Pod, pod, |status| {
-                let waiting = json!({"waiting": {"reason": reason, "message": message}});
-                set_container(status, "containerStatuses", &container, waiting);
-            }),
+            Turn::Wait(container, reason, message) => {
+                self.keep_waiting(pod, "containerStatuses", &container, &reason, &message);
+            }
+            Turn::WaitInit(container, reason, message) => {
+                self.keep_waiting(pod, "initContainerStatuses", &container, &reason, &message);
+            }
             Turn::Warn(reason, message) => {
                 self.warn(pod, Kind::Pod, &reason, &message);
                 let again = (Instant::now() + std::time::Duration::from_secs(WARN_AGAIN_SECONDS), Turn::Warn(reason, message));
@@ -123,6 +125,11 @@ impl Cluster {
             }),
             Turn::Vanish => self.forget(pod),
         }
+    }
+
+    fn keep_waiting(&self, pod: &Value, list: &str, container: &str, reason: &str, message: &str) {
+        let waiting = json!({"waiting": {"reason": reason, "message": message}});
+        self.set_status(Kind::Pod, pod, |status| set_container(status, list, container, waiting));
     }
 
     fn set_node_ready(&self, ready: &str) {
