@@ -144,7 +144,7 @@ fn check_kind(document: &Document) -> Vec<Problem> {
 }
 
 /// The CRD's own schema as JSON Schema. It is read from the committed CRD: to generate it takes four times as long.
-fn schema(scope: Scope) -> Value {
+pub fn schema(scope: Scope) -> Value {
     let crd: Value = serde_saphyr::from_str(include_str!("../finetunejobs.yaml")).expect("the committed CRD is YAML");
     let mut schema = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"].clone();
     translate(&mut schema, scope);

@@ -131,7 +131,12 @@ pub struct Shared {
     pub recorder: Recorder,
     /// Counts.
     pub telemetry: Arc<Telemetry>,
+    /// What time it is. A simulation has one of its own.
+    pub clock: Clock,
 }
+
+/// Tells the time.
+pub type Clock = Arc<dyn Fn() -> Timestamp + Send + Sync>;
 
 /// Reconciles the jobs of a namespace, or of all, until it is dropped. Nothing of it is left then.
 pub async fn run(shared: Shared, namespace: Option<String>) {
@@ -247,8 +252,8 @@ async fn pass(job: &FineTuneJob, context: &Context) -> Result<Action, Error> {
     context.caches.wait_until_ready().await;
     let before = job.status.clone().unwrap_or_default();
     let known_plan = context.memory.known_plan(job);
-    let observed = observe(&context.shared.client, &context.caches, job, known_plan, &context.board).await?; // I/O
-    let now = Timestamp::now();
+    let now = (context.shared.clock)();
+    let observed = observe(&context.shared.client, &context.caches, job, known_plan, &context.board, now).await?; // I/O
     let unplanned = Facts {
         job,
         plan: Err(&Invalid { reason: reason::PENDING, message: String::new() }),

@@ -11,6 +11,7 @@ mod warning;
 use crds::FineTuneJob;
 use crds::status::is_terminal;
 use k8s_openapi::api::core::v1::ConfigMap;
+use k8s_openapi::jiff::Timestamp;
 use kube::api::Api;
 use kube::{Client, ResourceExt};
 
@@ -53,6 +54,7 @@ pub async fn observe(
     job: &FineTuneJob,
     known_plan: Option<Plan>,
     board: &ProgressBoard,
+    now: Timestamp,
 ) -> Result<Observed, Error> {
     let status = job.status.clone().unwrap_or_default();
     let Some(newest) = status.job_refs.last() else { return Ok(Observed::default()) };
@@ -70,7 +72,7 @@ pub async fn observe(
         JobSeen::Present { uid, suspended: true, finished: false, .. } => Some(queue::queue(client, job, uid).await?),
         JobSeen::Present { .. } | JobSeen::Missing | JobSeen::Foreign => None,
     };
-    let warning = warning::warning(client, job, &attempt).await?;
+    let warning = warning::warning(client, job, &attempt, now).await?;
     let uid = job.uid().unwrap_or_default();
     let progress = attempt.pods.iter().rev().find_map(|pod| board.get(&pod.uid, &uid));
     let silence = attempt.newest_pod().and_then(|pod| board.silence(&pod.uid));

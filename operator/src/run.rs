@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Parser;
+use k8s_openapi::jiff::Timestamp;
 use kube::client::ClientBuilder;
 use kube::runtime::events::{Recorder, Reporter};
 use tokio::signal::unix::{SignalKind, signal};
@@ -128,6 +129,7 @@ async fn live(arguments: Arguments, environment: Environment) -> Result<(), anyh
             write: Duration::from_secs(arguments.progress_interval_seconds),
         },
         telemetry: std::sync::Arc::clone(&telemetry),
+        clock: std::sync::Arc::new(Timestamp::now),
     };
     let lease = arguments.leader_election.then(|| Settings {
         namespace: environment.pod_namespace.clone().unwrap_or_else(|| client.default_namespace().to_owned()),

@@ -22,6 +22,7 @@ pub(super) async fn warning(
     client: &Client,
     job: &FineTuneJob,
     attempt: &AttemptSeen,
+    now: Timestamp,
 ) -> Result<Option<Warning>, Error> {
     let about = match (attempt.newest_pod(), &attempt.job) {
         (Some(pod), _)
@@ -35,7 +36,7 @@ pub(super) async fn warning(
     let events: Api<Event> = Api::namespaced(client.clone(), &job.namespace().unwrap_or_default());
     let selected = ListParams::default().fields(&format!("involvedObject.uid={about},type=Warning")).limit(MOST);
     match events.list(&selected).await {
-        Ok(found) => Ok(newest(found.items, Timestamp::now())),
+        Ok(found) => Ok(newest(found.items, now)),
         // Without the right to read events a job still goes its way; what is in it is told less well.
         Err(kube::Error::Api(status)) if status.is_forbidden() => {
             tracing::warn!("{}: {}", job.name_any(), status.message);
