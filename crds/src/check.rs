@@ -2,6 +2,7 @@
 //! → defaults and CEL → type. The API server and a local run come to the same verdict, with two differences that
 //! [`Scope`] names.
 
+mod name;
 #[cfg(test)]
 mod tests;
 
@@ -46,7 +47,8 @@ impl std::fmt::Display for Problem {
 /// A checked job and the document that it was read from, for later messages about its fields.
 #[derive(Debug)]
 pub struct Checked {
-    /// The job, defaults applied.
+    /// The job, defaults applied. One with `metadata.generateName` has a name too: the prefix, and five characters that follow
+    /// from the document.
     pub job: FineTuneJob,
     document: Document,
 }
@@ -67,6 +69,8 @@ pub fn check(text: &str, scope: Scope) -> Result<Checked, Vec<Problem>> {
         vec![Problem { field: String::new(), line, column, message: format!("not valid YAML: {message}") }]
     })?;
     let mut problems = check_kind(&document);
+    let name = name::name_of(&document.value);
+    problems.extend(name.as_ref().err().map(|(pointer, message)| problem(&document, pointer, message)));
     if problems.is_empty() {
         let schema = schema(scope);
         problems.extend(unknown_fields(&document, &schema, &document.value, ""));
@@ -77,8 +81,9 @@ pub fn check(text: &str, scope: Scope) -> Result<Checked, Vec<Problem>> {
         problems.dedup();
         return Err(problems);
     }
-    let job: FineTuneJob = serde_json::from_value(document.value.clone())
+    let mut job: FineTuneJob = serde_json::from_value(document.value.clone())
         .map_err(|error| vec![problem(&document, "", format!("not a FineTuneJob: {error}"))])?;
+    job.metadata.name = name.ok();
     if let Err(errors) = job.validate_cel() {
         return Err(errors
             .as_slice()
@@ -132,13 +137,6 @@ fn check_kind(document: &Document) -> Vec<Problem> {
         if found != expected {
             problems.push(problem(document, &format!("/{name}"), format!("found {found}, expected {expected}")));
         }
-    }
-    let name = document.value["metadata"]["name"].as_str().unwrap_or_default();
-    let label = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-' || c == '.';
-    if name.is_empty() || !name.chars().all(label) || !name.starts_with(|c: char| c.is_ascii_alphanumeric()) {
-        let message =
-            format!("found {name:?}, expected a name of lower-case letters, digits and '-', for example support-bot");
-        problems.push(problem(document, "/metadata/name", message));
     }
     problems
 }

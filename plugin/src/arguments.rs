@@ -25,7 +25,7 @@ pub struct Arguments {
 /// What is to be done.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Check a file, apply it, and follow the job until it ends
+    /// Check a file, apply it (or create it, where it has generateName), and follow the job until it ends
     #[command(after_help = EXIT_CODES)]
     Run {
         /// A FineTuneJob in YAML; - is standard input

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crds::FineTuneJob;
 use k8s_openapi::api::core::v1::Pod;
-use kube::api::{Api, ListParams, Patch, PatchParams};
+use kube::api::{Api, ApiResource, DynamicObject, ListParams, Patch, PatchParams, PostParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::core::{DeserializeGuard, Resource as _};
 use kube::{Client, Config, ResourceExt};
@@ -118,6 +118,19 @@ impl Cluster {
         let parameters = PatchParams { field_manager: Some(FIELD_MANAGER.into()), ..PatchParams::default() };
         let patched = self.jobs().patch(name, &parameters, &patch).await;
         patched.map_err(|error| explain(&error, &self.asked("patch", "finetunejobs")))
+    }
+
+    /// A new job, which the API server names.
+    pub async fn create(&self, document: serde_json::Value) -> Result<FineTuneJob, Error> {
+        // As it was written: a FineTuneJob would bring defaults along, and we would own them.
+        let object: DynamicObject = serde_json::from_value(document)
+            .map_err(|error| Error::Broken(format!("the file is no object: {error}")))?;
+        let resource = ApiResource::erase::<FineTuneJob>(&());
+        let jobs = Api::<DynamicObject>::namespaced_with(self.client.clone(), &self.namespace, &resource);
+        let parameters = PostParams { field_manager: Some(FIELD_MANAGER.into()), ..PostParams::default() };
+        let created = jobs.create(&parameters, &object).await;
+        let created = created.map_err(|error| explain(&error, &self.asked("create", "finetunejobs")))?;
+        created.try_parse().map_err(|error| Error::Broken(format!("the API server's answer is no job: {error}")))
     }
 
     /// The newest state of the file's job, applied.

@@ -13,11 +13,20 @@ use crate::error::{Error, explain};
 use crate::outcome::outcome;
 use crate::text::{print, tell};
 
+/// Who names a job.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Name {
+    /// The file: the job is made or changed.
+    Given(String),
+    /// The API server, from `metadata.generateName`: another job is made each time.
+    Generated,
+}
+
 /// A checked job as its file has it: without defaults, so that we own no field that the user did not write.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Document {
     /// `metadata.name`
-    pub name: String,
+    pub name: Name,
     /// `metadata.namespace`
     pub namespace: Option<String>,
     value: Value,
@@ -41,8 +50,10 @@ pub fn read(path: &Path) -> Result<Document, Error> {
 fn parse(text: &str) -> Result<Document, Vec<String>> {
     let checked = check(text, crds::check::Scope::Cluster)
         .map_err(|problems| problems.iter().map(ToString::to_string).collect::<Vec<_>>())?;
-    let value = serde_saphyr::from_str(text).map_err(|error| vec![format!("1:1: {error}")])?;
-    Ok(Document { name: checked.job.name_any(), namespace: checked.job.namespace(), value })
+    let value: Value = serde_saphyr::from_str(text).map_err(|error| vec![format!("1:1: {error}")])?;
+    let named = value["metadata"]["name"].as_str().is_some_and(|name| !name.is_empty());
+    let name = if named { Name::Given(checked.job.name_any()) } else { Name::Generated };
+    Ok(Document { name, namespace: checked.job.namespace(), value })
 }
 
 /// The namespace is the file's or the command's; if both have one, it is the same.
@@ -60,10 +71,15 @@ pub fn target(document: &Document, target: &Target) -> Result<Target, Error> {
     Ok(target)
 }
 
-/// Applies the file and tells what that changed.
+/// Applies the file and tells what that changed. What the API server names is created, as `kubectl create` does it: apply has
+/// no name to find it by.
 pub async fn submit(cluster: &Cluster, mut document: Document, conflicts: Conflicts) -> Result<FineTuneJob, Error> {
-    let name = document.name.clone();
     document.value["metadata"]["namespace"] = cluster.namespace.clone().into();
+    let Name::Given(name) = document.name else {
+        let job = cluster.create(document.value).await?;
+        print(format!("{} created\n", object_name(&job.name_any())))?;
+        return Ok(job);
+    };
     let before = cluster.jobs().get_opt(&name).await;
     let before = before.map_err(|error| explain(&error, &cluster.asked("get", "finetunejobs")))?;
     let job = cluster.apply(&name, &document.value, conflicts).await?;
@@ -89,15 +105,34 @@ fn change(before: Option<&FineTuneJob>, after: &FineTuneJob) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fixture::{client, training};
 
     const MINIMAL: &str = include_str!("../../crds/examples/minimal.yaml");
 
     #[test]
     fn a_file_is_applied_as_it_was_written() {
         let document = parse(MINIMAL).expect("a job");
-        assert_eq!(document.name, "support-bot");
+        assert_eq!(document.name, Name::Given("support-bot".into()));
         let fields: Vec<&String> = document.value["spec"].as_object().expect("a map").keys().collect();
         assert_eq!(fields, ["model", "dataset", "method"], "defaults are the API server's");
+    }
+
+    #[tokio::test]
+    async fn what_the_api_server_names_is_created_each_time() {
+        let cluster = Cluster::fake(client(|request| {
+            assert_eq!(request.method(), "POST", "apply needs a name");
+            let query = request.uri().query().unwrap_or_default();
+            assert!(request.uri().path().ends_with("/namespaces/team-a/finetunejobs"), "{}", request.uri());
+            assert!(query.contains("fieldManager=kubectl-finetune"), "{query}");
+            let mut made = serde_json::to_value(training()).expect("JSON");
+            made["metadata"]["name"] = "support-bot-x7k2p".into();
+            (201, made.to_string())
+        }));
+        let document = parse(&MINIMAL.replace("name: support-bot", "generateName: support-bot-")).expect("a job");
+        assert_eq!(document.name, Name::Generated);
+        assert_eq!(document.value["metadata"], serde_json::json!({"generateName": "support-bot-"}), "ours is not sent");
+        let job = submit(&cluster, document, Conflicts::Refuse).await.expect("made");
+        assert_eq!(job.name_any(), "support-bot-x7k2p", "what is followed is what the server made");
     }
 
     #[test]
@@ -111,7 +146,7 @@ mod tests {
     #[test]
     fn two_namespaces_are_one_too_many() {
         let document = |namespace: Option<&str>| Document {
-            name: "bot".into(),
+            name: Name::Given("bot".into()),
             namespace: namespace.map(str::to_owned),
             value: Value::Null,
         };

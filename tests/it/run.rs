@@ -161,6 +161,23 @@ fn early_stopping_ends_a_run_that_no_longer_improves() {
     assert_eq!((report.step, report.total_steps), (6, 400), "{}", outcome.stderr);
 }
 
+/// `metadata.generateName`, which the API server takes: the same file is the same run, another file another one.
+#[test]
+fn a_run_whose_name_is_made_is_found_again() {
+    let job = Job::new();
+    job.edit("{name: tiny}", "{generateName: tiny-}");
+    job.edit("maxSteps: 60", "maxSteps: 2");
+    let first = succeed(&job, &["run", "job.yaml"]);
+    let again = succeed(&job, &["run", "job.yaml"]);
+    assert!(again.stdout.contains(" is finished, nothing to do"), "{}", again.stdout);
+    job.edit("maxSteps: 2", "maxSteps: 3");
+    let other = succeed(&job, &["run", "job.yaml"]);
+    assert!(!other.stdout.contains("nothing to do"), "{}", other.stdout);
+    let runs = fs::read_dir(job.path("runs")).expect("runs").flatten();
+    let names: Vec<String> = runs.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    assert!(names.len() == 2 && names.iter().all(|name| name.starts_with("tiny-")), "{names:?}\n{}", first.stderr);
+}
+
 #[test]
 fn a_split_is_the_same_every_time_and_keeps_rows_apart() {
     let job = Job::new();

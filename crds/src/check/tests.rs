@@ -285,3 +285,46 @@ fn the_kind_is_asked_for_first() {
         ]
     );
 }
+
+fn name(text: &str) -> String {
+    check(text, Scope::Local).unwrap_or_else(|problems| panic!("{problems:?}")).job.metadata.name.expect("a name")
+}
+
+/// The same command goes on with the same run; another file never does.
+#[test]
+fn a_generated_name_follows_from_what_the_file_says() {
+    let generated = MINIMAL.replace("{name: support-bot}", "{generateName: support-bot-}");
+    // In letters: a run on disk must be found by the next version too.
+    assert_eq!(name(&generated), "support-bot-r8sq8");
+    let laid_out = generated.replace("{type: LoRA}", "\n    type: LoRA # the small one");
+    assert_eq!(name(&laid_out), name(&generated), "comments and layout say nothing");
+    let other = name(&format!("{generated}  hyperparameters: {{seed: 1}}\n"));
+    assert!(other != name(&generated) && other.starts_with("support-bot-"), "{other}");
+    assert_eq!(name(&generated.replace("generateName", "name: given, generateName")), "given", "a name wins");
+    assert!(name(&generated.replace("generateName", "name: \"\", generateName")).starts_with("support-bot-"));
+    let longest = name(&generated.replace("support-bot-", &"b".repeat(47)));
+    assert_eq!(longest.len(), 52, "as long as a name may be");
+}
+
+#[test]
+fn names_are_what_the_api_server_takes() {
+    let expected = "lower-case letters, digits and '-'";
+    for (metadata, found) in [
+        ("{name: Bot}", expected),
+        ("{name: bot-}", expected),
+        ("{name: a..b}", expected),
+        ("{name: 7}", "metadata.name: found 7, "),
+        ("{}", "metadata.name: found \"\", "),
+        ("{generateName: Bot-}", "metadata.generateName: found \"Bot-\", expected a prefix of"),
+        ("{generateName: \"-\"}", expected),
+        ("{generateName: bot.}", expected),
+        (
+            "{generateName: a-prefix-that-is-so-long-that-nothing-fits-behind}",
+            "expected at most 47: 5 more are appended",
+        ),
+    ] {
+        let text = MINIMAL.replace("{name: support-bot}", metadata);
+        let told = problems(&text, Scope::Cluster);
+        assert!(told.len() == 1 && told[0].contains(found), "{metadata}: {told:?}");
+    }
+}
