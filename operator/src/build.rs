@@ -38,19 +38,34 @@ fn child_name(job: &FineTuneJob, suffix: &str) -> String {
     if name.len() + 1 + suffix.len() <= MAX_NAME {
         return format!("{name}-{suffix}");
     }
+    name_with_uid(&name, &uid, suffix)
+}
+
+fn name_with_uid(name: &str, uid: &str, suffix: &str) -> String {
     let uid = &uid[..uid.len().min(8)];
-    let kept = MAX_NAME - suffix.len() - uid.len() - 2;
+    let kept = name.len().min(MAX_NAME - suffix.len() - uid.len() - 2);
     format!("{}-{uid}-{suffix}", name[..kept].trim_end_matches(['-', '.']))
+}
+
+/// Name of what a pod mounts. A kubelet keeps what it mounts under its name, what is immutable even after it was deleted and made
+/// again: a job that is made anew under its name must not be given the old one's. (Jobs and pods are kept by their UID.)
+fn mounted_name(job: &FineTuneJob, suffix: &str) -> String {
+    name_with_uid(&job.name_any(), &job.uid().unwrap_or_default(), suffix)
 }
 
 /// Name of the ConfigMap with `run.yaml` and `plan.yaml`.
 pub fn config_map_name(job: &FineTuneJob) -> String {
+    mounted_name(job, "run")
+}
+
+/// What version 0.1 called it: a job that was accepted by that version has its plan there.
+pub fn earlier_config_map_name(job: &FineTuneJob) -> String {
     child_name(job, "run")
 }
 
 /// Name of the ConfigMap with `control.yaml`.
 pub fn control_name(job: &FineTuneJob) -> String {
-    child_name(job, "control")
+    mounted_name(job, "control")
 }
 
 /// Name of the Job of an attempt.

@@ -227,10 +227,18 @@ async fn recorded_plan(
     job: &FineTuneJob,
     digest: Option<&str>,
 ) -> Result<Result<Option<Plan>, String>, Error> {
-    let name = build::config_map_name(job);
     let maps: Api<ConfigMap> = Api::namespaced(client.clone(), &job.namespace().unwrap_or_default());
-    let failed = |source| Error::Get { kind: "ConfigMap", name: name.clone(), source: Box::new(source) };
-    let Some(map) = maps.get_opt(&name).await.map_err(failed)? else { return Ok(Ok(None)) };
+    let get = async |name: String| {
+        let found = maps.get_opt(&name).await;
+        found.map_err(|source| Error::Get { kind: "ConfigMap", name, source: Box::new(source) })
+    };
+    let map = match get(build::config_map_name(job)).await? {
+        Some(map) => map,
+        None => match get(build::earlier_config_map_name(job)).await? {
+            Some(map) => map,
+            None => return Ok(Ok(None)),
+        },
+    };
     let file = |name: &str| map.data.as_ref().and_then(|data| data.get(name)).map_or("", String::as_str);
     // Whoever may make a ConfigMap can make one that names the job as its owner; the status is the operator's alone.
     if digest != Some(digest_of_files(file(build::RUN_FILE), file(build::PLAN_FILE)).as_str()) {

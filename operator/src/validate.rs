@@ -1,6 +1,9 @@
 //! From a job and its profile to a complete plan. Pure. Nothing later reads the raw spec, except for what may be edited while
 //! the job runs: `suspend`, `stopRequested`, deadlines and the TTL.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::BTreeMap;
 
 use crds::FineTuneJob;

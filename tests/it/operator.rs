@@ -187,11 +187,14 @@ fn what_a_profile_does_not_allow_makes_no_child() {
         assert_eq!(space.jobs(name), Vec::<String>::new());
     }
     // Somebody else's object has a name that a child would get.
-    space.namespace.kubectl(&["create", "configmap", "taken-run"]);
+    space.namespace.apply(
+        "apiVersion: batch/v1\nkind: Job\nmetadata: {name: taken-prepare-1}\nspec:\n  suspend: true\n  \
+         template: {spec: {restartPolicy: Never, containers: [{name: idle, image: idle}]}}\n",
+    );
     space.job("taken", "");
     let status = space.until_reason("taken", "ChildNameTaken");
     assert_eq!(condition(&status, "Accepted")["status"], "False");
-    space.namespace.kubectl(&["delete", "configmap", "taken-run"]);
+    space.namespace.kubectl(&["delete", "job", "taken-prepare-1"]);
     space.succeeded("taken");
 }
 

@@ -344,6 +344,12 @@ spec: {{accessModes: [ReadWriteMany], storageClassName: "", volumeName: {name}-{
         live.filter_map(|pod| pod["metadata"]["name"].as_str()).map(str::to_owned).collect()
     }
 
+    /// Name of the ConfigMap with the configuration of a job.
+    pub fn config_map(&self, name: &str) -> String {
+        let job = self.get(name).unwrap_or_else(|error| panic!("{name}: {error}"));
+        format!("{name}-{}-run", &job["metadata"]["uid"].as_str().expect("a UID")[..8])
+    }
+
     /// Names of the Jobs of a job, sorted.
     pub fn jobs(&self, name: &str) -> Vec<String> {
         let selector = format!("--selector=finetune.dev/job-name={name}");

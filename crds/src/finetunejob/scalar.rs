@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 /// to convert `1e999` at all, and the user would read about the conversion instead of the bound.
 pub const DECIMAL_PATTERN: &str = r"^(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]{1,2})?$";
 /// Kubernetes quantities that are not negative.
-pub const QUANTITY_PATTERN: &str = r"^[0-9]+(\.[0-9]+)?([KMGTPE]i|[mkMGTPE])?$";
+pub const QUANTITY_PATTERN: &str = crate::quantity::PATTERN;
 /// Sources that a cluster accepts: no user or password, no white space.
 pub const CLUSTER_URI_PATTERN: &str = r"^(hf|s3|gs|az|https|pvc)://[^/@\s]+(/\S*)?$";
 /// Sources that a local run accepts: files besides. [`crate::check`] puts it in the place of [`CLUSTER_URI_PATTERN`].

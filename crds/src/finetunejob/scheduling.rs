@@ -8,6 +8,7 @@ use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::{Deserialize, Serialize};
 
 use super::scalar::{bounded_quantities, bounded_strings};
+use crate::quantity;
 
 /// A toleration that names a key: a blanket one would let a job run anywhere.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -42,7 +43,7 @@ impl JsonSchema for JobToleration {
 /// to `limits.memory` and `limits.cpu`, and needs an accelerator if one is named; of the rest it warns.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(transparent)]
-pub struct Resources(pub ResourceRequirements);
+pub struct Resources(#[serde(deserialize_with = "quantity::requirements")] pub ResourceRequirements);
 
 impl JsonSchema for Resources {
     fn inline_schema() -> bool {

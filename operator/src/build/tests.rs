@@ -185,3 +185,42 @@ fn names_fit_whatever_the_job_is_called() {
         assert_ne!(name, stage_job_name(&job, stage, number + 1));
     }
 }
+
+/// Names of what a pod mounts, by kind.
+fn mounted(objects: &[Value]) -> std::collections::BTreeSet<(String, String)> {
+    let mut names = std::collections::BTreeSet::new();
+    let mut note = |kind: &str, name: &Value| {
+        if let Some(name) = name.as_str() {
+            names.insert((kind.to_owned(), name.to_owned()));
+        }
+    };
+    for volume in objects.iter().filter_map(|object| object["spec"]["template"]["spec"]["volumes"].as_array()).flatten()
+    {
+        note("claim", &volume["persistentVolumeClaim"]["claimName"]);
+        note("map", &volume["configMap"]["name"]);
+        note("secret", &volume["secret"]["secretName"]);
+        for source in volume["projected"]["sources"].as_array().into_iter().flatten() {
+            note("map", &source["configMap"]["name"]);
+            note("secret", &source["secret"]["name"]);
+        }
+    }
+    names
+}
+
+/// A kubelet goes on serving what it mounted under a name: a job that is made anew must not get the old one's.
+#[test]
+fn a_job_made_anew_under_its_name_mounts_nothing_of_the_old_one() {
+    for name in ["support-bot", &"n".repeat(52)] {
+        let mut old = example(&json!({}));
+        old.metadata.name = Some(name.to_owned());
+        let mut new = old.clone();
+        new.metadata.uid = Some("7c1f0a3e-0d5c-4f7e-9a53-3a2b7b1f0a11".into());
+        let (old, new) = (mounted(&objects(&old)), mounted(&objects(&new)));
+        // The user's own claim has the name that the user gave it.
+        let shared: Vec<_> =
+            old.intersection(&new).filter(|(_, name)| !["datasets", "models"].contains(&name.as_str())).collect();
+        assert_eq!(shared, Vec::<&(String, String)>::new());
+        assert_eq!(old.iter().filter(|(kind, _)| kind == "map").count(), 2, "{old:?}");
+        assert!(old.iter().all(|(_, name)| name.len() <= MAX_NAME), "{old:?}");
+    }
+}

@@ -92,14 +92,14 @@ fn the_configuration_of_a_run_cannot_be_edited_and_is_made_again() {
     space.job("bot", LONG);
     space.trains("bot");
     let patch = "{\"data\": {\"plan.yaml\": \"\"}}";
-    let edit =
-        ["patch", "configmap", "bot-run", "--namespace", space.namespace.name(), "--type=merge", "--patch", patch];
+    let map = space.config_map("bot");
+    let edit = ["patch", "configmap", &map, "--namespace", space.namespace.name(), "--type=merge", "--patch", patch];
     let refused = operator.cluster.try_kubectl(&edit).expect_err("immutable");
     assert!(refused.contains("immutable"), "{refused}");
-    space.namespace.kubectl(&["delete", "configmap", "bot-run"]);
+    space.namespace.kubectl(&["delete", "configmap", &map]);
     let status = space.succeeded("bot");
     assert_eq!(artifact(&status), long_adapter());
-    assert!(space.namespace.get(&["configmap", "bot-run"]).is_ok(), "publishing needed it");
+    assert!(space.namespace.get(&["configmap", &map]).is_ok(), "publishing needed it");
 }
 
 #[test]
@@ -108,12 +108,13 @@ fn a_forged_configuration_holds_its_job_and_no_other() {
     let space = operator.workspace("forged");
     space.job("bot", LONG);
     space.trains("bot");
-    let made = space.namespace.get(&["configmap", "bot-run"]).expect("it was made");
+    let map = space.config_map("bot");
+    let made = space.namespace.get(&["configmap", &map]).expect("it was made");
     let forged = serde_json::json!({
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": {
-            "name": "bot-run",
+            "name": map,
             "labels": made["metadata"]["labels"],
             "ownerReferences": made["metadata"]["ownerReferences"],
         },
@@ -121,14 +122,14 @@ fn a_forged_configuration_holds_its_job_and_no_other() {
     });
     // The operator may be faster, and make its own again.
     wait_for("the forgery to be in place", FEW_MINUTES, || {
-        space.namespace.kubectl(&["delete", "configmap", "bot-run", "--ignore-not-found"]);
+        space.namespace.kubectl(&["delete", "configmap", &map, "--ignore-not-found"]);
         operator.cluster.try_apply(space.namespace.name(), &forged.to_string())
     });
     // An owner reference proves nothing: no pod is made to read it.
     space.until_reason("bot", "ChildNameTaken");
     space.job("next", SHORT);
     space.succeeded("next");
-    space.namespace.kubectl(&["delete", "configmap", "bot-run"]);
+    space.namespace.kubectl(&["delete", "configmap", &map]);
     space.succeeded("bot");
 }
 

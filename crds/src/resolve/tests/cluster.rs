@@ -74,6 +74,16 @@ fn a_cluster_refuses_with_the_reason_of_the_condition() {
     }
 }
 
+/// The API server takes `nvidia.com/gpu: 1`; a job that it takes must be one to the operator.
+#[test]
+fn a_quantity_of_a_job_may_be_a_number() {
+    let config = in_cluster(&json!({"resources": {"limits": {"nvidia.com/gpu": 1, "memory": "64e9", "cpu": "1k"}}}));
+    let resources = config.expect("supported").resources;
+    assert_eq!(resources.memory_bytes, Some(64_000_000_000));
+    assert!(resources.accelerator);
+    assert_eq!(resources.cpus, Some(1000.0));
+}
+
 #[test]
 fn a_limit_of_the_job_does_away_with_the_request_of_the_profile() {
     let mut job = base();

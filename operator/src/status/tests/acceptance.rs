@@ -71,7 +71,7 @@ fn a_plan_that_this_version_does_not_understand_holds_a_job_until_one_does() {
 fn what_is_in_the_way_of_a_word_to_stop_stops_nothing_else() {
     let world = training(&json!({"activeDeadlineSeconds": 100}));
     let plan = validate(&world.job, &profiles()).expect("valid");
-    let applied = Applied { name_taken: Some("ConfigMap bot-control".into()), ..Applied::default() };
+    let applied = Applied { name_taken: Some("ConfigMap bot-0b8e1c9e-control".into()), ..Applied::default() };
     let next = |seconds| {
         let now = world.now + k8s_openapi::jiff::SignedDuration::from_secs(seconds);
         next_status(&world.job, Ok(&plan), &world.observed, &applied, TIMING, now).status

@@ -1,0 +1,131 @@
+//! Profiles from a file. What the schema of a profile cannot say is checked here besides.
+
+use jsonschema::error::ValidationErrorKind as Kind;
+use schemars::{Schema, SchemaGenerator, json_schema};
+use serde_json::Value;
+
+use super::Profiles;
+use crate::quantity;
+
+/// Why a file of profiles was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Not YAML, or other fields than those of a profile.
+    #[error(transparent)]
+    Yaml(#[from] serde_saphyr::Error),
+    /// A price that no cost can be told from.
+    #[error("{profile}.pricePerHour: found {price}, expected a number that is not negative")]
+    Price {
+        /// The profile.
+        profile: String,
+        /// Its price.
+        price: f64,
+    },
+    /// What a field may not say.
+    #[error("{field}: found {found}, expected {expected}")]
+    Field {
+        /// The profile and its field.
+        field: String,
+        /// What it says.
+        found: String,
+        /// What it may say.
+        expected: String,
+    },
+}
+
+/// The JSON Schema of a file of profiles.
+pub fn schema() -> Value {
+    schemars::schema_for!(Profiles).to_value()
+}
+
+/// Reads a file of profiles.
+pub fn parse(text: &str) -> Result<Profiles, Error> {
+    let profiles: Profiles = serde_saphyr::from_str(text)?;
+    for (name, profile) in &profiles {
+        // YAML has NaN and infinity; JSON, which the schema is for, has neither.
+        if let Some(price) = profile.price_per_hour.filter(|price| !(price.is_finite() && *price >= 0.0)) {
+            return Err(Error::Price { profile: name.clone(), price });
+        }
+    }
+    let file: Value = serde_saphyr::from_str(text)?;
+    let validator = jsonschema::validator_for(&schema()).expect("what types generate is a schema");
+    match validator.iter_errors(&file).next() {
+        Some(error) => Err(refusal(&error)),
+        None => Ok(profiles),
+    }
+}
+
+fn refusal(error: &jsonschema::ValidationError) -> Error {
+    let steps = error.instance_path().to_string();
+    let steps: Vec<String> = steps.split('/').skip(1).map(|step| step.replace("~1", "/").replace("~0", "~")).collect();
+    Error::Field {
+        field: steps.join("."),
+        found: error.instance().to_string(),
+        expected: match error.kind() {
+            Kind::Pattern { pattern } if pattern == quantity::PATTERN => quantity::EXPECTED.into(),
+            Kind::Pattern { pattern } => format!("text that matches {pattern}"),
+            Kind::Enum { options } => {
+                let words = options.as_array().into_iter().flatten().filter_map(Value::as_str);
+                format!("one of {}", words.collect::<Vec<_>>().join(", "))
+            }
+            Kind::MinLength { .. } => "text that is not empty".into(),
+            Kind::Minimum { limit } => format!("a number from {limit}"),
+            _ => format!("something else: {error}"),
+        },
+    }
+}
+
+/// What Kubernetes knows as policies of pulling an image.
+pub(super) fn pull_policy(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({"enum": ["Always", "IfNotPresent", "Never", null]})
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::ANY;
+    use super::*;
+
+    #[test]
+    fn a_file_of_profiles_is_read_or_refused() {
+        let text = "default: {pricePerHour: 0.10}\na100: {allowed: {sourcePrefixes: [\"hf://\"]}}\n";
+        let profiles = parse(text).expect("valid");
+        assert_eq!(profiles["default"].price_per_hour, Some(0.10));
+        assert_eq!(profiles["a100"].allowed.source_prefixes, ["hf://"]);
+        assert_eq!(profiles["a100"].allowed.queues, [ANY], "what a profile does not name keeps its default");
+        for (fields, expected) in [
+            ("pricePerHour: .nan", "default.pricePerHour: found NaN"),
+            ("pricePerHour: .inf", "default.pricePerHour: found inf"),
+            ("pricePerHour: -1", "default.pricePerHour: found -1"),
+            ("price: 1", "price"),
+            ("resources: {limit: {memory: 1Gi}}", "limit"),
+            ("maxResources: {memory: lots}", "default.maxResources.memory: found \"lots\", expected a quantity"),
+            (
+                "maxResources: {nvidia.com/gpu: -1}",
+                "default.maxResources.nvidia.com/gpu: found -1, expected a number from 0",
+            ),
+            ("resources: {requests: {memory: 64 GB}}", "default.resources.requests.memory: found \"64 GB\""),
+            ("cpuResources: {limits: {cpu: two}}", "default.cpuResources.limits.cpu: found \"two\""),
+            ("storage: {size: big}", "default.storage.size: found \"big\""),
+            ("acceleratorMemory: 80 GB", "default.acceleratorMemory: found \"80 GB\""),
+            ("imagePullPolicy: Sometimes", "default.imagePullPolicy: found \"Sometimes\", expected one of Always"),
+            ("image: ''", "default.image: found \"\", expected text that is not empty"),
+            ("hub: {endpoint: hub.example}", "default.hub.endpoint: found \"hub.example\""),
+            ("terminationGracePeriodSeconds: -1", "default.terminationGracePeriodSeconds: found -1"),
+        ] {
+            let error = parse(&format!("default: {{{fields}}}")).expect_err(fields).to_string();
+            assert!(error.contains(expected), "{fields}: {error}");
+        }
+    }
+
+    /// As every manifest of a pod writes them.
+    #[test]
+    fn quantities_are_text_or_numbers() {
+        let text = "default: {resources: {limits: {nvidia.com/gpu: 1, cpu: 0.5, memory: 64e9}}, maxResources: {memory: '128e9'}, storage: {size: 50000000000}}";
+        let profile = &parse(text).unwrap_or_else(|error| panic!("{error}"))["default"];
+        let limits = profile.resources.limits.clone().unwrap_or_default();
+        let limit = |name: &str| limits[name].0.as_str();
+        assert_eq!((limit("nvidia.com/gpu"), limit("cpu"), limit("memory")), ("1", "0.5", "64000000000"));
+        assert_eq!(profile.max_resources["memory"].0, "128e9");
+        assert_eq!(profile.storage.size.as_deref(), Some("50000000000"));
+    }
+}
