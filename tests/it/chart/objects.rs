@@ -295,7 +295,7 @@ fn the_operator_reads_the_profiles_of_every_set_of_values() {
         }
     }
     let schema = parse(&read(&chart().join("values.schema.json")));
-    let typed = schema["definitions"]["profile"]["properties"].as_object().expect("fields").keys().cloned();
+    let typed = schema["$defs"]["Profile"]["properties"].as_object().expect("fields").keys().cloned();
     assert_eq!(typed.collect::<BTreeSet<_>>(), fields, "full-values.yaml sets every field of a profile");
 }
 

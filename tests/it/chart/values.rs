@@ -88,7 +88,7 @@ fn the_values_schema_is_closed() {
         if object && !closed {
             open.push(path.to_owned());
         }
-        for group in ["properties", "definitions"] {
+        for group in ["properties", "definitions", "$defs"] {
             for (name, below) in schema[group].as_object().into_iter().flatten() {
                 walk(below, &format!("{path}.{name}"), open);
             }
@@ -128,8 +128,8 @@ fn wrong_values_are_refused_with_their_place() {
         ("watchNamespaces={Team}", "at '/watchNamespaces/0'"),
         ("profiles.default.imgae=x", "at '/profiles/default': additional properties 'imgae' not allowed"),
         (
-            "profiles.default.resources.limits.cpu=4",
-            "at '/profiles/default/resources/limits/cpu': got number, want string",
+            "profiles.default.resources.limits.cpu=four",
+            "at '/profiles/default/resources/limits/cpu': 'four' does not match pattern",
         ),
         ("profiles.default.storage.size=many", "at '/profiles/default/storage/size'"),
         ("profiles.default.allowed.images={x}", "at '/profiles/default/allowed'"),
