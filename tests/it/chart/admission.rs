@@ -261,7 +261,7 @@ fn a_volume_has_a_size_and_a_class_that_are_allowed() {
             "{checkpoint: {everySteps: 3}}",
             "{checkpoint: {storage: {size: 1Ti}}}",
             "{checkpoint: {storage: {size: 1000G}}}",
-            "{checkpoint: {storage: {size: 1e12}}}",
+            "{checkpoint: {storage: {size: \"1e12\"}}}",
         ],
         &[
             ("{checkpoint: {storage: {size: 900Ti}}}", "spec.checkpoint.storage.size: at most 1Ti is allowed here"),

@@ -119,12 +119,12 @@ fn no_two_releases_serve_one_namespace() {
     taken(watch("second", "install", "team-c"));
     refused(watch("second", "upgrade", "team-c,team-a"), &["serves team-a already"]);
     refused(
-        server.helm("upgrade", "first", &[]),
+        server.helm("upgrade", "first", &["--reset-values"]),
         &["the release second of the namespace second serves team-c already"],
     );
-    taken(server.helm("upgrade", "first", &["--set", "checkOtherReleases=false"]));
+    taken(server.helm("upgrade", "first", &["--reset-values", "--set", "checkOtherReleases=false"]));
     server.uninstall("second");
-    taken(server.helm("upgrade", "first", &[]));
+    taken(server.helm("upgrade", "first", &["--reset-values"]));
 }
 
 /// Who may do nothing outside of his namespace is told what is asked for, and how to do without.

@@ -140,6 +140,12 @@ fn wrong_values_are_refused_with_their_place() {
         ("serviceAccount.create=false", "name the account to use in serviceAccount.name"),
         ("metrics.serviceMonitor.enabled=true,metrics.service.enabled=false", "needs metrics.service.enabled"),
         ("admissionPolicy.enabled=true,admissionPolicy.maxAcceleratorsPerJob=null", "without a rule"),
+        ("admissionPolicy.enabled=true,admissionPolicy.maxStorageSize=big", "at '/admissionPolicy/maxStorageSize'"),
+        (
+            "admissionPolicy.enabled=true,admissionPolicy.tenants[0].name=a,admissionPolicy.tenants[0].namespaceSelector.matchLabels.team=a",
+            "admissionPolicy.tenants: a has no rule",
+        ),
+        ("childPolicy.editors={it's}", "at '/childPolicy/editors/0'"),
     ] {
         let said = template(&["--set", set]).expect_err(set);
         assert!(said.contains(expected), "{set}: expected {expected:?} in {said}");
