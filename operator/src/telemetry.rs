@@ -1,33 +1,35 @@
 //! Logs, `/metrics`, `/healthz` and `/readyz`. The series of jobs are read from the caches when they are asked for: a job that is
 //! gone has none.
 
+mod hearing;
 mod series;
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::routing::get;
-use k8s_openapi::jiff::Timestamp;
+use crds::FineTuneJob;
+use kube::core::DeserializeGuard;
+use kube::runtime::reflector::Store;
 use prometheus::{GaugeVec, Histogram, HistogramOpts, IntCounterVec, IntGauge, Opts, Registry, TextEncoder};
 
+use self::hearing::Ear;
+pub use self::hearing::{Hearing, HearingLayer};
 use crate::caches::{Guarded, JobStore};
 
-/// Kinds that are watched; each has to be heard of.
-pub const WATCHED: [&str; 3] = ["finetunejobs", "jobs", "pods"];
 /// A watch asks anew every 200 s. One that has had no answer for so long is stuck.
 pub const STUCK_AFTER: Duration = Duration::from_mins(10);
 /// A process that cannot mend its watches for so long is to be replaced.
 const DEAD_AFTER: Duration = Duration::from_mins(20);
 
-/// A kind, and the namespace in which it is watched; `None` for all.
-type Watched = (&'static str, Option<String>);
+/// A cache of jobs; a job that does not parse has no series.
+type JobStore = Store<DeserializeGuard<FineTuneJob>>;
 
 /// What the operator tells about itself and its jobs.
 pub struct Telemetry {
@@ -37,8 +39,7 @@ pub struct Telemetry {
     errors: IntCounterVec,
     polls: IntCounterVec,
     leader: IntGauge,
-    heard: GaugeVec,
-    last_heard: Mutex<HashMap<Watched, Instant>>,
+    ear: Ear,
     leads: AtomicBool,
     started: Instant,
     stores: Mutex<HashMap<Option<String>, JobStore>>,
@@ -68,6 +69,14 @@ impl Telemetry {
             &["kind", "watched_namespace"],
         )?;
         registry.register(Box::new(heard.clone()))?;
+        let refused = GaugeVec::new(
+            Opts::new(
+                "namespace_refused",
+                "1 if the API server refuses every list of a namespace that is to be served",
+            ),
+            &["watched_namespace"],
+        )?;
+        registry.register(Box::new(refused.clone()))?;
         let build = GaugeVec::new(Opts::new("build_info", "1, with the version as label"), &["version"])?;
         build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1.0);
         registry.register(Box::new(build))?;
@@ -86,8 +95,7 @@ impl Telemetry {
             errors,
             polls,
             leader,
-            heard,
-            last_heard: Mutex::default(),
+            ear: Ear::new(heard, refused),
             leads: AtomicBool::new(false),
             started: Instant::now(),
             stores: Mutex::default(),
@@ -116,12 +124,13 @@ impl Telemetry {
         self.leads.store(leads, Ordering::Relaxed);
         if !leads {
             self.stores().clear();
-            self.last_heard().clear();
+            self.ear.forget();
         }
     }
 
     /// The jobs whose series are told.
     pub fn add_store(&self, namespace: Option<String>, store: JobStore) {
+        self.ear.listen_to(namespace.as_deref());
         self.stores().insert(namespace, store);
     }
 
@@ -129,41 +138,21 @@ impl Telemetry {
         self.stores.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn last_heard(&self) -> MutexGuard<'_, HashMap<Watched, Instant>> {
-        self.last_heard.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn hear(&self, watched: Watched) {
-        let labels = [watched.0, watched.1.as_deref().unwrap_or_default()];
-        self.heard.with_label_values(&labels).set(Timestamp::now().as_second() as f64);
-        self.last_heard().insert(watched, Instant::now());
-    }
-
     /// The longest silence of what is watched, since this replica leads.
     pub fn silence(&self) -> Duration {
-        let heard = self.last_heard();
-        if !self.leads.load(Ordering::Relaxed) {
-            return Duration::ZERO;
-        }
-        heard.values().map(Instant::elapsed).max().unwrap_or_default()
+        if self.leads.load(Ordering::Relaxed) { self.ear.silence() } else { Duration::ZERO }
     }
 
-    /// Whether every kind was heard of in every namespace, or another replica leads.
+    /// Whether every kind was heard of in every namespace that is there, or another replica leads.
     fn is_ready(&self) -> bool {
-        if !self.leads.load(Ordering::Relaxed) {
-            return true;
-        }
-        let (namespaces, heard) = (self.stores(), self.last_heard());
-        let is_heard =
-            |namespace: &Option<String>| WATCHED.iter().all(|kind| heard.contains_key(&(*kind, namespace.clone())));
-        !namespaces.is_empty() && namespaces.keys().all(is_heard)
+        !self.leads.load(Ordering::Relaxed) || self.ear.has_heard_all(self.stores().keys())
     }
 
     fn text(&self) -> Result<String, prometheus::Error> {
         let mut families = self.registry.gather();
         families.extend(prometheus::gather());
         let mut text = TextEncoder::new().encode_to_string(&families)?;
-        let jobs: Vec<Arc<Guarded>> = self.stores().values().flat_map(JobStore::state).collect();
+        let jobs: Vec<Arc<DeserializeGuard<FineTuneJob>>> = self.stores().values().flat_map(JobStore::state).collect();
         let jobs: Vec<_> = jobs.iter().filter_map(|guarded| guarded.0.as_ref().ok()).collect();
         series::write(&mut text, &jobs);
         Ok(text)
@@ -203,66 +192,6 @@ async fn readyz(State(telemetry): State<Arc<Telemetry>>) -> (StatusCode, String)
     }
     let waited = telemetry.started.elapsed().as_secs();
     (StatusCode::SERVICE_UNAVAILABLE, format!("not every kind was heard of, {waited} s after the start\n"))
-}
-
-/// Notes every list and watch that the API server answers well: the only place where a watch that is silent for good can be
-/// told from one that has nothing to say.
-#[derive(Clone)]
-pub struct HearingLayer(pub Arc<Telemetry>);
-
-impl<S> tower::Layer<S> for HearingLayer {
-    type Service = Hearing<S>;
-
-    fn layer(&self, inner: S) -> Hearing<S> {
-        Hearing { inner, telemetry: Arc::clone(&self.0) }
-    }
-}
-
-/// See [`HearingLayer`].
-#[derive(Clone)]
-pub struct Hearing<S> {
-    inner: S,
-    telemetry: Arc<Telemetry>,
-}
-
-impl<S, A, B> tower::Service<http::Request<A>> for Hearing<S>
-where
-    S: tower::Service<http::Request<A>, Response = http::Response<B>>,
-    S::Future: Send + 'static,
-    B: Send + 'static,
-{
-    type Response = S::Response;
-    type Error = S::Error;
-    type Future = std::pin::Pin<Box<dyn Future<Output = Result<S::Response, S::Error>> + Send>>;
-
-    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        self.inner.poll_ready(context)
-    }
-
-    fn call(&mut self, request: http::Request<A>) -> Self::Future {
-        let watched = watched(request.uri().path()).filter(|_| request.method() == http::Method::GET);
-        let (telemetry, answer) = (Arc::clone(&self.telemetry), self.inner.call(request));
-        Box::pin(async move {
-            let answer = answer.await?;
-            if let Some(watched) = watched.filter(|_| answer.status().is_success()) {
-                telemetry.hear(watched);
-            }
-            Ok(answer)
-        })
-    }
-}
-
-/// What a collection's path asks for: it ends in the kind, after the namespace if it is of one.
-fn watched(path: &str) -> Option<Watched> {
-    let mut parts = path.rsplit('/');
-    let last = parts.next()?;
-    let kind = WATCHED.into_iter().find(|kind| *kind == last)?;
-    match (parts.next(), parts.next()) {
-        // One namespace, of that name.
-        (Some("namespaces"), _) => None,
-        (Some(namespace), Some("namespaces")) => Some((kind, Some(namespace.to_owned()))),
-        _ => Some((kind, None)),
-    }
 }
 
 /// How logs are written.
@@ -329,35 +258,5 @@ mod tests {
         }
         writer.apply_watcher_event(&kube::runtime::watcher::Event::Delete(guarded));
         assert!(!telemetry.text().expect("text").contains("finetunejob_"), "its series go with it");
-    }
-
-    #[test]
-    fn health_is_hearing() {
-        let telemetry = Telemetry::new().expect("series register");
-        assert!(telemetry.is_ready(), "a standby waits");
-        telemetry.set_leader(true);
-        assert!(!telemetry.is_ready(), "nothing is watched yet");
-        let namespaces = ["a", "b"].map(|namespace| Some(namespace.to_owned()));
-        for namespace in &namespaces {
-            telemetry.add_store(namespace.clone(), kube::runtime::reflector::store().0);
-            assert!(!telemetry.is_ready());
-            for kind in WATCHED {
-                telemetry.hear((kind, namespace.clone()));
-            }
-        }
-        assert!(telemetry.is_ready() && telemetry.silence() < Duration::from_secs(5));
-        let long_ago = Instant::now().checked_sub(Duration::from_mins(15)).expect("a machine that runs for longer");
-        telemetry.last_heard().insert(("pods", Some("a".to_owned())), long_ago);
-        assert!(telemetry.silence() > STUCK_AFTER, "one kind that is silent in one namespace is enough");
-        telemetry.set_leader(false);
-        assert_eq!(telemetry.silence(), Duration::ZERO);
-    }
-
-    #[test]
-    fn a_collection_is_told_by_its_path() {
-        assert_eq!(watched("/api/v1/pods"), Some(("pods", None)));
-        assert_eq!(watched("/apis/batch/v1/namespaces/team/jobs"), Some(("jobs", Some("team".to_owned()))));
-        assert_eq!(watched("/apis/batch/v1/namespaces/team/jobs/bot-train-1"), None);
-        assert_eq!(watched("/api/v1/namespaces/jobs"), None, "a namespace of that name is none");
     }
 }

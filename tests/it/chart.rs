@@ -1,8 +1,11 @@
 //! The Helm chart: that its generated parts are current, what it renders, and what its values refuse.
 
+mod admission;
 pub mod alerts;
 pub mod dashboards;
+mod install;
 mod objects;
+mod profiles;
 pub mod series;
 mod values;
 
@@ -42,10 +45,14 @@ fn made_by(script: &str) -> PathBuf {
     PathBuf::from(printed.lines().last().unwrap_or_else(|| panic!("{script} printed no path")))
 }
 
-/// A program that is built with the test cluster: helm, promtool.
-fn built(program: &str) -> Command {
+/// Where a program is that is built with the test cluster: helm, kubectl, promtool.
+fn program(name: &str) -> PathBuf {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
-    Command::new(FOLDER.get_or_init(|| made_by("tests/cluster/build.sh")).join("bin").join(program))
+    FOLDER.get_or_init(|| made_by("tests/cluster/build.sh")).join("bin").join(name)
+}
+
+fn built(name: &str) -> Command {
+    Command::new(program(name))
 }
 
 /// What `helm template` says.

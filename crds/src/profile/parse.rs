@@ -37,7 +37,23 @@ pub enum Error {
 
 /// The JSON Schema of a file of profiles.
 pub fn schema() -> Value {
-    schemars::schema_for!(Profiles).to_value()
+    let mut schema = schemars::schema_for!(Profiles).to_value();
+    close(&mut schema);
+    schema
+}
+
+/// Kubernetes' own types take any field besides theirs: a misspelt one would be ignored without a word.
+fn close(schema: &mut Value) {
+    match schema {
+        Value::Object(map) => {
+            if map.get("properties").is_some_and(Value::is_object) && !map.contains_key("additionalProperties") {
+                map.insert("additionalProperties".into(), false.into());
+            }
+            map.values_mut().for_each(close);
+        }
+        Value::Array(items) => items.iter_mut().for_each(close),
+        _ => {}
+    }
 }
 
 /// Reads a file of profiles.
@@ -97,6 +113,7 @@ fn refusal(error: &jsonschema::ValidationError) -> Error {
             Kind::Not { .. } => words::RESERVED.into(),
             Kind::MinLength { .. } => "text that is not empty".into(),
             Kind::Minimum { limit } => format!("a number from {limit}"),
+            Kind::AdditionalProperties { unexpected } => format!("nothing named {}", unexpected.join(", ")),
             _ => format!("something else: {error}"),
         },
     }
@@ -151,6 +168,10 @@ mod tests {
                 "default.environment: found SSL_CERT_FILE",
             ),
             ("caBundle: {configMapName: c}", "key"),
+            (
+                "tolerations: [{kye: nvidia.com/gpu}]",
+                "default.tolerations.0: found {\"kye\":\"nvidia.com/gpu\"}, expected nothing named kye",
+            ),
             ("terminationGracePeriodSeconds: -1", "default.terminationGracePeriodSeconds: found -1"),
         ] {
             let error = parse(&format!("default: {{{fields}}}")).expect_err(fields).to_string();

@@ -4,10 +4,13 @@
 use std::fmt::Write as _;
 
 use crds::FineTuneJob;
-use crds::condition;
+use crds::condition::{self, reason};
 use crds::finetunejob::{FineTuneJobStatus, Phase};
+use crds::run::PodStage;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::ResourceExt;
+
+use crate::build::MANAGER;
 
 /// A gauge of every job.
 struct Family {
@@ -19,7 +22,7 @@ struct Family {
     samples: fn(&FineTuneJob, &mut dyn FnMut(&[&str], f64)),
 }
 
-const FAMILIES: [Family; 9] = [
+const FAMILIES: [Family; 11] = [
     Family {
         name: "info",
         help: "1, with what is trained as labels",
@@ -111,7 +114,53 @@ const FAMILIES: [Family; 9] = [
         labels: &[],
         samples: |job, tell| tell_time(time(job, |status| status.completion_time.as_ref()), tell),
     },
+    Family {
+        name: "waiting_since_timestamp_seconds",
+        help: "Since when a job waits, with what it waits for",
+        labels: &["reason"],
+        samples: |job, tell| {
+            if let Some((reason, since)) = waits(job) {
+                tell(&[reason], since.0.as_second() as f64);
+            }
+        },
+    },
+    Family {
+        name: "last_report_timestamp_seconds",
+        help: "When a training pod that runs was last heard of, or else began to run",
+        labels: &[],
+        samples: |job, tell| tell_time(time(job, last_report), tell),
+    },
 ];
+
+/// Why and since when a job that has not ended does not run: by the first condition, in the order of a job's life, that holds
+/// it. A condition's time moves with its status, so that the wait goes on where only the reason changes.
+fn waits(job: &FineTuneJob) -> Option<(&str, &Time)> {
+    if job.spec.managed_by.as_deref().is_some_and(|manager| manager != MANAGER) {
+        return None;
+    }
+    let conditions = job.status.as_ref().map_or(&[][..], |status| &status.conditions);
+    if conditions.is_empty() {
+        return Some((reason::PENDING, job.metadata.creation_timestamp.as_ref()?));
+    }
+    let has = |condition: &str, statuses: &[&str]| {
+        conditions.iter().find(|found| found.type_ == condition && statuses.contains(&found.status.as_str()))
+    };
+    if has(condition::COMPLETE, &["True"]).or(has(condition::FAILED, &["True"])).is_some() {
+        return None;
+    }
+    let held = has(condition::SUSPENDED, &["True"])
+        .or_else(|| has(condition::ACCEPTED, &["False"]))
+        .or_else(|| has(condition::ADMITTED, &["False"]))
+        .or_else(|| has(condition::RUNNING, &["False", "Unknown"]))?;
+    Some((&held.reason, &held.last_transition_time))
+}
+
+fn last_report(status: &FineTuneJobStatus) -> Option<&Time> {
+    let running = status.conditions.iter().find(|one| one.type_ == condition::RUNNING && one.status == "True")?;
+    let told = status.progress.as_ref().and_then(|progress| progress.last_report_time.as_ref());
+    (status.stage == Some(PodStage::Train))
+        .then(|| told.map_or(&running.last_transition_time, |told| told.max(&running.last_transition_time)))
+}
 
 fn time(job: &FineTuneJob, of: impl FnOnce(&FineTuneJobStatus) -> Option<&Time>) -> Option<&Time> {
     job.status.as_ref().and_then(of)
@@ -198,6 +247,83 @@ mod tests {
         }
         assert_eq!(text.matches("# TYPE finetunejob_info gauge\n").count(), 1);
         assert!(!text.contains("completion_timestamp"), "a family without samples is none");
+    }
+
+    fn samples(job: &FineTuneJob, family: &str) -> String {
+        let mut text = String::new();
+        write(&mut text, &[job]);
+        let of_family = text.lines().filter(|line| line.starts_with(&format!("finetunejob_{family}{{")));
+        let labels_and_value =
+            of_family.filter_map(|line| line.split_once("finetunejob=\"bot\"")).map(|(_, rest)| rest);
+        labels_and_value.collect::<Vec<_>>().join("; ")
+    }
+
+    /// Conditions as `type=status/reason`, each a second after the one before.
+    fn with_conditions(conditions: &[&str], more: serde_json::Value) -> FineTuneJob {
+        let conditions = conditions.iter().enumerate().map(|(second, text)| {
+            let (name, rest) = text.split_once('=').expect("a condition");
+            let (status, reason) = rest.split_once('/').expect("a reason");
+            let time = format!("1970-01-01T00:00:0{}Z", second + 1);
+            serde_json::json!({"type": name, "status": status, "reason": reason, "message": "", "lastTransitionTime": time})
+        });
+        let mut status = more;
+        status["conditions"] = conditions.collect();
+        job("bot", status)
+    }
+
+    #[test]
+    fn a_job_waits_for_what_holds_it_first_and_since_that_held_it() {
+        for (conditions, expected) in [
+            (&["Accepted=False/ProfileNotFound", "Running=Unknown/Pending"][..], "ProfileNotFound\"} 1"),
+            (
+                &["Accepted=True/Resolved", "Admitted=False/WaitingForQuota", "Running=False/Pending"],
+                "WaitingForQuota\"} 2",
+            ),
+            (&["Accepted=True/Resolved", "Admitted=True/NoQueue", "Running=False/Unschedulable"], "Unschedulable\"} 3"),
+            (&["Accepted=True/Resolved", "Running=Unknown/NodeLost"], "NodeLost\"} 2"),
+            (
+                &["Accepted=True/Resolved", "Suspended=True/SuspendedByUser", "Running=False/SuspendedByUser"],
+                "SuspendedByUser\"} 2",
+            ),
+        ] {
+            let told = samples(&with_conditions(conditions, serde_json::json!({})), "waiting_since_timestamp_seconds");
+            assert_eq!(told, format!(",reason=\"{expected}"), "{conditions:?}");
+        }
+        for conditions in [
+            &["Accepted=True/Resolved", "Running=True/PodRunning"][..],
+            &["Accepted=False/PlanLost", "Failed=True/PlanLost"],
+            &["Running=False/Pending", "Complete=True/Published"],
+        ] {
+            let told = samples(&with_conditions(conditions, serde_json::json!({})), "waiting_since_timestamp_seconds");
+            assert_eq!(told, "", "{conditions:?}");
+        }
+        let mut new = job("bot", serde_json::Value::Null);
+        new.metadata.creation_timestamp =
+            serde_json::from_value(serde_json::json!("1970-01-01T00:00:07Z")).expect("a time");
+        assert_eq!(
+            samples(&new, "waiting_since_timestamp_seconds"),
+            ",reason=\"Pending\"} 7",
+            "nobody has looked at it yet"
+        );
+        new.spec.managed_by = Some("kueue.x-k8s.io/multikueue".into());
+        assert_eq!(samples(&new, "waiting_since_timestamp_seconds"), "", "it waits for somebody else");
+    }
+
+    #[test]
+    fn the_last_word_of_a_training_pod_is_its_own() {
+        let runs = ["Running=True/PodRunning"];
+        for (conditions, stage, told, expected) in [
+            (&runs[..], "train", Some("1970-01-01T00:00:09Z"), "} 9"),
+            (&runs, "train", None, "} 1"),
+            // What an earlier attempt told.
+            (&["Accepted=True/Resolved", runs[0]], "train", Some("1970-01-01T00:00:01Z"), "} 2"),
+            (&runs, "publish", Some("1970-01-01T00:00:09Z"), ""),
+            (&["Running=False/Preempted"], "train", Some("1970-01-01T00:00:09Z"), ""),
+        ] {
+            let progress = serde_json::json!({"step": 1, "totalSteps": 2, "summary": "1/2", "lastReportTime": told});
+            let job = with_conditions(conditions, serde_json::json!({"stage": stage, "progress": progress}));
+            assert_eq!(samples(&job, "last_report_timestamp_seconds"), expected, "{conditions:?} {stage} {told:?}");
+        }
     }
 
     #[test]

@@ -83,9 +83,11 @@ fn each_switch_adds_or_removes_its_objects() {
         "RoleBinding finetune-system/finetune-operator-leader",
         "Service finetune-system/finetune-operator-metrics",
         "ServiceAccount finetune-system/finetune-operator",
+        "ValidatingAdmissionPolicy finetune-operator-children",
+        "ValidatingAdmissionPolicyBinding finetune-operator-children",
     ];
     assert_eq!(default.iter().map(String::as_str).collect::<Vec<_>>(), expected);
-    let expected: [(&str, &[&str], &[&str]); 10] = [
+    let expected: [(&str, &[&str], &[&str]); 12] = [
         (
             "rbac.create=false",
             &[],
@@ -135,6 +137,20 @@ fn each_switch_adds_or_removes_its_objects() {
             "admissionPolicy.enabled=true",
             &["ValidatingAdmissionPolicy finetune-operator", "ValidatingAdmissionPolicyBinding finetune-operator"],
             &[],
+        ),
+        (
+            "admissionPolicy.enabled=true,admissionPolicy.maxAcceleratorsPerJob=null,admissionPolicy.tenants[0].name=a,\
+             admissionPolicy.tenants[0].namespaceSelector.matchLabels.team=a,admissionPolicy.tenants[0].allowedProfiles[0]=p",
+            &["ValidatingAdmissionPolicy finetune-operator-a", "ValidatingAdmissionPolicyBinding finetune-operator-a"],
+            &[],
+        ),
+        (
+            "childPolicy.enabled=false",
+            &[],
+            &[
+                "ValidatingAdmissionPolicy finetune-operator-children",
+                "ValidatingAdmissionPolicyBinding finetune-operator-children",
+            ],
         ),
     ];
     for (set, added, removed) in expected {
@@ -295,7 +311,7 @@ fn the_operator_reads_the_profiles_of_every_set_of_values() {
         }
     }
     let schema = parse(&read(&chart().join("values.schema.json")));
-    let typed = schema["definitions"]["profile"]["properties"].as_object().expect("fields").keys().cloned();
+    let typed = schema["$defs"]["Profile"]["properties"].as_object().expect("fields").keys().cloned();
     assert_eq!(typed.collect::<BTreeSet<_>>(), fields, "full-values.yaml sets every field of a profile");
 }
 

@@ -88,7 +88,7 @@ fn the_values_schema_is_closed() {
         if object && !closed {
             open.push(path.to_owned());
         }
-        for group in ["properties", "definitions"] {
+        for group in ["properties", "definitions", "$defs"] {
             for (name, below) in schema[group].as_object().into_iter().flatten() {
                 walk(below, &format!("{path}.{name}"), open);
             }
@@ -128,8 +128,8 @@ fn wrong_values_are_refused_with_their_place() {
         ("watchNamespaces={Team}", "at '/watchNamespaces/0'"),
         ("profiles.default.imgae=x", "at '/profiles/default': additional properties 'imgae' not allowed"),
         (
-            "profiles.default.resources.limits.cpu=4",
-            "at '/profiles/default/resources/limits/cpu': got number, want string",
+            "profiles.default.resources.limits.cpu=four",
+            "at '/profiles/default/resources/limits/cpu': 'four' does not match pattern",
         ),
         ("profiles.default.storage.size=many", "at '/profiles/default/storage/size'"),
         ("profiles.default.allowed.images={x}", "at '/profiles/default/allowed'"),
@@ -140,6 +140,12 @@ fn wrong_values_are_refused_with_their_place() {
         ("serviceAccount.create=false", "name the account to use in serviceAccount.name"),
         ("metrics.serviceMonitor.enabled=true,metrics.service.enabled=false", "needs metrics.service.enabled"),
         ("admissionPolicy.enabled=true,admissionPolicy.maxAcceleratorsPerJob=null", "without a rule"),
+        ("admissionPolicy.enabled=true,admissionPolicy.maxStorageSize=big", "at '/admissionPolicy/maxStorageSize'"),
+        (
+            "admissionPolicy.enabled=true,admissionPolicy.tenants[0].name=a,admissionPolicy.tenants[0].namespaceSelector.matchLabels.team=a",
+            "admissionPolicy.tenants: a has no rule",
+        ),
+        ("childPolicy.editors={it's}", "at '/childPolicy/editors/0'"),
     ] {
         let said = template(&["--set", set]).expect_err(set);
         assert!(said.contains(expected), "{set}: expected {expected:?} in {said}");

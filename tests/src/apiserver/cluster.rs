@@ -144,7 +144,8 @@ impl Cluster {
         let text = |name: &str| metadata[name].as_str().unwrap_or_default().to_owned();
         self.state().made += 1;
         let name = format!("{}.{:x}", text("name"), self.state().made);
-        let involved = json!({"kind": kind.name(), "namespace": text("namespace"), "name": text("name"), "uid": text("uid")});
+        let involved =
+            json!({"kind": kind.name(), "namespace": text("namespace"), "name": text("name"), "uid": text("uid")});
         let event = json!({
             "apiVersion": "events.k8s.io/v1", "kind": "Event", "metadata": {"name": name, "namespace": text("namespace")},
             "regarding": involved, "reason": reason, "note": message, "type": "Warning", "eventTime": null,

@@ -24,7 +24,11 @@ pub fn keep(object: &Value, place: &Place) -> Value {
     translate(object, place, |(ours, core)| (core, ours))
 }
 
-fn translate(object: &Value, place: &Place, direction: fn((&'static str, &'static str)) -> (&'static str, &'static str)) -> Value {
+fn translate(
+    object: &Value,
+    place: &Place,
+    direction: fn((&'static str, &'static str)) -> (&'static str, &'static str),
+) -> Value {
     let mut object = object.clone();
     if place.kind != Kind::Event || !place.group.is_empty() {
         return object;

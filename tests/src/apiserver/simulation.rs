@@ -15,7 +15,8 @@ use super::{ApiServer, Author, Clock, Key, Kind, Noted};
 /// Where jobs are.
 pub const NAMESPACE: &str = "team";
 /// The file of profiles where a scenario does not bring one.
-const PROFILES: &str = "default: {image: 'registry.example/trainer@sha256:1', resources: {limits: {nvidia.com/gpu: '1'}}}";
+const PROFILES: &str =
+    "default: {image: 'registry.example/trainer@sha256:1', resources: {limits: {nvidia.com/gpu: '1'}}}";
 
 /// A running scenario. What must always hold is looked at when it ends.
 pub struct Simulation {
