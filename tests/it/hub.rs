@@ -1,7 +1,9 @@
 //! `hf://` sources against a server that speaks the hub's protocol: what is asked for, what is recorded, who sees the
 //! token, and what people read when it does not work.
 
+mod exchanged;
 mod fetching;
+mod outages;
 mod refusals;
 
 use std::fs;
@@ -50,6 +52,8 @@ impl Setup {
         }
         command.env("HF_ENDPOINT", self.hub.endpoint()).env("HF_HUB_CACHE", self.job.path("cache"));
         command.env("HF_HOME", self.job.path("home")).env("NO_PROXY", "127.0.0.1");
+        // What does not pass at once is told at once, and large files need no folder for temporary ones.
+        command.env("FINETUNE_HUB_PATIENCE", "0").env("TMPDIR", self.job.path("no-such-folder"));
         command
     }
 

@@ -9,6 +9,7 @@ use std::fs;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Instant;
 
 use axum::Router;
 use axum::extract::Request;
@@ -25,10 +26,14 @@ pub enum Fault {
     None,
     /// The hub answers everything with this status.
     Status(u16),
+    /// The hub answers everything with this status, and says to come again after so many seconds.
+    RetryAfter(u16, u64),
     /// The hub takes requests and never answers.
     Silence,
     /// A large file's connection is closed half-way.
     CutContent,
+    /// The same, and from then on nothing goes wrong.
+    CutContentOnce,
     /// A large file is answered with this status and a page of text.
     ContentStatus(u16),
     /// A small file is announced well, and then answered with this status and a page of text.
@@ -40,8 +45,10 @@ pub enum Fault {
 /// How large files are handed out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Storage {
-    /// By a redirect.
+    /// By a redirect to a server that hands out ranges.
     Redirect,
+    /// By a redirect to a server that knows no ranges.
+    RedirectWhole,
     /// In chunks, through Xet's protocol.
     Xet,
 }
@@ -66,6 +73,10 @@ pub struct Received {
     pub path: String,
     /// The `Authorization` header.
     pub authorization: Option<String>,
+    /// The `Range` header.
+    pub range: Option<String>,
+    /// When it came.
+    pub at: Instant,
 }
 
 /// The server; it ends with the value.
@@ -118,13 +129,19 @@ impl Hub {
 
     /// Starts it without any repository.
     pub fn start() -> Self {
+        Self::start_at("127.0.0.1:0")
+    }
+
+    /// Starts it at an address, such as one where there was [`Hub::nobody`].
+    pub fn start_at(address: &str) -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()
             .build()
             .expect("a runtime for the hub");
-        let bind = || runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).expect("a free port");
-        let (hub, storage) = (bind(), bind());
+        let address = address.trim_start_matches("http://");
+        let bind = |address: &str| runtime.block_on(tokio::net::TcpListener::bind(address)).expect("a free port");
+        let (hub, storage) = (bind(address), bind("127.0.0.1:0"));
         let address = hub.local_addr().expect("a bound socket");
         let state = State {
             repositories: HashMap::new(),
@@ -188,6 +205,11 @@ impl Hub {
         self.shared.state().storage = storage;
     }
 
+    /// How many requests came since the last [`Hub::take_received`].
+    pub fn requests(&self) -> usize {
+        self.shared.state().received.len()
+    }
+
     /// Requests since the last call, in the order they came.
     pub fn take_received(&self) -> Vec<Received> {
         std::mem::take(&mut self.shared.state().received)
@@ -230,17 +252,26 @@ fn is_large(path: &str) -> bool {
 
 async fn answer(shared: Arc<Shared>, server: Server, request: Request) -> Response {
     let path = request.uri().path().to_owned();
-    let authorization = request.headers().get(header::AUTHORIZATION);
-    let authorization = authorization.map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
+    let header = |name| {
+        let value = request.headers().get(name);
+        value.map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned())
+    };
+    let (authorization, range) = (header(header::AUTHORIZATION), header(header::RANGE));
     let fault = {
         let mut state = shared.state();
         let method = request.method().to_string();
-        state.received.push(Received { server, method, path: path.clone(), authorization: authorization.clone() });
+        let (path, authorization) = (path.clone(), authorization.clone());
+        state.received.push(Received { server, method, path, authorization, range, at: Instant::now() });
         state.fault
     };
     match (server, fault) {
         (Server::Hub, Fault::Silence) => std::future::pending().await,
         (Server::Hub, Fault::Status(status)) => refuse((status, None, "this is said to everyone")),
+        (Server::Hub, Fault::RetryAfter(status, seconds)) => {
+            let mut response = refuse((status, None, "come again"));
+            response.headers_mut().insert(header::RETRY_AFTER, seconds.into());
+            response
+        }
         (Server::Hub, _) => hub(&shared, &request, &path, authorization.as_deref()).unwrap_or_else(refuse),
         (Server::Storage, _) => storage(&shared, request.headers(), &path, fault),
     }

@@ -90,7 +90,9 @@ impl Pods {
         command
             .env("POD_UID", format!("pod-{}-{attempt}", stage.name()))
             .env("HF_HOME", self.job.path("data/.huggingface"));
-        command.env("HF_ENDPOINT", "http://127.0.0.1:1").env("NO_PROXY", "127.0.0.1");
+        command.env("HF_ENDPOINT", "http://127.0.0.1:1").env("NO_PROXY", "127.0.0.1").env("FINETUNE_HUB_PATIENCE", "0");
+        // /tmp of a pod is small, and filling it is the pod's end: nothing may need it.
+        command.env("TMPDIR", self.job.path("no-such-folder")).env("HOME", self.job.path("no-such-folder"));
         command
     }
 

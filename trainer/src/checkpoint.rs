@@ -5,6 +5,7 @@
 //! overtaken pod wrote late. Nothing here knows tensors: contents come and go as bytes.
 
 mod attempt;
+mod committed;
 mod files;
 mod manifest;
 #[cfg(test)]
@@ -17,6 +18,7 @@ use std::path::{Path, PathBuf};
 
 pub use self::attempt::{Claim, claim_stage};
 use self::attempt::{Start, lock};
+pub use self::committed::{Committed, committed};
 pub use self::files::{HashingWriter, digest_file, digest_of, sync_folder, write_atomically};
 pub use self::manifest::{EquivalenceClass, FileEntry, Identity, Manifest, Stored};
 use self::manifest::{FORMAT, MANIFEST, Sealed, read_manifest, verify};

@@ -53,6 +53,9 @@ pub fn set_library_defaults(variable: impl Fn(&str) -> Option<String>) {
         // room for the shapes of one step is enough, and less than that makes every layer compile them anew. The default is
         // 1024.
         (&["ONEDNN_PRIMITIVE_CACHE_CAPACITY"], "128"),
+        // What a driver compiles for a card that is newer than the kernels lies in the home folder, which in a pod is a small
+        // temporary one: the driver's own limit is all of it.
+        (&["CUDA_CACHE_MAXSIZE"], "268435456"),
         // MKL takes as many threads as it is told, always: `set_num_threads` sees to it, and is not called everywhere.
         (&["MKL_DYNAMIC"], "FALSE"),
     ];

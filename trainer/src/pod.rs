@@ -19,6 +19,7 @@ use crate::report::{self, LastWord};
 use crate::run::{Context, Error, first_report, run_stage};
 use crate::serve::{Server, Telemetry};
 use crate::signal::Stop;
+use crate::source::{HubSettings, Reader};
 
 /// What a pod is told on its command line.
 #[derive(Debug)]
@@ -66,8 +67,16 @@ fn work(order: &Order, environment: &Environment, last_word: &LastWord) -> Resul
     let run = PathBuf::from(&storage.directory);
     if order.stage == PodStage::Report {
         let of = order.of.unwrap_or(PodStage::Train);
-        let report = report::read(&run, &config.job.uid, of, Some(order.attempt));
-        last_word.hand_on(&report.map_err(|error| (error.exit(), error.to_string()))?);
+        let report = match report::read(&run, &config.job.uid, of, Some(order.attempt)) {
+            // An attempt that was killed, or whose node died, left no word; how far it came lies beside it.
+            Err(report::Error::Absent { message, .. }) if of == PodStage::Train && run.is_dir() => {
+                let known = first_report(&config);
+                report::read_volume(&run, Report { attempt: order.attempt, ..known }, &message)
+                    .map_err(|error| (error.exit(), error.to_string()))?
+            }
+            read => read.map_err(|error| (error.exit(), error.to_string()))?,
+        };
+        last_word.hand_on(&report);
         return Ok(());
     }
     let bug = |what: &str, error: &dyn std::fmt::Display| (ExitCode::InternalError, format!("{what}: {error}"));
@@ -85,9 +94,10 @@ fn work(order: &Order, environment: &Environment, last_word: &LastWord) -> Resul
         // Nobody may be left to read it.
         let _ = writeln!(io::stderr(), "serving http://{}/status, /metrics and /healthz", server.address);
     }
+    let hub = HubSettings { reader: Reader::Cluster, ..environment.hub.clone() };
     let context = Context {
         run: &run,
-        hub: &environment.hub,
+        hub: &hub,
         cuda: &environment.cuda,
         stop: &stop,
         pod_uid: &environment.pod_uid,

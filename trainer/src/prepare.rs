@@ -114,7 +114,7 @@ struct BaseFiles {
 impl BaseFiles {
     fn fetch(config: &RunConfig, from: Sources, access: Access, record: &mut SourceRecord) -> Result<Self, Error> {
         let ModelSource { uri, revision, .. } = &config.model;
-        let Fetched { path: folder, revision } =
+        let Fetched { path: folder, revision, .. } =
             record
                 .fetch(uri, revision.as_deref(), from, access, |revision, access| fetch_model(uri, revision, access))?;
         let mut texts = Vec::new();

@@ -31,6 +31,14 @@ pub enum Error {
         /// What was found.
         found: String,
     },
+    /// What lies there is trusted by others.
+    #[error("{FIELD}: {uri}: lies in {place}; choose a path that is no part of it")]
+    Reserved {
+        /// The destination.
+        uri: String,
+        /// What it lies in.
+        place: String,
+    },
     /// It cannot be written.
     #[error("{FIELD}: {uri}: cannot be written ({source}); free space, or give a claim that can be written to")]
     Write {
@@ -57,6 +65,7 @@ impl Error {
     pub fn exit(&self) -> ExitCode {
         match self {
             Self::Source(error) => error.exit(),
+            Self::Reserved { .. } => ExitCode::BadConfiguration,
             Self::Occupied { .. } | Self::Write { .. } | Self::Damaged { .. } => ExitCode::CannotWrite,
             Self::Stopped => ExitCode::Preempted,
         }
@@ -86,6 +95,9 @@ impl<'a> Destination<'a> {
             return Err(refuse());
         }
         let folder = below(&place, uri)?;
+        if let Some(place) = reserved(&place.root, &folder) {
+            return Err(Error::Reserved { uri: uri.into(), place });
+        }
         let destination = Self { uri, job, folder };
         match destination.occupant()? {
             None => Ok(destination),
@@ -204,6 +216,28 @@ fn below(place: &Place, uri: &str) -> Result<PathBuf, Error> {
     Ok(folder)
 }
 
+/// What a run leaves in its directory for its other stages and attempts.
+const OF_A_RUN: [&str; 5] = ["attempts", "checkpoints", "output", "prepared", "reports"];
+
+/// The part of the claim that `folder` lies in and that jobs read and trust: the hub's cache, or a run's own files.
+fn reserved(root: &Path, folder: &Path) -> Option<String> {
+    let mut around = root.to_path_buf();
+    for part in folder.strip_prefix(root).ok()? {
+        let name = part.to_string_lossy();
+        let is_cache = around.join("blobs").is_dir() && around.join("snapshots").is_dir();
+        if is_cache || name == ".huggingface" || name == ".locks" {
+            return Some("the cache of the model hub".into());
+        }
+        let is_run = around.join("attempts").is_dir() || around.join("sources.json").is_file();
+        let is_its_own = OF_A_RUN.contains(&&*name) || name.starts_with("checkpoints-") || name.starts_with('.');
+        if is_run && is_its_own {
+            return Some(format!("the files of a run ({name})"));
+        }
+        around.push(part);
+    }
+    None
+}
+
 /// What attempts of this job left that died while they copied.
 fn remove_leftovers(parent: &Path, prefix: &str) {
     for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
@@ -297,6 +331,36 @@ mod tests {
             assert!(error.exit().code() == code && error.to_string().contains(words), "{uri}: {error}");
         }
         assert_eq!(fs::read_to_string(volume.path("full/notes")).expect("there"), "x");
+    }
+
+    #[test]
+    fn what_jobs_trust_is_no_destination() {
+        let volume = Volume::new();
+        fs::create_dir_all(volume.path("runs/a/attempts")).expect("writable");
+        fs::create_dir_all(volume.path("cache/models--a--b/blobs")).expect("writable");
+        fs::create_dir_all(volume.path("cache/models--a--b/snapshots")).expect("writable");
+        std::os::unix::fs::symlink("cache/models--a--b", volume.path("alias")).expect("writable");
+        let job = job("bot", "1");
+        for (path, words) in [
+            (".huggingface/hub/models--a--b/snapshots/c0", "the cache of the model hub"),
+            ("cache/models--a--b/snapshots/c0", "the cache of the model hub"),
+            ("alias/blobs/x", "the cache of the model hub"),
+            ("runs/a/checkpoints/step-0000001-c001", "the files of a run (checkpoints)"),
+            ("runs/a/checkpoints-before-claim-000001", "the files of a run"),
+            ("runs/a/output", "the files of a run (output)"),
+            ("runs/a/reports/x", "the files of a run (reports)"),
+        ] {
+            let error = volume.publish(&format!("pvc://models/{path}"), &job, "x").expect_err(path);
+            assert!(error.exit().code() == 64 && error.to_string().contains(words), "{path}: {error}");
+            assert!(!volume.path(path).join("adapter_model.safetensors").exists(), "{path}");
+        }
+        // Beside them there is room: a run whose directory is the whole claim publishes there too.
+        fs::create_dir_all(volume.path("attempts")).expect("writable");
+        for path in ["runs/a/final", "team/bot", "cache/bot"] {
+            volume
+                .publish(&format!("pvc://models/{path}"), &job, "x")
+                .unwrap_or_else(|error| panic!("{path}: {error}"));
+        }
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! The last word of an attempt: said once, by whoever ends the process. It goes to the termination message, which lies on
 //! the node, and to the volume: `reports/<stage>.json` for the stage's own, `report.json` for the newest.
 
+mod volume;
+
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -12,6 +14,7 @@ use crds::exit::ExitCode;
 use crds::report::{Failure, Report, Stage};
 use crds::run::PodStage;
 
+pub use self::volume::read_volume;
 use crate::checkpoint::write_atomically;
 use crate::record::{Event, Observer};
 

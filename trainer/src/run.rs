@@ -181,7 +181,7 @@ pub struct Context<'a> {
 impl<'a> Context<'a> {
     /// What the sources of `config` are reached through.
     fn access(&self, config: &'a RunConfig) -> Access<'a> {
-        Access { hub: self.hub, claims: claims(config) }
+        Access { hub: self.hub, claims: claims(config), stop: self.stop, noted: false }
     }
 
     fn claim(&self, config: &RunConfig) -> Claim<'a> {
@@ -260,6 +260,7 @@ pub fn run_stage(
     attempt(context, observer, |observer| match stage {
         PodStage::Prepare => {
             claim_stage(context.run, stage.name(), &config.job.uid, context.claim(config))?;
+            check_destination(config)?;
             plan_run(config, context, Place::Elsewhere, observer).map(|_| ())
         }
         PodStage::Train => {
@@ -285,6 +286,17 @@ pub fn run_stage(
         }
         PodStage::Report => unreachable!("a report is handed on without a run"),
     })
+}
+
+/// Refuses an output that could never be put where it is to go, before an accelerator is taken. Where its claim is not mounted
+/// yet, the publish stage looks.
+fn check_destination(config: &RunConfig) -> Result<(), Error> {
+    use crate::publish::{Destination, Error as Refused};
+    let opened = config.output.uri.as_ref().map(|uri| Destination::open(uri, &config.job, claims(config)));
+    match opened {
+        Some(Err(refused @ (Refused::Reserved { .. } | Refused::Occupied { .. }))) => Err(refused.into()),
+        _ => Ok(()),
+    }
 }
 
 fn check_configuration(config: &RunConfig, stage: PodStage, report: &Report) -> Result<(), Error> {
@@ -323,4 +335,22 @@ fn publish_stage(
     let artifact = publish(config, context, base, &context.last_word.report(), observer)?;
     context.last_word.update(|report| report.artifact = artifact);
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// By this digest a run that has begun is known again: of another one its checkpoints would be refused.
+    #[test]
+    fn a_configuration_of_an_earlier_day_has_the_digest_that_it_had() {
+        let golden = include_str!("../../crds/src/run/golden/minimal.yaml");
+        let mut config = RunConfig::from_yaml(golden).expect("an earlier operator's");
+        let digest = config_digest(&config);
+        assert_eq!(digest, "sha256:GOLDEN");
+        // Which attempt it is and what it costs is none of its business.
+        config.job.attempt = Some(7);
+        config.resources.price_per_hour = Some(1.5);
+        assert_eq!(config_digest(&config), digest);
+    }
 }

@@ -8,8 +8,10 @@ use std::path::{Path, PathBuf};
 
 use crds::exit::ExitCode;
 
+use crate::signal::Stop;
+
 pub use claim::{Claims, Place, place};
-pub use hub::HubSettings;
+pub use hub::{HubSettings, Reader, git_blob_id};
 
 /// What decides how a model's weights are used and a text is tokenised: read beside the weights, as far as it is there.
 pub const MODEL_TEXTS: [&str; 7] = [
@@ -96,6 +98,8 @@ pub struct Fetched {
     pub path: PathBuf,
     /// Commit of a hub repository.
     pub revision: Option<String>,
+    /// Digests of the files that were compared with what the hub says of them.
+    pub digests: Vec<(PathBuf, String)>,
 }
 
 /// What sources are reached through.
@@ -105,6 +109,10 @@ pub struct Access<'a> {
     pub hub: &'a HubSettings,
     /// Where claims are mounted.
     pub claims: &'a Claims,
+    /// The request to stop.
+    pub stop: &'a Stop,
+    /// Take what the cache has of a commit, without a network: the caller noted what it was, and compares.
+    pub noted: bool,
 }
 
 const A_MODEL: &str = "a folder with config.json, safetensors weights and a tokenizer";
@@ -133,7 +141,7 @@ pub fn fetch_model(uri: &str, revision: Option<&str>, access: Access) -> Result<
         let expected = "a branch, tag or commit";
         return Err(Error::Uri { field: "spec.model.revision", uri: revision.into(), expected });
     }
-    hub::fetch_model(owner, name, revision, access.hub).map_err(|refusal| refused(FIELD, uri, refusal))
+    hub::fetch_model(owner, name, revision, access).map_err(|refusal| refused(FIELD, uri, refusal))
 }
 
 /// A file of rows; `revision` is a commit that an earlier attempt took.
@@ -149,7 +157,7 @@ pub fn fetch_rows(field: &'static str, uri: &str, revision: Option<&str>, access
         let expected = "hf://datasets/owner/name/path/to/file.jsonl, pvc://claim/path or file://path";
         return Err(Error::Uri { field, uri: uri.into(), expected });
     }
-    hub::fetch_file(owner, name, file, revision.unwrap_or("main"), access.hub)
+    hub::fetch_file(owner, name, file, revision.unwrap_or("main"), access)
         .map_err(|refusal| refused(field, uri, refusal))
 }
 
@@ -167,7 +175,11 @@ fn existing(
     is_it: fn(&Path) -> bool,
     expected: &'static str,
 ) -> Result<Fetched, Error> {
-    if is_it(&path) { Ok(Fetched { path, revision: None }) } else { Err(Error::NotFound { field, path, expected }) }
+    if is_it(&path) {
+        Ok(Fetched { path, revision: None, digests: Vec::new() })
+    } else {
+        Err(Error::NotFound { field, path, expected })
+    }
 }
 
 /// Owner, name and the path that follows. They become parts of addresses and of paths in the cache.

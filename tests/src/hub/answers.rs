@@ -7,6 +7,7 @@ use axum::extract::Request;
 use axum::http::{HeaderMap, Method, StatusCode, header};
 use axum::response::Response;
 use serde_json::{Value, json};
+use trainer::source::git_blob_id;
 
 use super::{Fault, Hub, Shared, Storage, is_large, sha256};
 
@@ -72,7 +73,7 @@ pub(super) fn hub(
     };
     match verb {
         "revision" => Ok(json_response(&json!({"_id": "1", "id": format!("{owner}/{name}"), "sha": commit}))),
-        "tree" => tree(files, &rest, request, &format!("http://{}{path}", shared.address)),
+        "tree" => tree(files, &rest, request, &format!("http://{}{path}", shared.address), state.storage),
         "resolve" => {
             gate()?;
             let bytes = file()?;
@@ -97,7 +98,7 @@ pub(super) fn hub(
             if let (Fault::SmallContentStatus(status), &Method::GET) = (state.fault, request.method()) {
                 return Err((status, None, "the hub is not well"));
             }
-            let etag = format!("\"{}\"", &sha256(&bytes)[..40]);
+            let etag = format!("\"{}\"", git_blob_id(&bytes));
             let response = Response::builder().header("X-Repo-Commit", commit).header(header::ETAG, etag);
             Ok(response.body(bytes.into()).expect("a response"))
         }
@@ -132,6 +133,7 @@ fn tree(
     folder: &str,
     request: &Request,
     address: &str,
+    storage: Storage,
 ) -> Result<Response, Refusal> {
     let query = request.uri().query().unwrap_or_default();
     let recursive = query.contains("recursive=true");
@@ -143,7 +145,19 @@ fn tree(
             Some((child, _)) if !recursive => {
                 json!({"type": "directory", "oid": "0", "size": 0, "path": format!("{prefix}{child}")})
             }
-            _ => json!({"type": "file", "oid": &sha256(bytes)[..40], "size": bytes.len(), "path": path}),
+            _ if is_large(path) => {
+                // In git there is a pointer to it.
+                let (digest, size) = (sha256(bytes), bytes.len());
+                let pointer = format!("version https://git-lfs.github.com/spec/v1\noid sha256:{digest}\nsize {size}\n");
+                let large = json!({"oid": digest, "size": size, "pointerSize": pointer.len()});
+                let oid = git_blob_id(pointer.as_bytes());
+                let mut entry = json!({"type": "file", "oid": oid, "size": size, "path": path, "lfs": large});
+                if storage == Storage::Xet {
+                    entry["xetHash"] = digest.into();
+                }
+                entry
+            }
+            _ => json!({"type": "file", "oid": git_blob_id(bytes), "size": bytes.len(), "path": path}),
         };
         if !entries.contains(&entry) {
             entries.push(entry);
@@ -163,11 +177,24 @@ fn tree(
 }
 
 pub(super) fn storage(shared: &Shared, headers: &HeaderMap, path: &str, fault: Fault) -> Response {
-    let state = shared.state();
+    let mut state = shared.state();
+    if fault == Fault::CutContentOnce {
+        state.fault = Fault::None;
+    }
     let (verb, digest) = path.trim_start_matches('/').rsplit_once('/').unwrap_or_default();
     let Some(bytes) = state.large.get(digest) else { return refuse((404, None, "no such content")) };
     match verb {
-        "large" => content(bytes.clone(), fault),
+        "large" => match range(headers).filter(|_| state.storage != Storage::RedirectWhole) {
+            Some((start, _)) if start >= bytes.len() => refuse((416, None, "beyond the end")),
+            Some((start, _)) => {
+                let range = format!("bytes {start}-{}/{}", bytes.len() - 1, bytes.len());
+                let mut response = content(bytes[start..].to_vec(), fault);
+                *response.status_mut() = StatusCode::PARTIAL_CONTENT;
+                response.headers_mut().insert(header::CONTENT_RANGE, range.parse().expect("a header"));
+                response
+            }
+            None => content(bytes.clone(), fault),
+        },
         "v2/reconstructions" => {
             let (start, _) = range(headers).unwrap_or((0, usize::MAX));
             if start >= bytes.len() {
@@ -190,7 +217,7 @@ pub(super) fn storage(shared: &Shared, headers: &HeaderMap, path: &str, fault: F
 fn content(mut bytes: Vec<u8>, fault: Fault) -> Response {
     let length = bytes.len();
     match fault {
-        Fault::CutContent => {
+        Fault::CutContent | Fault::CutContentOnce => {
             bytes.truncate(length / 2);
             // A stream has no length of its own: the header promises more than comes, and the connection is closed.
             let half = Body::from_stream(Body::from(bytes).into_data_stream());
@@ -201,14 +228,16 @@ fn content(mut bytes: Vec<u8>, fault: Fault) -> Response {
             bytes[length / 2] ^= 1;
             Response::new(bytes.into())
         }
-        Fault::None | Fault::Status(_) | Fault::Silence | Fault::SmallContentStatus(_) => Response::new(bytes.into()),
+        Fault::None | Fault::Status(_) | Fault::RetryAfter(..) | Fault::Silence | Fault::SmallContentStatus(_) => {
+            Response::new(bytes.into())
+        }
     }
 }
 
 fn range(headers: &HeaderMap) -> Option<(usize, usize)> {
     let value = headers.get(header::RANGE)?.to_str().ok()?;
     let (start, end) = value.strip_prefix("bytes=")?.split_once('-')?;
-    Some((start.parse().ok()?, end.parse().ok()?))
+    Some((start.parse().ok()?, end.parse().unwrap_or(usize::MAX)))
 }
 
 /// Xet's packing of a file: per chunk a header (version 0; packed length, 3 bytes; scheme 0, that is none; length, 3

@@ -224,3 +224,38 @@ fn the_newest_and_the_best_stay() {
     steps.sort_unstable();
     assert_eq!(steps, [1, 3]);
 }
+
+#[test]
+fn what_is_committed_is_told_without_reading_it() {
+    let run = tempfile::tempdir().expect("a temporary folder");
+    let told = |uid: &str| -> Vec<(i64, bool)> {
+        let found = committed(run.path(), uid).expect("readable");
+        assert!(found.iter().all(|checkpoint| checkpoint.time.is_some()));
+        found.iter().map(|checkpoint| (checkpoint.step, checkpoint.best)).collect()
+    };
+    assert_eq!(told("job"), []);
+    let mut first = open(run.path(), Some(1));
+    commit(&mut first, 10, true);
+    commit(&mut first, 20, true);
+    let last = commit(&mut first, 30, false);
+    assert_eq!(told("job"), [(10, false), (20, true), (30, false)]);
+    assert_eq!(told("another"), []);
+    // Same size, other bytes: only whoever loads it looks at them.
+    let file = last.folder.join("a.safetensors");
+    let bytes = fs::read(&file).expect("readable");
+    fs::write(&file, vec![0; bytes.len()]).expect("writable");
+    assert_eq!(told("job").len(), 3);
+    fs::write(&file, &bytes[1..]).expect("writable");
+    assert_eq!(told("job"), [(10, false), (20, true)], "it is not whole");
+    fs::write(&file, &bytes).expect("writable");
+    fs::write(last.folder.join("manifest.json"), "{").expect("writable");
+    fs::create_dir(run.path().join("checkpoints/.tmp-step-0000040-c001-x")).expect("writable");
+    assert_eq!(told("job"), [(10, false), (20, true)]);
+    // A pod that had been overtaken wrote it.
+    let late = commit(&mut first, 40, true);
+    let aside = run.path().join("late");
+    fs::rename(&late.folder, &aside).expect("movable");
+    open(run.path(), Some(2)).latest().expect("readable");
+    fs::rename(&aside, &late.folder).expect("movable");
+    assert_eq!(told("job"), [(10, false), (20, true)]);
+}

@@ -32,7 +32,8 @@ fn answering(folder: &Path, base: Option<&Path>, hub: &HubSettings) -> Result<An
         None if Path::new(&adapter.base_model).is_dir() => PathBuf::from(&adapter.base_model),
         None => {
             let uri = format!("hf://{}", adapter.base_model);
-            let access = Access { hub, claims: &Claims::new() };
+            let (claims, stop) = (Claims::new(), Stop::default());
+            let access = Access { hub, claims: &claims, stop: &stop, noted: false };
             let fetched = crate::source::fetch_model(&uri, adapter.revision.as_deref(), access).map_err(|error| {
                 let message = format!(
                     "{}: the base model {} is no folder here and cannot be fetched ({error}); give its folder with --base",

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Error;
 use crate::checkpoint::{digest_file, write_atomically};
-use crate::source::{self, Access, Fetched, HubSettings};
+use crate::source::{self, Access, Fetched};
 
 const SOURCES: &str = "sources.json";
 
@@ -29,6 +29,10 @@ pub(super) struct SourceRecord {
     /// Commit of each hub source, by URI and asked-for revision: a branch that moves does not change a run that has begun,
     /// and a hub that is down does not stop it.
     commits: BTreeMap<String, String>,
+    /// Digest of each file that was compared with what the hub said of it when it was fetched, with what tells that it is
+    /// still the same: others may write the cache.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    fetched: BTreeMap<PathBuf, FileDigest>,
     /// Digest of each file that was read, with what tells that it is still the same.
     digests: BTreeMap<PathBuf, FileDigest>,
 }
@@ -39,8 +43,11 @@ pub(super) struct SourceRecord {
 struct FileDigest {
     bytes: u64,
     inode: u64,
-    /// Time of the last change, nanoseconds.
+    /// Time of the last change of the content, nanoseconds: whoever changes the content can set it back.
     modified: i128,
+    /// Time of the last change of anything, nanoseconds: only the system sets it. 0 in records of earlier versions.
+    #[serde(default)]
+    changed: i128,
     digest: String,
 }
 
@@ -67,12 +74,15 @@ impl SourceRecord {
     ) -> Result<Fetched, Error> {
         let key = format!("{uri}@{}", revision.unwrap_or("main"));
         let not_prepared = |message: String| Error::NotPrepared { uri: uri.to_owned(), message };
-        if let Some(commit) = self.commits.get(&key) {
-            // It was fetched whole once; only if the cache has lost or damaged it the hub is asked again.
-            let hub = HubSettings { offline: true, ..access.hub.clone() };
-            return match (fetch(Some(commit), Access { hub: &hub, ..access }), from) {
+        if let Some(commit) = self.commits.get(&key).cloned() {
+            // It was fetched whole once; only if the cache has lost or changed it the hub is asked again.
+            return match (fetch(Some(&commit), Access { noted: true, ..access }), from) {
                 (Ok(fetched), _) if self.is_intact(&fetched.path) => Ok(fetched),
-                (_, Sources::Anywhere) => Ok(fetch(Some(commit), access)?),
+                (_, Sources::Anywhere) => {
+                    let fetched = fetch(Some(&commit), access)?;
+                    self.note(&fetched);
+                    Ok(fetched)
+                }
                 (Ok(fetched), Sources::AsNoted) => Err(not_prepared(format!("{} is damaged", fetched.path.display()))),
                 (Err(_), Sources::AsNoted) => Err(not_prepared(format!("commit {commit} is not in the cache"))),
             };
@@ -84,13 +94,24 @@ impl SourceRecord {
         if let Some(commit) = &fetched.revision {
             self.commits.insert(key, commit.clone());
         }
+        self.note(&fetched);
         Ok(fetched)
+    }
+
+    fn note(&mut self, fetched: &Fetched) {
+        for (path, digest) in &fetched.digests {
+            // A file that is gone again is missed by whoever reads it.
+            if let Ok(metadata) = fs::metadata(path) {
+                self.fetched.insert(path.clone(), FileDigest::new(&metadata, digest.clone()));
+            }
+        }
     }
 
     /// Whether the files at or below `path` are what they were.
     fn is_intact(&self, path: &Path) -> bool {
-        let mut known = self.digests.iter().filter(|(file, _)| file.starts_with(path));
-        known.all(|(file, known)| known.is_current(file) || digest_file(file).is_ok_and(|found| found == known.digest))
+        let known = self.fetched.iter().chain(&self.digests).filter(|(file, _)| file.starts_with(path));
+        let mut known = known.filter(|(file, known)| !known.is_current(file));
+        known.all(|(file, known)| digest_file(file).is_ok_and(|found| found == known.digest))
     }
 
     pub(super) fn digest(&mut self, path: &Path, from: Sources) -> Result<String, Error> {
@@ -111,30 +132,31 @@ impl SourceRecord {
         }
         let metadata = fs::metadata(path).map_err(|source| Error::Read { path: path.into(), source })?;
         let digest = read()?;
-        if from == Sources::AsNoted && self.digests.get(path).is_none_or(|known| known.digest != digest) {
+        let is_another = |known: &FileDigest| known.digest != digest;
+        if from == Sources::AsNoted && self.digests.get(path).is_none_or(is_another)
+            || self.fetched.get(path).is_some_and(is_another)
+        {
             return Err(Error::Changed { path: path.into() });
         }
-        let known = FileDigest {
-            bytes: metadata.len(),
-            inode: metadata.ino(),
-            modified: modified(&metadata),
-            digest: digest.clone(),
-        };
-        self.digests.insert(path.into(), known);
+        self.digests.insert(path.into(), FileDigest::new(&metadata, digest.clone()));
         Ok(digest)
     }
 }
 
 impl FileDigest {
+    fn new(metadata: &fs::Metadata, digest: String) -> Self {
+        let nanoseconds = |seconds: i64, rest: i64| i128::from(seconds) * 1_000_000_000 + i128::from(rest);
+        Self {
+            bytes: metadata.len(),
+            inode: metadata.ino(),
+            modified: nanoseconds(metadata.mtime(), metadata.mtime_nsec()),
+            changed: nanoseconds(metadata.ctime(), metadata.ctime_nsec()),
+            digest,
+        }
+    }
+
     /// Whether the file has not been touched since.
     fn is_current(&self, path: &Path) -> bool {
-        fs::metadata(path).is_ok_and(|metadata| {
-            (self.bytes, self.inode, self.modified) == (metadata.len(), metadata.ino(), modified(&metadata))
-        })
+        fs::metadata(path).is_ok_and(|metadata| *self == Self::new(&metadata, self.digest.clone()))
     }
-}
-
-/// Time of the last change, nanoseconds.
-fn modified(metadata: &fs::Metadata) -> i128 {
-    i128::from(metadata.mtime()) * 1_000_000_000 + i128::from(metadata.mtime_nsec())
 }

@@ -1,53 +1,37 @@
 //! The Hugging Face hub. A branch or tag is pinned to its commit first; the files wanted at that commit are fetched into
-//! the cache that `huggingface_hub` uses too, and each is compared with the hub's listing. Nothing is uploaded, and a
-//! server's own words are never repeated: they may hold what should not be seen.
+//! the cache that `huggingface_hub` uses too. Whether it was there already or has just arrived, a file is believed by the
+//! digest that the hub says it has, and by nothing else: others may write the cache. Outages are outlasted for a while, and
+//! what broke off goes on from where it was. Nothing is uploaded, and a server's own words are never repeated: they may hold
+//! what should not be seen.
 
+mod cache;
+mod client;
+mod outage;
 mod settings;
-mod watch;
+mod trouble;
+mod xet;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
-use crds::exit::ExitCode;
-use hf_hub::repository::RepoTreeEntry;
-use hf_hub::{HFError, HFRepositorySync, RepoType};
-
-pub use self::settings::HubSettings;
-use self::watch::{SignsOfLife, watched};
-use super::{Fetched, MODEL_TEXTS};
-use crate::checkpoint::{digest_file, write_atomically};
+use self::cache::Repository;
+pub use self::cache::git_blob_id;
+use self::client::{Client, Listed};
+use self::outage::{Progress, outlast};
+pub use self::settings::{HubSettings, Reader};
+pub(super) use self::trouble::Refusal;
+use self::trouble::Trouble;
+use super::{Access, Fetched, MODEL_TEXTS};
+use crate::signal::Stop;
 
 /// Which file holds which tensor, where there are several.
 const WEIGHTS_INDEX: &str = "model.safetensors.index.json";
 
-/// Why the hub did not give what was asked for, and what it means for the job.
-#[derive(Debug)]
-pub(super) struct Refusal {
-    pub message: String,
-    pub exit: ExitCode,
-}
-
-impl Refusal {
-    fn unavailable(message: impl Into<String>) -> Self {
-        Self { message: message.into(), exit: ExitCode::SourceUnavailable }
-    }
-
-    fn not_found(message: impl Into<String>) -> Self {
-        Self { message: message.into(), exit: ExitCode::InputNotFound }
-    }
-}
-
 /// Fetches what is read of a model; the path is a folder.
-pub(super) fn fetch_model(owner: &str, name: &str, revision: &str, settings: &HubSettings) -> Result<Fetched, Refusal> {
-    let repository = settings.client()?.model(owner, name);
-    let resolve = {
-        let repository = repository.clone();
-        move |revision| repository.info().revision(revision).expand(vec!["sha".into()]).send().map(|info| info.sha)
-    };
-    let request = Request::new("models", owner, name, revision, settings);
-    let fetched = fetch(repository, request, settings, resolve, None, |listed| {
+pub(super) fn fetch_model(owner: &str, name: &str, revision: &str, access: Access) -> Result<Fetched, Refusal> {
+    let request = Request::new(Kind::Model, owner, name, revision, access.hub);
+    let fetched = request.fetch(access, None, &is_read, &|listed| {
         let (read, left): (Vec<Listed>, Vec<Listed>) = listed.into_iter().partition(|file| is_read(&file.path));
         if read.iter().any(|file| is_weights(&file.path)) {
             return Ok(read);
@@ -57,14 +41,14 @@ pub(super) fn fetch_model(owner: &str, name: &str, revision: &str, settings: &Hu
         let found: Vec<&str> = left.filter(|path| pickles.iter().any(|end| path.ends_with(end))).collect();
         let found = if found.is_empty() { String::new() } else { format!(", only {}", found.join(", ")) };
         let message = format!("no model*.safetensors in the repository{found}; only safetensors weights are read");
-        Err(Refusal::not_found(message))
+        Err(Trouble::NotThere(message))
     })?;
     // A snapshot that broke off is a folder too.
     let mut names = fs::read_dir(&fetched.path).into_iter().flatten().flatten().map(|entry| entry.file_name());
     if names.any(|name| name.to_str().is_some_and(is_weights)) {
         Ok(fetched)
     } else {
-        Err(Refusal::not_found(NOT_IN_THE_CACHE))
+        Err(request.explain(&Trouble::NotInTheCache, access.hub))
     }
 }
 
@@ -74,48 +58,22 @@ pub(super) fn fetch_file(
     name: &str,
     file: &str,
     revision: &str,
-    settings: &HubSettings,
+    access: Access,
 ) -> Result<Fetched, Refusal> {
-    let repository = settings.client()?.dataset(owner, name);
-    let resolve = {
-        let repository = repository.clone();
-        move |revision| repository.info().revision(revision).expand(vec!["sha".into()]).send().map(|info| info.sha)
-    };
-    let request = Request::new("datasets", owner, name, revision, settings);
-    let parent = file.rsplit_once('/').map(|(parent, _)| parent.to_owned());
-    let wanted = file.to_owned();
-    let folder = fetch(repository, request, settings, resolve, parent, move |listed| {
+    let request = Request::new(Kind::Dataset, owner, name, revision, access.hub);
+    let parent = file.rsplit_once('/').map(|(parent, _)| parent);
+    let folder = request.fetch(access, parent, &|path| path == file, &|listed| {
         let names: Vec<&str> = listed.iter().map(|file| file.path.as_str()).take(10).collect();
-        let message = format!("no file {wanted} in the repository; beside it are {}", names.join(", "));
-        let found: Vec<Listed> = listed.into_iter().filter(|file| file.path == wanted).collect();
-        if found.is_empty() { Err(Refusal::not_found(message)) } else { Ok(found) }
+        let message = format!("no file {file} in the repository; beside it are {}", names.join(", "));
+        let found: Vec<Listed> = listed.into_iter().filter(|listed| listed.path == file).collect();
+        if found.is_empty() { Err(Trouble::NotThere(message)) } else { Ok(found) }
     })?;
     let path = folder.path.join(file);
-    if path.is_file() { Ok(Fetched { path, ..folder }) } else { Err(Refusal::not_found(NOT_IN_THE_CACHE)) }
-}
-
-/// Fetches what `choose` takes of the files in `folder`; the path is the snapshot's.
-fn fetch<T: RepoType>(
-    repository: HFRepositorySync<T>,
-    request: Request,
-    settings: &HubSettings,
-    resolve: impl FnOnce(String) -> Result<Option<String>, HFError> + Send + 'static,
-    folder: Option<String>,
-    choose: impl FnOnce(Vec<Listed>) -> Result<Vec<Listed>, Refusal> + Send + 'static,
-) -> Result<Fetched, Refusal> {
-    if settings.offline {
-        return request.cached(&repository);
+    if path.is_file() {
+        Ok(Fetched { path, ..folder })
+    } else {
+        Err(request.explain(&Trouble::NotInTheCache, access.hub))
     }
-    watched(settings.patience, move |signs| {
-        let commit = request.commit(resolve)?;
-        signs.fetch_add(1, Ordering::Relaxed);
-        let listed = request.list(&repository, &commit, folder)?;
-        for file in choose(listed)? {
-            signs.fetch_add(1, Ordering::Relaxed);
-            request.download(&repository, &commit, &file, signs)?;
-        }
-        request.fetched(commit)
-    })
 }
 
 /// Weights that are read lie in the repository's root and are named as transformers names them: other folders and names
@@ -128,197 +86,200 @@ pub(super) fn is_read(path: &str) -> bool {
     path == WEIGHTS_INDEX || MODEL_TEXTS.contains(&path) || is_weights(path)
 }
 
-/// A file as the hub lists it.
-struct Listed {
-    path: String,
-    size: u64,
+/// What a repository holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Model,
+    Dataset,
 }
 
-/// A repository at a revision, with what the hub's answers are explained by.
+/// A repository at a revision.
 struct Request {
-    /// The repository's folder in the cache.
-    folder: PathBuf,
-    /// The repository's page, for people.
-    page: String,
+    kind: Kind,
+    owner: String,
+    name: String,
     revision: String,
-    with_token: bool,
-    /// A model's files may lie in folders of it; a dataset may have more folders than anybody wants listed.
-    is_model: bool,
+    repository: Repository,
+}
+
+/// What an attempt leaves for the next one, which need not do it again.
+#[derive(Default)]
+struct Done {
+    commit: Option<String>,
+    /// Digest of each file that is in the cache and is what the hub says.
+    files: BTreeMap<String, String>,
+    /// Files that did not come through Xet.
+    plain: BTreeSet<String>,
 }
 
 impl Request {
-    fn new(kind: &str, owner: &str, name: &str, revision: &str, settings: &HubSettings) -> Self {
-        let prefix = if kind == "datasets" { "datasets/" } else { "" };
+    fn new(kind: Kind, owner: &str, name: &str, revision: &str, settings: &HubSettings) -> Self {
+        let plural = if kind == Kind::Model { "models" } else { "datasets" };
         Self {
-            folder: settings.cache.join(format!("{kind}--{owner}--{name}")),
-            page: format!("{}/{prefix}{owner}/{name}", settings.endpoint),
+            kind,
+            owner: owner.to_owned(),
+            name: name.to_owned(),
             revision: revision.to_owned(),
-            with_token: settings.token.is_some(),
-            is_model: kind == "models",
+            repository: Repository::new(settings.cache.join(format!("{plural}--{owner}--{name}"))),
         }
     }
 
-    /// The snapshot in the cache.
-    fn cached<T: RepoType>(&self, repository: &HFRepositorySync<T>) -> Result<Fetched, Refusal> {
-        let snapshot = repository.snapshot_download().revision(&self.revision).local_files_only(true).send();
-        let path = snapshot.map_err(|error| self.explain(&error))?;
-        Ok(Fetched { revision: path.file_name().map(|name| name.to_string_lossy().into_owned()), path })
+    fn explain(&self, trouble: &Trouble, settings: &HubSettings) -> Refusal {
+        let prefix = if self.kind == Kind::Model { "" } else { "datasets/" };
+        let page = format!("{}/{prefix}{}/{}", settings.endpoint, self.owner, self.name);
+        trouble.explain(&page, &self.revision, settings)
     }
 
-    /// The commit that the revision is now: a branch may move while its files are fetched.
-    fn commit(&self, resolve: impl FnOnce(String) -> Result<Option<String>, HFError>) -> Result<String, Refusal> {
-        let is_commit = |text: &str| text.len() == 40 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
-        if is_commit(&self.revision) {
-            return Ok(self.revision.clone());
-        }
-        let commit = resolve(self.revision.clone()).map_err(|error| self.explain(&error))?;
-        commit.filter(|commit| is_commit(commit)).ok_or_else(|| Refusal::unavailable(NOT_A_HUB))
-    }
-
-    /// The files of one folder.
-    fn list<T: RepoType>(
+    /// Fetches what `choose` takes of the files in `folder`; the path is the snapshot's.
+    fn fetch(
         &self,
-        repository: &HFRepositorySync<T>,
-        commit: &str,
-        folder: Option<String>,
-    ) -> Result<Vec<Listed>, Refusal> {
-        let entries =
-            repository.list_tree().revision(commit).maybe_path_in_repo(folder).recursive(self.is_model).send();
-        let file = |entry| match entry {
-            RepoTreeEntry::File { path, size, .. } => Some(Listed { path, size }),
-            RepoTreeEntry::Directory { .. } => None,
+        access: Access,
+        folder: Option<&str>,
+        is_wanted: &dyn Fn(&str) -> bool,
+        choose: &dyn Fn(Vec<Listed>) -> Result<Vec<Listed>, Trouble>,
+    ) -> Result<Fetched, Refusal> {
+        let Access { hub, stop, .. } = access;
+        let fetched = if access.noted || hub.offline {
+            self.cached(access, is_wanted)
+        } else {
+            self.fetch_or_stop(hub, stop, folder, choose)
         };
-        Ok(entries.map_err(|error| self.explain(&error))?.into_iter().filter_map(file).collect())
+        fetched.map_err(|trouble| self.explain(&trouble, hub))
     }
 
-    /// Makes sure that the cache holds a file as it is listed. hf-hub stores whatever answers its download, error pages
-    /// too, and what is in the cache once is never asked for again.
-    fn download<T: RepoType>(
+    /// The snapshot in the cache. Where nobody noted what it was, its files have to be what their names say.
+    fn cached(&self, access: Access, is_wanted: &dyn Fn(&str) -> bool) -> Result<Fetched, Trouble> {
+        let commit = if is_commit(&self.revision) {
+            self.revision.clone()
+        } else {
+            self.repository.read_reference(&self.revision)?
+        };
+        let path = self.repository.snapshot(&commit);
+        if !path.is_dir() {
+            return Err(Trouble::NotInTheCache);
+        }
+        let digests =
+            if access.noted { Vec::new() } else { self.repository.verify_snapshot(&commit, is_wanted, access.stop)? };
+        Ok(Fetched { revision: Some(commit), path, digests })
+    }
+
+    fn fetch_or_stop(
         &self,
-        repository: &HFRepositorySync<T>,
+        settings: &HubSettings,
+        stop: &Stop,
+        folder: Option<&str>,
+        choose: &dyn Fn(Vec<Listed>) -> Result<Vec<Listed>, Trouble>,
+    ) -> Result<Fetched, Trouble> {
+        let client = Client::new(settings)?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let runtime = runtime.map_err(|source| Trouble::Io { path: self.repository.folder.clone(), source })?;
+        let progress = Progress::default();
+        let mut done = Done::default();
+        let fetched = runtime.block_on(async {
+            let attempts = outlast(settings, &progress, async || {
+                self.attempt(&client, settings, stop, folder, choose, &progress, &mut done).await
+            });
+            tokio::select! {
+                fetched = attempts => fetched,
+                () = asked_to_stop(stop) => Err(Trouble::Stopped),
+            }
+        });
+        // A name that is being looked up need not be waited for.
+        runtime.shutdown_background();
+        fetched
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "one attempt of many, which share all of it")]
+    async fn attempt(
+        &self,
+        client: &Client,
+        settings: &HubSettings,
+        stop: &Stop,
+        folder: Option<&str>,
+        choose: &dyn Fn(Vec<Listed>) -> Result<Vec<Listed>, Trouble>,
+        progress: &Progress,
+        done: &mut Done,
+    ) -> Result<Fetched, Trouble> {
+        // The commit that the revision is now: a branch may move while its files are fetched.
+        let commit = match &done.commit {
+            Some(commit) => commit.clone(),
+            None if is_commit(&self.revision) => self.revision.clone(),
+            None => client.commit(self).await?,
+        };
+        done.commit = Some(commit.clone());
+        for file in choose(client.list(self, &commit, folder).await?)? {
+            if done.files.contains_key(&file.path) {
+                continue;
+            }
+            let digest = match self.repository.take(&commit, &file, stop)? {
+                Some(digest) => digest,
+                None => self.download(client, settings, &commit, &file, stop, progress, done).await?,
+            };
+            progress.file_is_there();
+            done.files.insert(file.path, digest);
+        }
+        // For the next time without a network, once all files are there.
+        self.repository.write_reference(&self.revision, &commit)?;
+        let path = self.repository.snapshot(&commit);
+        let digests = done.files.iter().map(|(file, digest)| (path.join(file), digest.clone())).collect();
+        Ok(Fetched { path, revision: Some(commit), digests })
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "one file of an attempt")]
+    async fn download(
+        &self,
+        client: &Client,
+        settings: &HubSettings,
         commit: &str,
         file: &Listed,
-        signs: &Arc<AtomicU64>,
-    ) -> Result<(), Refusal> {
-        let target = self.folder.join("snapshots").join(commit).join(&file.path);
-        let has_size = || fs::metadata(&target).is_ok_and(|metadata| metadata.len() == file.size);
-        let io = |source| self.explain(&HFError::Io(source));
-        if has_size() {
-            return Ok(());
-        }
-        remove(&target).map_err(io)?;
-        let progress = SignsOfLife { all: Arc::clone(signs), bytes: AtomicU64::new(0) };
-        let downloaded = repository.download_file().filename(&file.path).revision(commit).progress(progress).send();
-        downloaded.map_err(|error| self.explain(&error))?;
-        if has_size() && has_digest(&target).map_err(io)? {
-            return Ok(());
-        }
-        remove(&target).map_err(io)?;
-        let message = format!("{} arrived damaged and was thrown away; try again", file.path);
-        Err(Refusal::unavailable(message))
-    }
-
-    /// Tells the cache what the revision is, for the next time without a network, once all files are there.
-    fn fetched(&self, commit: String) -> Result<Fetched, Refusal> {
-        if self.revision != commit {
-            let reference = self.folder.join("refs").join(&self.revision);
-            fs::create_dir_all(reference.parent().unwrap_or(&self.folder))
-                .and_then(|()| write_atomically(&reference, commit.as_bytes()))
-                .map_err(|source| self.explain(&HFError::Io(source)))?;
-        }
-        Ok(Fetched { path: self.folder.join("snapshots").join(&commit), revision: Some(commit) })
-    }
-
-    /// What happened and what to do.
-    fn explain(&self, error: &HFError) -> Refusal {
-        let answer = match error {
-            HFError::Http { context }
-            | HFError::AuthRequired { context }
-            | HFError::Forbidden { context }
-            | HFError::Conflict { context }
-            | HFError::RateLimited { context, .. } => Some(context),
-            HFError::RepoNotFound { context, .. }
-            | HFError::RevisionNotFound { context, .. }
-            | HFError::EntryNotFound { context, .. } => context.as_ref(),
-            _ => None,
-        };
-        if let Some(answer) = answer {
-            return self.explain_answer(answer.status.as_u16(), answer.error_code.as_deref());
-        }
-        match error {
-            HFError::LocalEntryNotFound { .. } => Refusal::not_found(NOT_IN_THE_CACHE),
-            HFError::EntryNotFound { path, .. } => Refusal::not_found(format!("no file {path} in the repository")),
-            HFError::Io(source) => Refusal {
-                message: format!("the hub's cache cannot be used ({source}); free space or set HF_HUB_CACHE"),
-                exit: ExitCode::CannotWrite,
-            },
-            HFError::CacheLockTimeout { .. } => {
-                Refusal::unavailable("another process fetches the same file; try again when it is done")
+        stop: &Stop,
+        progress: &Progress,
+        done: &mut Done,
+    ) -> Result<String, Trouble> {
+        // Xet's chunks come over many connections; a network that does not let them through still has the plain way.
+        if file.in_xet && done.plain.insert(file.path.clone()) {
+            xet::download(self, settings, commit, &file.path, progress).await;
+            if let Some(digest) = self.repository.take(commit, file, stop)? {
+                return Ok(digest);
             }
-            HFError::Request { source, .. } if source.is_connect() => Refusal::unavailable(
-                "the hub cannot be reached; check the network and HF_ENDPOINT, or set HF_HUB_OFFLINE=1 to use the cache",
-            ),
-            HFError::Request { source, .. } if is_not_json(source) => Refusal::unavailable(NOT_A_HUB),
-            HFError::Request { .. } | HFError::Xet { .. } => {
-                Refusal::unavailable("the connection broke off; try again, files that are complete are kept")
-            }
-            _ => Refusal::unavailable(NOT_A_HUB),
         }
-    }
-
-    /// The hub's own code says more than the status: a missing repository is 401 to strangers.
-    fn explain_answer(&self, status: u16, code: Option<&str>) -> Refusal {
-        let Self { page, revision, .. } = self;
-        let denied = |message: String| Refusal { message, exit: ExitCode::AccessDenied };
-        match (status, code) {
-            (_, Some("GatedRepo")) if self.with_token => denied(format!(
-                "gated, and the account of the token has no access; accept the licence at {page}, or set HF_TOKEN to a \
-                 token of an account that did"
-            )),
-            (_, Some("GatedRepo")) => denied(format!(
-                "gated, and there is no token; accept the licence at {page} and set HF_TOKEN to a token of that account"
-            )),
-            (_, Some("RevisionNotFound")) => Refusal::not_found(format!(
-                "no revision {revision}; expected a branch, tag or commit of the repository"
-            )),
-            (_, Some("EntryNotFound")) => Refusal::not_found("no such file or folder in the repository"),
-            (_, Some("RepoNotFound")) | (404, _) if self.with_token => Refusal::not_found(
-                "no such repository, or a private one that the token does not open; check owner and name",
-            ),
-            (401, _) if self.with_token => {
-                denied("the hub does not accept the token; set HF_TOKEN to a valid one".into())
-            }
-            (_, Some("RepoNotFound")) | (401 | 404, _) => {
-                Refusal::not_found("no such repository, or a private one that needs HF_TOKEN; check owner and name")
-            }
-            (403, _) => denied(format!("the hub refuses access; see {page}")),
-            (429, _) => Refusal::unavailable("the hub limits the rate of requests; try again later"),
-            _ => Refusal::unavailable(format!("the hub answered with status {status}; try again later")),
+        let partial = self.repository.open_partial(file);
+        if let Err(Trouble::Busy { bytes }) = &partial {
+            // As long as another process gets further, it is worth while to wait.
+            progress.bytes(*bytes);
         }
+        let mut partial = partial?;
+        if partial.missing() > 0 {
+            client.download(self, commit, file, &mut partial, progress).await?;
+        }
+        partial.finish(commit, file, stop)
     }
 }
 
-const NOT_A_HUB: &str = "the answer is not a hub's; check HF_ENDPOINT";
-
-const NOT_IN_THE_CACHE: &str =
-    "not in the local cache, and HF_HUB_OFFLINE forbids fetching it; unset it, or fetch it once";
-
-fn is_not_json(error: &dyn std::error::Error) -> bool {
-    error.source().is_some_and(<dyn std::error::Error>::is::<serde_json::Error>)
+fn is_commit(text: &str) -> bool {
+    text.len() == 40 && text.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
-/// Removes a file of a snapshot: the link and what it points to.
-fn remove(target: &Path) -> std::io::Result<()> {
-    let Ok(blob) = fs::canonicalize(target) else { return Ok(()) };
-    fs::remove_file(target)?;
-    if blob.exists() { fs::remove_file(blob) } else { Ok(()) }
+async fn asked_to_stop(stop: &Stop) {
+    const LOOK: Duration = Duration::from_millis(100);
+    while !stop.requested() {
+        tokio::time::sleep(LOOK).await;
+    }
 }
 
-/// The cache names a large file by its SHA-256; what names a small one is git's SHA-1, which says little.
-fn has_digest(target: &Path) -> std::io::Result<bool> {
-    let blob = fs::canonicalize(target)?;
-    let name = blob.file_name().unwrap_or_default().to_string_lossy();
-    Ok(name.len() != 64 || digest_file(&blob)? == format!("sha256:{name}"))
+/// Where a repository's files are on the hub, below its endpoint.
+impl Request {
+    fn api(&self, more: &[&str]) -> Vec<String> {
+        let kind = if self.kind == Kind::Model { "models" } else { "datasets" };
+        let parts = ["api", kind, &self.owner, &self.name];
+        parts.iter().chain(more).map(|part| (*part).to_owned()).collect()
+    }
+
+    fn content(&self, commit: &str, file: &str) -> Vec<String> {
+        let prefix: &[&str] = if self.kind == Kind::Model { &[] } else { &["datasets"] };
+        let parts = [self.owner.as_str(), &self.name, "resolve", commit];
+        prefix.iter().copied().chain(parts).chain(file.split('/')).map(str::to_owned).collect()
+    }
 }
 
 #[cfg(test)]

@@ -1,13 +1,35 @@
-//! How the hub is reached, from the variables that `huggingface_hub` reads.
+//! How the hub is reached, from the variables that `huggingface_hub` reads and two of our own.
 
 use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crds::exit::ExitCode;
-use hf_hub::HFClientSync;
+/// Who reads what is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reader {
+    /// Who started the trainer, and can set variables, wait and try again.
+    Person,
+    /// Who reads the status of a job in a cluster, whose operator tries again.
+    Cluster,
+}
 
-use super::Refusal;
+impl Reader {
+    /// What the reader calls the hub's address.
+    pub(super) const fn endpoint(self) -> &'static str {
+        match self {
+            Self::Person => "HF_ENDPOINT",
+            Self::Cluster => "the profile's hub.endpoint",
+        }
+    }
+
+    /// How long an outage is waited for. In a cluster a pod of prepare takes no accelerator, and the operator comes again.
+    const fn patience(self) -> Duration {
+        match self {
+            Self::Person => Duration::from_mins(1),
+            Self::Cluster => Duration::from_mins(5),
+        }
+    }
+}
 
 /// How the hub is reached. The token is not printed.
 #[derive(Clone)]
@@ -22,6 +44,10 @@ pub struct HubSettings {
     pub offline: bool,
     /// `HF_HUB_DOWNLOAD_TIMEOUT`: how long the hub may be silent.
     pub patience: Duration,
+    /// `FINETUNE_HUB_PATIENCE`: how long an outage is waited for.
+    pub outage: Duration,
+    /// Of a cluster where `POD_UID` is set.
+    pub reader: Reader,
 }
 
 impl HubSettings {
@@ -33,37 +59,27 @@ impl HubSettings {
         };
         let home = path("HF_HOME").unwrap_or_else(|| {
             let cache = path("XDG_CACHE_HOME").or_else(|| path("HOME").map(|home| home.join(".cache")));
-            cache.unwrap_or_else(std::env::temp_dir).join("huggingface")
+            // Not where files are temporary: that is small, and gone with the pod.
+            cache.unwrap_or_else(|| PathBuf::from(".cache")).join("huggingface")
         });
         let stored = || fs::read_to_string(path("HF_TOKEN_PATH").unwrap_or_else(|| home.join("token"))).ok();
         // A token from a file or a Secret often ends with a newline, and no header may.
         let trimmed = |token: String| Some(token.trim().to_owned()).filter(|token| !token.is_empty());
         let token = variable("HF_TOKEN").and_then(trimmed).or_else(|| stored().and_then(trimmed));
+        let seconds = |name: &str| variable(name).and_then(|text| text.parse().ok()).map(Duration::from_secs);
+        let reader = if variable("POD_UID").is_some() { Reader::Cluster } else { Reader::Person };
         Self {
             endpoint: variable("HF_ENDPOINT")
                 .map_or_else(|| "https://huggingface.co".into(), |endpoint| endpoint.trim_end_matches('/').to_owned()),
             token: token.filter(|_| !is_set("HF_HUB_DISABLE_IMPLICIT_TOKEN")),
             cache: path("HF_HUB_CACHE").or_else(|| path("HUGGINGFACE_HUB_CACHE")).unwrap_or_else(|| home.join("hub")),
             offline: is_set("HF_HUB_OFFLINE"),
-            patience: variable("HF_HUB_DOWNLOAD_TIMEOUT")
-                .and_then(|seconds| seconds.parse().ok())
-                .filter(|&seconds| seconds > 0)
-                .map_or(Duration::from_mins(1), Duration::from_secs),
+            patience: seconds("HF_HUB_DOWNLOAD_TIMEOUT")
+                .filter(|patience| !patience.is_zero())
+                .unwrap_or(Duration::from_mins(1)),
+            outage: seconds("FINETUNE_HUB_PATIENCE").unwrap_or_else(|| reader.patience()),
+            reader,
         }
-    }
-
-    pub(super) fn client(&self) -> Result<HFClientSync, Refusal> {
-        let host = self.endpoint.strip_prefix("https://").or_else(|| self.endpoint.strip_prefix("http://"));
-        if host.is_none_or(|host| host.is_empty() || host.contains('@')) {
-            return Err(Refusal {
-                message: "HF_ENDPOINT is not usable; expected http(s)://host without user and password".into(),
-                exit: ExitCode::BadConfiguration,
-            });
-        }
-        // Given even where it is the default: hf-hub would take an empty variable at its word.
-        let builder = hf_hub::HFClientBuilder::new().endpoint(&self.endpoint).cache_dir(&self.cache);
-        let builder = if let Some(token) = &self.token { builder.token(token) } else { builder };
-        builder.build_sync().map_err(|_| Refusal::unavailable("no connection to the hub can be set up"))
     }
 }
 
@@ -76,6 +92,8 @@ impl std::fmt::Debug for HubSettings {
             .field("cache", &self.cache)
             .field("offline", &self.offline)
             .field("patience", &self.patience)
+            .field("outage", &self.outage)
+            .field("reader", &self.reader)
             .finish()
     }
 }
@@ -120,6 +138,18 @@ mod tests {
             let patience = read(&[("HF_HUB_DOWNLOAD_TIMEOUT", value)]).patience;
             assert_eq!(patience, Duration::from_secs(expected), "{value}");
         }
+    }
+
+    #[test]
+    fn an_outage_is_waited_for_longer_where_nobody_waits() {
+        let found = |variables: &[(&str, &str)]| {
+            let settings = read(variables);
+            (settings.reader, settings.outage.as_secs())
+        };
+        assert_eq!(found(&[]), (Reader::Person, 60));
+        assert_eq!(found(&[("POD_UID", "0b8e")]), (Reader::Cluster, 300));
+        assert_eq!(found(&[("POD_UID", "0b8e"), ("FINETUNE_HUB_PATIENCE", "0")]), (Reader::Cluster, 0));
+        assert_eq!(found(&[("FINETUNE_HUB_PATIENCE", "long")]), (Reader::Person, 60));
     }
 
     #[test]
