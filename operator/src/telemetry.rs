@@ -14,9 +14,6 @@ use axum::Router;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::routing::get;
-use crds::FineTuneJob;
-use kube::core::DeserializeGuard;
-use kube::runtime::reflector::Store;
 use prometheus::{GaugeVec, Histogram, HistogramOpts, IntCounterVec, IntGauge, Opts, Registry, TextEncoder};
 
 use self::hearing::Ear;
@@ -27,9 +24,6 @@ use crate::caches::{Guarded, JobStore};
 pub const STUCK_AFTER: Duration = Duration::from_mins(10);
 /// A process that cannot mend its watches for so long is to be replaced.
 const DEAD_AFTER: Duration = Duration::from_mins(20);
-
-/// A cache of jobs; a job that does not parse has no series.
-type JobStore = Store<DeserializeGuard<FineTuneJob>>;
 
 /// What the operator tells about itself and its jobs.
 pub struct Telemetry {
@@ -152,7 +146,7 @@ impl Telemetry {
         let mut families = self.registry.gather();
         families.extend(prometheus::gather());
         let mut text = TextEncoder::new().encode_to_string(&families)?;
-        let jobs: Vec<Arc<DeserializeGuard<FineTuneJob>>> = self.stores().values().flat_map(JobStore::state).collect();
+        let jobs: Vec<Arc<Guarded>> = self.stores().values().flat_map(JobStore::state).collect();
         let jobs: Vec<_> = jobs.iter().filter_map(|guarded| guarded.0.as_ref().ok()).collect();
         series::write(&mut text, &jobs);
         Ok(text)
