@@ -328,7 +328,8 @@ fn trainers_are_fenced_in_where_namespaces_are_known() {
 fn where_the_cluster_assigns_users_nobody_asks_for_one() {
     let asked = |more: &[&str]| {
         let objects = render(more);
-        let pod = the(&objects, "Deployment", "finetune-operator")["spec"]["template"]["spec"]["securityContext"].clone();
+        let pod =
+            the(&objects, "Deployment", "finetune-operator")["spec"]["template"]["spec"]["securityContext"].clone();
         let profiles = the(&objects, "ConfigMap", "finetune-operator-profiles")["data"]["profiles.yaml"].clone();
         (pod, parse(profiles.as_str().expect("a file")))
     };
