@@ -85,6 +85,9 @@ pub struct Profile {
     #[serde(deserialize_with = "quantity::strict_requirements")]
     #[schemars(schema_with = "quantity::strict_requirements_schema")]
     pub cpu_resources: ResourceRequirements,
+    /// Extended resources that are no accelerators, such as network adapters; `*` stands for anything. Every other one is.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub other_devices: Vec<String>,
     /// The most that a job may ask for, by resource; a resource that is not named is not limited.
     #[serde(skip_serializing_if = "BTreeMap::is_empty", deserialize_with = "quantity::by_name")]
     #[schemars(schema_with = "quantity::by_name_schema")]
@@ -107,6 +110,13 @@ pub struct Profile {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1))]
     pub cpu_queue_name: Option<String>,
+    /// Kueue's priority class of the queued Jobs of a job that names none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1))]
+    pub workload_priority_class_name: Option<String>,
+    /// Where in the cluster Kueue puts a queued training pod.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub topology: Option<Topology>,
     /// Seconds from SIGTERM to SIGKILL; absent: 120.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0))]
@@ -160,6 +170,16 @@ pub struct CaBundle {
     pub key: String,
 }
 
+/// A level of Kueue's topology that the pods of a training Job share, such as `cloud.provider.com/rack`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub enum Topology {
+    /// They wait until they can.
+    Required(String),
+    /// They do if they can.
+    Preferred(String),
+}
+
 /// Volumes that the operator makes.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
@@ -172,8 +192,18 @@ pub struct ProfileStorage {
     #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "quantity::optional")]
     #[schemars(schema_with = "quantity::optional_schema")]
     pub size: Option<String>,
+    /// The largest volume that a job may ask for. Absent: 1Ti, or `size` if that is more.
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "quantity::optional")]
+    #[schemars(schema_with = "quantity::optional_schema")]
+    pub max_size: Option<String>,
+    /// Claims that jobs may name and that pods may take over: files on them are given the group of the pods (`fsGroup`), which a new
+    /// disk needs to be written to, and which takes files away from others that had them by their group. Absent: none.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub fs_group_claims: Vec<String>,
 }
 
+/// The largest volume that a job may ask for where its profile does not say.
+pub const DEFAULT_MAX_STORAGE_SIZE: &str = "1Ti";
 /// Size of a volume where neither job nor profile names one.
 pub const DEFAULT_STORAGE_SIZE: &str = "50Gi";
 
@@ -187,38 +217,78 @@ pub struct ProfileHub {
     pub endpoint: Option<String>,
 }
 
-/// What a job may choose for itself. `*` allows anything.
+/// What a job may choose for itself. `*` stands for anything, but in prefixes only by itself.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Allowed {
+    /// Namespaces whose jobs may name the profile. Absent: all for the profile `default`, none for any other.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub namespaces: Option<Vec<String>>,
     /// Prefixes that sources and destinations must have.
     pub source_prefixes: Vec<String>,
+    /// Claims of its namespace that a job may name: for its run, as a source or as a destination.
+    pub claims: Vec<String>,
+    /// Storage classes of new volumes, besides the profile's own.
+    pub storage_classes: Vec<String>,
     /// Keys of node labels that a job may ask for.
     pub node_selector_keys: Vec<String>,
     /// Keys of taints that a job may tolerate.
     pub toleration_keys: Vec<String>,
-    /// Priority classes.
+    /// Priority classes, besides the profile's own.
     pub priority_classes: Vec<String>,
     /// Queues.
     pub queues: Vec<String>,
+    /// Kueue's workload priority classes, besides the profile's own.
+    pub workload_priority_classes: Vec<String>,
 }
 
 impl Default for Allowed {
-    /// Sources and queues are a matter of the namespace; what lets a pod go where others may not is the administrator's.
+    /// Sources, claims and queues are a matter of the namespace; what lets a pod go where others may not is the administrator's.
     fn default() -> Self {
         Self {
+            namespaces: None,
             source_prefixes: vec![ANY.into()],
+            claims: vec![ANY.into()],
+            storage_classes: Vec::new(),
             node_selector_keys: Vec::new(),
             toleration_keys: Vec::new(),
             priority_classes: Vec::new(),
             queues: vec![ANY.into()],
+            workload_priority_classes: Vec::new(),
         }
     }
 }
 
-/// Whether `list` has `name`, or anything.
+impl Profile {
+    /// Whether jobs of a namespace may name it. The profile that a job gets without naming one is everybody's, unless it says
+    /// otherwise; any other is nobody's until it does: it may hold what is dear.
+    pub fn serves(&self, name: &str, namespace: &str) -> bool {
+        self.allowed.namespaces.as_ref().map_or(name == DEFAULT, |list| allows(list, namespace))
+    }
+
+    /// The largest volume that a job may ask for.
+    pub fn max_storage_size(&self) -> &str {
+        let own = self.storage.size.as_deref().unwrap_or(DEFAULT_STORAGE_SIZE);
+        let is_larger = |size: &str| quantity::value(size) > quantity::value(DEFAULT_MAX_STORAGE_SIZE);
+        let default = if is_larger(own) { own } else { DEFAULT_MAX_STORAGE_SIZE };
+        self.storage.max_size.as_deref().unwrap_or(default)
+    }
+}
+
+/// Whether `list` has `name`. In a word of the list a `*` stands for anything, or nothing.
 pub fn allows(list: &[String], name: &str) -> bool {
-    list.iter().any(|allowed| allowed == ANY || allowed == name)
+    list.iter().any(|pattern| matches(pattern, name))
+}
+
+fn matches(pattern: &str, name: &str) -> bool {
+    match pattern.split_once(ANY) {
+        None => pattern == name,
+        Some((before, rest)) => name.strip_prefix(before).is_some_and(|name| {
+            // Whatever the star may stand for. Names are short, and administrators write the patterns.
+            let ends = name.char_indices().map(|(at, _)| at).chain([name.len()]);
+            ends.into_iter().any(|at| matches(rest, &name[at..]))
+        }),
+    }
 }
 
 /// Whether `list` has a prefix of `uri`, or anything.
@@ -239,8 +309,56 @@ mod tests {
     fn nothing_that_lets_a_pod_go_elsewhere_is_allowed_by_default() {
         let allowed = Allowed::default();
         assert!(allows_prefix(&allowed.source_prefixes, "hf://a/b") && allows(&allowed.queues, "team"));
-        for list in [&allowed.node_selector_keys, &allowed.toleration_keys, &allowed.priority_classes] {
+        let lists = [
+            &allowed.node_selector_keys,
+            &allowed.toleration_keys,
+            &allowed.priority_classes,
+            &allowed.workload_priority_classes,
+            &allowed.storage_classes,
+        ];
+        for list in lists {
             assert!(!allows(list, "nvidia.com/gpu"));
+        }
+    }
+
+    #[test]
+    fn a_star_stands_for_anything_or_nothing() {
+        for (pattern, name, expected) in [
+            ("*", "team-a", true),
+            ("*", "", true),
+            ("team-a", "team-a", true),
+            ("team-a", "team-ab", false),
+            ("team-*", "team-a", true),
+            ("team-*", "team-", true),
+            ("team-*", "a-team-a", false),
+            ("*-prod", "team-a-prod", true),
+            ("*-prod", "team-a-prod-x", false),
+            ("a*c*e", "abcde", true),
+            ("a*c*e", "abde", false),
+            ("*é*", "xéy", true),
+            ("", "x", false),
+        ] {
+            assert_eq!(matches(pattern, name), expected, "{pattern} {name}");
+        }
+    }
+
+    /// The most permissive profile is not everybody's because it is there.
+    #[test]
+    fn a_profile_serves_the_namespaces_that_it_names() {
+        let profile = |namespaces: Option<&[&str]>| {
+            let namespaces = namespaces.map(|list| list.iter().map(|&name| name.to_owned()).collect());
+            Profile { allowed: Allowed { namespaces, ..Allowed::default() }, ..Profile::default() }
+        };
+        for (namespaces, name, expected) in [
+            (None, "default", true),
+            (None, "h100", false),
+            (Some(&["*"][..]), "h100", true),
+            (Some(&["team-*"]), "h100", true),
+            (Some(&["other"]), "h100", false),
+            (Some(&["other"]), "default", false),
+            (Some(&[]), "default", false),
+        ] {
+            assert_eq!(profile(namespaces).serves(name, "team-a"), expected, "{name}: {namespaces:?}");
         }
     }
 }

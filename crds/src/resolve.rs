@@ -4,6 +4,7 @@
 //! setting is never ignored.
 
 mod cluster;
+mod named;
 mod resources;
 #[cfg(test)]
 mod tests;
@@ -14,6 +15,7 @@ use std::path::{Path, PathBuf};
 pub use cluster::{VolumeClaim, claim_of, decimal_text, hyperparameters_spec, volume_claim};
 pub use resources::{accelerators, training_resources};
 
+use self::named::profile_of;
 use crate::condition::reason;
 use crate::finetunejob::{
     FineTuneJob, GateOperator, GateSpec, HyperparametersSpec, MethodSpec, MethodType, OnFailure, PublishWhen, Resume,
@@ -87,27 +89,13 @@ const CLUSTER_ONLY: [(&str, &str); 8] = [
 
 /// Resolves a job, by the profile that it names, for `target`.
 pub fn resolve(job: &FineTuneJob, profiles: &Profiles, target: Target) -> Result<Resolved, Vec<Finding>> {
-    let name = job.spec.profile.as_deref().unwrap_or(profile::DEFAULT);
-    let Some(profile) = profiles.get(name) else {
-        let known: Vec<&str> = profiles.keys().map(String::as_str).collect();
-        let message = format!("no profile {name}, expected one of {}{}", known.join(", "), target.where_profiles_are());
-        return Err(vec![Finding { reason: reason::PROFILE_NOT_FOUND, field: "spec.profile".into(), message }]);
-    };
+    let profile = profile_of(job, profiles, target).map_err(|finding| vec![finding])?;
     let mut resolver = Resolver { profile, target, problems: Vec::new(), warnings: Vec::new() };
     let config = resolver.resolve(job);
     if resolver.problems.is_empty() {
         Ok(Resolved { config, warnings: resolver.warnings })
     } else {
         Err(resolver.problems)
-    }
-}
-
-impl Target<'_> {
-    const fn where_profiles_are(self) -> &'static str {
-        match self {
-            Self::Local { .. } => "; --profiles FILE gives other ones",
-            Self::Cluster => "; the administrator of the operator defines them",
-        }
     }
 }
 
@@ -187,6 +175,14 @@ impl Resolver<'_> {
         let prefixes = &self.profile.allowed.source_prefixes;
         if !profile::allows_prefix(prefixes, uri) {
             let message = format!("the profile allows sources that begin with {}", prefixes.join(", "));
+            self.refuse_because(reason::SOURCE_NOT_ALLOWED, field, message);
+        }
+        if let Some((claim, _)) =
+            claim_of(uri).filter(|(claim, _)| !profile::allows(&self.profile.allowed.claims, claim))
+        {
+            let list = &self.profile.allowed.claims;
+            let expected = if list.is_empty() { "none".to_owned() } else { list.join(", ") };
+            let message = format!("found the claim {claim}, the profile allows {expected}");
             self.refuse_because(reason::SOURCE_NOT_ALLOWED, field, message);
         }
     }
@@ -300,6 +296,8 @@ impl Resolver<'_> {
             self.allowed(field, uri);
             if claim_of(uri).is_none_or(|(_, path)| path.is_empty()) {
                 self.refuse(field, format!("not supported yet: {uri}; use pvc://claim/path, or leave it out"));
+            } else {
+                self.destination(field, uri, job);
             }
         }
         OutputConfig {

@@ -102,6 +102,6 @@ async fn recorded_plan(
     if digest != Some(digest_of_files(file(build::RUN_FILE), file(build::PLAN_FILE)).as_str()) {
         return Ok(Ok(None));
     }
-    let plan = serde_saphyr::from_str(file(build::PLAN_FILE));
+    let plan = Plan::read(file(build::RUN_FILE), file(build::PLAN_FILE));
     Ok(plan.map(Some).map_err(|error| error.without_snippet().to_string()))
 }

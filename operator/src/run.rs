@@ -117,6 +117,11 @@ async fn live(arguments: Arguments, environment: Environment) -> Result<(), anyh
                 "profile {name}: its image is named by a tag; a tag that moves gives a job's next attempt another trainer"
             );
         }
+        if name != crds::profile::DEFAULT && profile.allowed.namespaces.is_none() {
+            tracing::warn!(
+                "profile {name}: no job may name it; list namespaces in allowed.namespaces, [\"*\"] for all"
+            );
+        }
     }
     let reporter = Reporter { controller: MANAGER.to_owned(), instance: Some(identity.clone()) };
     let shared = Shared {

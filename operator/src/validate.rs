@@ -4,11 +4,11 @@
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crds::FineTuneJob;
 use crds::condition::reason;
-use crds::profile::{self, CaBundle, CpuPods, Profile, Profiles, allows};
+use crds::profile::{self, CaBundle, CpuPods, Profile, Profiles, Topology, allows};
 use crds::resolve::{Finding, Target, VolumeClaim, accelerators, resolve, training_resources, volume_claim};
 use crds::run::{PodStage, RunConfig};
 use k8s_openapi::api::core::v1::{EnvVar, LocalObjectReference, ResourceRequirements, Toleration};
@@ -25,6 +25,9 @@ pub struct Plan {
     pub pods: PodPlan,
     /// On what volume.
     pub claim: VolumeClaim,
+    /// The files that it was read from, where this version would write others.
+    #[serde(skip)]
+    recorded: Option<Box<(String, String)>>,
 }
 
 /// What the pods of a job are made of, besides what is the same for all jobs.
@@ -79,6 +82,18 @@ pub struct PodPlan {
     /// Queue of the other Jobs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpu_queue_name: Option<String>,
+    /// Named claims whose files may be given the pods' group.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub fs_group_claims: Vec<String>,
+    /// Patterns of extended resources that are no accelerators.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub other_devices: Vec<String>,
+    /// Kueue's priority class of the queued Jobs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub workload_priority_class_name: Option<String>,
+    /// Where Kueue puts training pods.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub topology: Option<Topology>,
     /// Pods ask for no user and no group of their own.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub cluster_assigns_user: bool,
@@ -128,8 +143,22 @@ impl Additions {
 }
 
 impl Plan {
+    /// Reads `run.yaml` and `plan.yaml`. What another version wrote stays as that version wrote it: the objects that are made of it
+    /// are compared with what is there, and the status has its digest.
+    pub fn read(run: &str, plan: &str) -> Result<Self, serde_saphyr::Error> {
+        let mut read: Self = serde_saphyr::from_str(plan)?;
+        let files = (run.to_owned(), plan.to_owned());
+        if read.files() != files {
+            read.recorded = Some(Box::new(files));
+        }
+        Ok(read)
+    }
+
     /// `run.yaml` and `plan.yaml` as they are kept.
     pub fn files(&self) -> (String, String) {
+        if let Some(files) = &self.recorded {
+            return (**files).clone();
+        }
         // By way of JSON: YAML's own tags for enums are nothing that other readers know.
         let value = serde_json::to_value(self).expect("a plan is JSON");
         (self.run.to_yaml(), serde_saphyr::to_string(&value).expect("JSON is YAML"))
@@ -169,7 +198,7 @@ impl PodPlan {
 
     /// Accelerators of a training pod.
     pub fn accelerators(&self) -> i64 {
-        accelerators(&self.resources)
+        accelerators(&self.resources, &self.other_devices)
     }
 }
 
@@ -204,6 +233,9 @@ pub fn validate(job: &FineTuneJob, profiles: &Profiles) -> Result<Plan, Invalid>
     let mut tolerations = profile.tolerations.clone();
     tolerations.extend(scheduling.tolerations.into_iter().map(|toleration| toleration.0));
     let additions = Additions::new(job, profile);
+    let claim = volume_claim(job, profile);
+    let named = run.storage.iter().flat_map(|storage| storage.claims.keys().map(String::as_str)).chain([claim.name()]);
+    let taken_over: BTreeSet<&str> = named.filter(|name| allows(&profile.storage.fs_group_claims, name)).collect();
     let pods = PodPlan {
         image,
         image_pull_policy: profile.image_pull_policy.clone(),
@@ -220,13 +252,19 @@ pub fn validate(job: &FineTuneJob, profiles: &Profiles) -> Result<Plan, Invalid>
         cpu_additions: additions.clone().with(&profile.cpu_pods),
         additions,
         ca_bundle: profile.ca_bundle.clone(),
+        fs_group_claims: taken_over.into_iter().map(str::to_owned).collect(),
+        other_devices: profile.other_devices.clone(),
+        workload_priority_class_name: scheduling
+            .workload_priority_class_name
+            .or_else(|| profile.workload_priority_class_name.clone()),
+        topology: profile.topology.clone(),
         queue_name: scheduling.queue_name,
         cpu_queue_name: profile.cpu_queue_name.clone(),
         cluster_assigns_user: profile.cluster_assigns_user,
         hub_endpoint: profile.hub.endpoint.clone(),
         termination_grace_period_seconds: profile.termination_grace_period_seconds.unwrap_or(GRACE_PERIOD_SECONDS),
     };
-    Ok(Plan { run, pods, claim: volume_claim(job, profile) })
+    Ok(Plan { run, pods, claim, recorded: None })
 }
 
 /// Every finding in one message, under the reason of the first.
@@ -258,6 +296,10 @@ fn scheduling_findings(job: &FineTuneJob, profile: &Profile) -> Vec<Finding> {
     let own_class = profile.priority_class_name.as_ref();
     if let Some(class) = scheduling.priority_class_name.as_ref().filter(|class| Some(*class) != own_class) {
         ask(field("priorityClassName"), class, &profile.allowed.priority_classes);
+    }
+    let own_class = profile.workload_priority_class_name.as_ref();
+    if let Some(class) = scheduling.workload_priority_class_name.as_ref().filter(|class| Some(*class) != own_class) {
+        ask(field("workloadPriorityClassName"), class, &profile.allowed.workload_priority_classes);
     }
     for key in scheduling.node_selector.keys() {
         ask(field("nodeSelector"), key, &profile.allowed.node_selector_keys);

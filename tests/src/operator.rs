@@ -34,21 +34,26 @@ fn profiles() -> String {
     maxResources: {{{GPU}: "2"}}
     storage: {{size: 64Mi}}
     fallBackToCpu: true
+    allowed: {{namespaces: ["*"]}}
   # As the chart's own profile for GPUs: a toleration and a size, no node and no class.
   zonal:
     resources: {{limits: {{{GPU}: 1, cpu: "1"}}, requests: {{cpu: 100m}}}}
     tolerations: [{{key: {GPU}, operator: Exists, effect: NoSchedule}}]
     storage: {{size: 64Mi}}
     fallBackToCpu: true
+    allowed: {{namespaces: ["*"]}}
   mig:
     resources: {{limits: {{nvidia.com/mig-1g.10gb: "1", cpu: "1"}}, requests: {{cpu: 100m}}}}
     storage: {{size: 64Mi}}
     fallBackToCpu: true
+    allowed: {{namespaces: ["*"]}}
   unpullable:
     image: 10.99.0.1:5000/nobody@sha256:{none}
+    allowed: {{namespaces: ["*"]}}
   late:
     image: 10.99.0.1:5000/late-trainer:1
     storage: {{size: 64Mi}}
+    allowed: {{namespaces: ["*"]}}
 "#,
         none = "0".repeat(64)
     )

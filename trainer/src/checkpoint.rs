@@ -16,7 +16,7 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-pub use self::attempt::{Claim, claim_stage};
+pub use self::attempt::{Claim, claim_stage, run_of_another};
 use self::attempt::{Start, lock};
 pub use self::committed::{Committed, committed};
 pub use self::files::{HashingWriter, digest_file, digest_of, sync_folder, write_atomically};

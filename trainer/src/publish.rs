@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use crds::exit::ExitCode;
 use crds::run::JobIdentity;
 
-use crate::checkpoint::{digest_file, sync_folder};
+use crate::checkpoint::{digest_file, run_of_another, sync_folder};
 use crate::signal::Stop;
 use crate::source::{self, Claims, Place, place};
 
@@ -97,6 +97,11 @@ impl<'a> Destination<'a> {
         let folder = below(&place, uri)?;
         if let Some(place) = reserved(&place.root, &folder) {
             return Err(Error::Reserved { uri: uri.into(), place });
+        }
+        // What another run keeps in its folder it believes: the model that it fetched, the rows that it prepared.
+        let within = folder.ancestors().take_while(|ancestor| ancestor.starts_with(&place.root));
+        if let Some(other) = within.into_iter().find_map(|ancestor| run_of_another(ancestor, &job.uid)) {
+            return Err(Error::Occupied { uri: uri.into(), found: format!("the run of another job ({other})") });
         }
         let destination = Self { uri, job, folder };
         match destination.occupant()? {
@@ -331,6 +336,31 @@ mod tests {
             assert!(error.exit().code() == code && error.to_string().contains(words), "{uri}: {error}");
         }
         assert_eq!(fs::read_to_string(volume.path("full/notes")).expect("there"), "x");
+    }
+
+    /// A job that could write there could give another one its own base model.
+    #[test]
+    fn nothing_is_published_into_the_run_of_another_job() {
+        let volume = Volume::new();
+        let (ours, theirs) = (job("bot", "1"), job("other", "2"));
+        for run in ["runs/bot", "runs/other"] {
+            fs::create_dir_all(volume.path(run)).expect("writable");
+        }
+        let claim = |run: &str, job: &JobIdentity| {
+            let claim = crate::checkpoint::Claim { number: Some(1), pod_uid: "" };
+            crate::checkpoint::claim_stage(&volume.path(run), "prepare", &job.uid, claim).expect("a new folder");
+        };
+        claim("runs/bot", &ours);
+        claim("runs/other", &theirs);
+        for uri in ["pvc://models/runs/other", "pvc://models/runs/other/new", "pvc://models/runs/other/a/b/c"] {
+            let error = volume.publish(uri, &ours, "x").expect_err(uri);
+            assert!(
+                error.exit().code() == 73 && error.to_string().contains("run of another job (2)"),
+                "{uri}: {error}"
+            );
+        }
+        volume.publish("pvc://models/runs/bot/out", &ours, "x").expect("its own run");
+        volume.publish("pvc://models/runs/third", &ours, "x").expect("beside them");
     }
 
     #[test]

@@ -157,6 +157,11 @@ fn every_rule_refuses() {
         ),
         (
             "{type: LoRA}",
+            "{type: LoRA}\n  scheduling: {workloadPriorityClassName: high}",
+            "workloadPriorityClassName needs queueName",
+        ),
+        (
+            "{type: LoRA}",
             "{type: LoRA}\n  scheduling: {tolerations: [{operator: Exists}]}",
             "a toleration must name a key",
         ),

@@ -72,11 +72,17 @@ impl JsonSchema for Resources {
 /// Where and when pods may run.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("!has(self.workloadPriorityClassName) || has(self.queueName)")
+    .message("workloadPriorityClassName needs queueName"))]
 pub struct Scheduling {
     /// Name of a Kueue queue.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 253))]
     pub queue_name: Option<String>,
+    /// Kueue's priority class of the queued Jobs, a WorkloadPriorityClass.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 253))]
+    pub workload_priority_class_name: Option<String>,
     /// Priority class of the pods.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 253))]

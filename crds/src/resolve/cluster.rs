@@ -5,10 +5,12 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::{Resolver, Target};
+use crate::condition::reason;
 use crate::finetunejob::{
-    Decimal, Epochs, FineTuneJob, HyperparametersSpec, PositiveDecimal, RowSource, Share, WhenDeleted,
+    Decimal, Epochs, FineTuneJob, HyperparametersSpec, PositiveDecimal, RowSource, Share, Storage, WhenDeleted,
 };
-use crate::profile::{DEFAULT_STORAGE_SIZE, Profile};
+use crate::profile::{self, DEFAULT_STORAGE_SIZE, Profile};
+use crate::quantity::value;
 use crate::run::{Duration, Hyperparameters, StorageConfig};
 
 /// Where a pod finds the volume of its run.
@@ -87,20 +89,16 @@ impl Resolver<'_> {
         let spec = &job.spec;
         let claim = volume_claim(job, self.profile);
         let storage = spec.checkpoint.as_ref().and_then(|checkpoint| checkpoint.storage.as_ref());
-        // Runs share a claim that is not their own: each has a folder for itself.
-        let path = match (&claim, storage.and_then(|storage| storage.path.as_deref())) {
-            (VolumeClaim::New { .. }, _) => String::new(),
-            (VolumeClaim::Existing { .. }, Some(path)) => path.trim_matches('/').to_owned(),
-            (VolumeClaim::Existing { .. }, None) => {
-                format!("{}-{}", job.metadata.name.as_deref().unwrap_or_default(), short_uid(job))
-            }
-        };
+        let path = run_folder(job, &claim);
         if matches!(claim, VolumeClaim::Existing { .. }) {
             self.allowed("spec.checkpoint.storage.claim", &format!("pvc://{}/{path}", claim.name()));
         }
-        if path.split('/').any(|part| part == "..") {
-            self.refuse("spec.checkpoint.storage.path", format!("found {path:?}, expected a folder inside the claim"));
+        if path.is_empty() && matches!(claim, VolumeClaim::Existing { .. }) || has_hidden_part(&path) {
+            let message =
+                format!("found {path:?}, expected a folder of its own whose path has no part that begins with a point");
+            self.refuse("spec.checkpoint.storage.path", message);
         }
+        self.new_volume(&claim, storage);
         let below = |root: &str| if path.is_empty() { root.to_owned() } else { format!("{root}/{path}") };
         let rows = |source: &RowSource| source.uri.0.clone();
         let uris = [
@@ -122,6 +120,65 @@ impl Resolver<'_> {
             .collect();
         Some(StorageConfig { directory: below(RUN_VOLUME), uri: below(&format!("pvc://{}", claim.name())), claims })
     }
+
+    /// A volume that is to be made, by what the profile allows.
+    fn new_volume(&mut self, claim: &VolumeClaim, asked: Option<&Storage>) {
+        let VolumeClaim::New { .. } = claim else { return };
+        let most = self.profile.max_storage_size();
+        if let Some(size) = asked.and_then(|storage| storage.size.as_ref())
+            && value(size).zip(value(most)).is_none_or(|(asked, most)| asked > most)
+        {
+            let message = format!("found {size}, the profile allows at most {most}");
+            self.refuse_because(reason::RESOURCE_LIMIT_EXCEEDED, "spec.checkpoint.storage.size", message);
+        }
+        let (own, allowed) = (self.profile.storage.storage_class_name.as_ref(), &self.profile.allowed.storage_classes);
+        if let Some(class) = asked.and_then(|storage| storage.storage_class_name.as_ref())
+            && Some(class) != own
+            && !profile::allows(allowed, class)
+        {
+            let classes: Vec<&str> = own.into_iter().chain(allowed).map(String::as_str).collect();
+            let expected = if classes.is_empty() { "none".to_owned() } else { classes.join(", ") };
+            let message = format!("found {class}, the profile allows {expected}");
+            self.refuse_because(reason::RESOURCE_LIMIT_EXCEEDED, "spec.checkpoint.storage.storageClassName", message);
+        }
+    }
+
+    /// A destination must not be where a run keeps what it believes: its own folder as a whole, or a hidden folder, such as the one of
+    /// downloads. Folders of other runs are known to whoever reads the volume, and refused there.
+    pub(super) fn destination(&mut self, field: &str, uri: &str, job: &FineTuneJob) {
+        let Some((name, path)) = claim_of(uri) else { return };
+        let path = path.trim_matches('/');
+        if has_hidden_part(path) {
+            let message = format!("found {uri}, expected a path without a part that begins with a point");
+            self.refuse_because(reason::SOURCE_NOT_ALLOWED, field, message);
+        }
+        let claim = volume_claim(job, self.profile);
+        let run = run_folder(job, &claim);
+        let holds = |outer: &str, inner: &str| {
+            inner.strip_prefix(outer).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+        };
+        if name == claim.name() && holds(path, &run) {
+            let message = format!("found {uri}, where the run itself is; choose a path beside pvc://{name}/{run}");
+            self.refuse_because(reason::SOURCE_NOT_ALLOWED, field, message);
+        }
+    }
+}
+
+/// Folder of a run on its claim. Runs share a claim that is not their own: each has a folder for itself.
+fn run_folder(job: &FineTuneJob, claim: &VolumeClaim) -> String {
+    let storage = job.spec.checkpoint.as_ref().and_then(|checkpoint| checkpoint.storage.as_ref());
+    match (claim, storage.and_then(|storage| storage.path.as_deref())) {
+        (VolumeClaim::New { .. }, _) => String::new(),
+        (VolumeClaim::Existing { .. }, Some(path)) => path.trim_matches('/').to_owned(),
+        (VolumeClaim::Existing { .. }, None) => {
+            format!("{}-{}", job.metadata.name.as_deref().unwrap_or_default(), short_uid(job))
+        }
+    }
+}
+
+/// What runs keep for themselves is hidden.
+fn has_hidden_part(path: &str) -> bool {
+    path.split('/').any(|part| part.starts_with('.'))
 }
 
 /// A number as the resource's decimals are written, in at most 32 characters.

@@ -8,6 +8,7 @@ use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use super::{Resolver, Target};
 use crate::condition::reason;
 use crate::finetunejob::FineTuneJob;
+use crate::profile;
 use crate::quantity::value;
 use crate::run::ResourceLimits;
 
@@ -28,15 +29,18 @@ pub fn training_resources(job: &FineTuneJob, profile: &ResourceRequirements) -> 
     }
 }
 
-/// Whether a resource is an accelerator, by the names that device plugins use. Others, such as network adapters, are not.
-pub fn is_accelerator(resource: &str) -> bool {
-    let devices = ["gpu", "mig-", "gaudi", "tpu", "neuron", "npu"];
-    resource.split_once('/').is_some_and(|(_, device)| devices.iter().any(|name| device.contains(name)))
+/// Whether a resource is an accelerator: every extended resource is, whoever's device it stands for, but those that the profile
+/// calls other devices. What is Kubernetes' own (`cpu`, `memory`, `ephemeral-storage`, `hugepages-2Mi`) is none.
+pub fn is_accelerator(resource: &str, other_devices: &[String]) -> bool {
+    let is_extended = resource.split_once('/').is_some_and(|(domain, _)| {
+        domain != "kubernetes.io" && !domain.ends_with(".kubernetes.io") && !domain.starts_with("requests.")
+    });
+    is_extended && !profile::allows(other_devices, resource)
 }
 
 /// Accelerators of a pod.
-pub fn accelerators(resources: &ResourceRequirements) -> i64 {
-    let limits = resources.limits.iter().flatten().filter(|(name, _)| is_accelerator(name));
+pub fn accelerators(resources: &ResourceRequirements, other_devices: &[String]) -> i64 {
+    let limits = resources.limits.iter().flatten().filter(|(name, _)| is_accelerator(name, other_devices));
     limits.filter_map(|(_, quantity)| value(&quantity.0)).sum::<f64>() as i64
 }
 
@@ -62,10 +66,11 @@ impl Resolver<'_> {
                         self.amount(&field, quantity, "16Gi", |bytes| bytes >= 1.0).map(|b| b as i64);
                 }
                 "cpu" => resolved.cpus = self.amount(&field, quantity, "2", |cpus| cpus > 0.0),
-                _ if is_accelerator(name) => {
+                _ if is_accelerator(name, &self.profile.other_devices) => {
                     let count = self.amount(&field, quantity, "1", |count| count.fract() == 0.0).unwrap_or_default();
                     if count > 1.0 || (count > 0.0 && resolved.accelerator) {
-                        self.refuse(&field, "not supported yet: more than one accelerator");
+                        let message = "not supported yet: more than one accelerator (a device that is none is for the profile's otherDevices to name)";
+                        self.refuse(&field, message);
                     }
                     resolved.accelerator |= count > 0.0;
                 }

@@ -2,7 +2,8 @@
 
 use crds::FineTuneJob;
 use crds::finetunejob::JobReference;
-use crds::profile::{CERTIFICATES, CaBundle};
+use crds::profile::{CERTIFICATES, CaBundle, Topology};
+use crds::resolve::VolumeClaim;
 use crds::run::PodStage;
 use k8s_openapi::api::batch::v1::{
     Job, JobSpec, PodFailurePolicy, PodFailurePolicyOnExitCodesRequirement, PodFailurePolicyOnPodConditionsPattern,
@@ -27,6 +28,12 @@ use crate::validate::Plan;
 pub const TRAINER_PORT: i32 = 9464;
 /// Kueue holds a Job that has it.
 pub const QUEUE_LABEL: &str = "kueue.x-k8s.io/queue-name";
+/// Kueue's order among queued Jobs.
+pub const WORKLOAD_PRIORITY_LABEL: &str = "kueue.x-k8s.io/priority-class";
+/// Of pods: the level of the topology that they must share.
+pub const REQUIRED_TOPOLOGY_ANNOTATION: &str = "kueue.x-k8s.io/podset-required-topology";
+/// Of pods: the level of the topology that they share if they can.
+pub const PREFERRED_TOPOLOGY_ANNOTATION: &str = "kueue.x-k8s.io/podset-preferred-topology";
 const CONFIG_FOLDER: &str = "/etc/finetune";
 const CERTIFICATES_FOLDER: &str = "/etc/finetune-certificates";
 const CERTIFICATES_FILE: &str = "ca.crt";
@@ -56,11 +63,27 @@ pub fn build_stage_job(job: &FineTuneJob, plan: &Plan, attempt: &JobReference, p
     spec.backoff_limit = Some(0);
     spec.pod_failure_policy = Some(failure_policy(queue.is_some()));
     if let Some(queue) = queue {
-        // Kueue opens it; without Kueue it stays closed, and the status says so.
-        spec.suspend = Some(true);
-        built.metadata.labels.get_or_insert_default().insert(QUEUE_LABEL.into(), queue.clone());
+        hand_to_kueue(&mut built, plan, queue);
+        if let (true, Some(topology)) = (train, &plan.pods.topology) {
+            let (annotation, level) = match topology {
+                Topology::Required(level) => (REQUIRED_TOPOLOGY_ANNOTATION, level),
+                Topology::Preferred(level) => (PREFERRED_TOPOLOGY_ANNOTATION, level),
+            };
+            let template = built.spec.get_or_insert_default().template.metadata.get_or_insert_default();
+            template.annotations.get_or_insert_default().insert(annotation.into(), level.clone());
+        }
     }
     built
+}
+
+/// Kueue opens it; without Kueue it stays closed, and the status says so.
+fn hand_to_kueue(built: &mut Job, plan: &Plan, queue: &str) {
+    built.spec.get_or_insert_default().suspend = Some(true);
+    let labels = built.metadata.labels.get_or_insert_default();
+    labels.insert(QUEUE_LABEL.into(), queue.to_owned());
+    if let Some(class) = &plan.pods.workload_priority_class_name {
+        labels.insert(WORKLOAD_PRIORITY_LABEL.into(), class.clone());
+    }
 }
 
 /// The Job that hands on what an attempt left on the volume.
@@ -78,8 +101,7 @@ pub fn build_report_job(job: &FineTuneJob, plan: &Plan, of: &JobReference) -> Jo
     spec.backoff_limit = Some(2);
     spec.active_deadline_seconds = Some(REPORT_DEADLINE_SECONDS);
     if let Some(queue) = plan.pods.queue(PodStage::Report) {
-        spec.suspend = Some(true);
-        built.metadata.labels.get_or_insert_default().insert(QUEUE_LABEL.into(), queue.clone());
+        hand_to_kueue(&mut built, plan, queue);
     }
     built
 }
@@ -150,7 +172,7 @@ fn assemble(job: &FineTuneJob, plan: &Plan, attempt: &JobReference, component: P
 
 fn pod_spec(job: &FineTuneJob, plan: &Plan, stage: PodStage, args: Vec<String>) -> PodSpec {
     let storage = plan.run.storage.as_ref();
-    let output = plan.run.output.uri.as_deref().and_then(crds::resolve::claim_of).map(|(name, _)| name);
+    let output = destination(plan);
     let mut volumes = vec![
         config_volume(job),
         claim_volume("data", plan.claim.name(), false),
@@ -173,7 +195,7 @@ fn pod_spec(job: &FineTuneJob, plan: &Plan, stage: PodStage, args: Vec<String>) 
     let others = storage.map(|storage| &storage.claims).into_iter().flatten();
     let others = others.filter(|(name, _)| *name != plan.claim.name() && stage != PodStage::Report);
     for (index, (name, folder)) in others.enumerate() {
-        let written = stage == PodStage::Publish && output == Some(name);
+        let written = stage == PodStage::Publish && output == Some(name.as_str());
         let volume = format!("source-{index}");
         volumes.push(claim_volume(&volume, name, !written));
         mounts.push(mount(&volume, folder, !written));
@@ -185,7 +207,7 @@ fn pod_spec(job: &FineTuneJob, plan: &Plan, stage: PodStage, args: Vec<String>) 
         termination_grace_period_seconds: Some(plan.pods.termination_grace_period_seconds),
         image_pull_secrets: Some(plan.pods.image_pull_secrets.clone()).filter(|secrets| !secrets.is_empty()),
         priority_class_name: plan.pods.priority_class(stage).cloned(),
-        security_context: Some(security_context(plan)),
+        security_context: Some(security_context(plan, stage)),
         containers: vec![Container {
             name: CONTAINER.into(),
             image: Some(plan.pods.image.clone()),
@@ -214,17 +236,34 @@ fn pod_spec(job: &FineTuneJob, plan: &Plan, stage: PodStage, args: Vec<String>) 
     }
 }
 
-fn security_context(plan: &Plan) -> PodSecurityContext {
+/// The group of volumes is given to every file of every claim that the pod may write. Claims that a job only names hold other
+/// people's files: one of them in a pod, and no file of the pod's volumes changes hands, but where the profile lets it. Our own
+/// claim was given to the group by the first pod.
+fn security_context(plan: &Plan, stage: PodStage) -> PodSecurityContext {
     let user = (!plan.pods.cluster_assigns_user).then_some(USER);
+    let run = matches!(plan.claim, VolumeClaim::Existing { .. }).then(|| plan.claim.name());
+    let foreign = run
+        .into_iter()
+        .chain(destination(plan).filter(|name| stage == PodStage::Publish && *name != plan.claim.name()));
+    let takes_over = foreign.into_iter().all(|name| plan.pods.fs_group_claims.iter().any(|listed| listed == name));
     PodSecurityContext {
         run_as_non_root: Some(true),
         run_as_user: user,
         run_as_group: user,
-        fs_group: user,
-        fs_group_change_policy: Some("OnRootMismatch".into()),
+        fs_group: user.filter(|_| takes_over),
+        fs_group_change_policy: takes_over.then(|| "OnRootMismatch".into()),
         seccomp_profile: Some(SeccompProfile { type_: "RuntimeDefault".into(), localhost_profile: None }),
         ..PodSecurityContext::default()
     }
+}
+
+fn run_directory(plan: &Plan) -> &str {
+    plan.run.storage.as_ref().map_or(RUN_VOLUME, |storage| storage.directory.as_str())
+}
+
+/// The claim that the result is copied to.
+fn destination(plan: &Plan) -> Option<&str> {
+    plan.run.output.uri.as_deref().and_then(crds::resolve::claim_of).map(|(name, _)| name)
 }
 
 /// In this order: what is ours wins.
@@ -247,8 +286,8 @@ fn own_environment(plan: &Plan, certificates: Option<&CaBundle>) -> Vec<EnvVar> 
                 ..EnvVarSource::default()
             }),
         },
-        // Downloads are shared by the runs of a volume, and kept for the next attempt.
-        value("HF_HOME", &format!("{RUN_VOLUME}/.huggingface")),
+        // Downloads are kept for the next attempt, and shared with nobody: on a claim of several runs each has its own.
+        value("HF_HOME", &format!("{}/.huggingface", run_directory(plan))),
         // Pods share the cores of a node. OpenMP's threads wait for each other by spinning, 300,000 turns by default, which
         // takes the core from the thread that is waited for; a thousand turns are its own choice where it knows of more
         // threads than cores.

@@ -134,6 +134,14 @@ fn claims(run: &Path, prefix: &str) -> Vec<(i32, Option<Claimed>)> {
     claims
 }
 
+/// The job that made attempts in a folder, if it is another one.
+pub fn run_of_another(folder: &Path, job_uid: &str) -> Option<String> {
+    match check_owner(folder, job_uid) {
+        Err(Error::ForeignRun { found, .. }) => Some(found),
+        _ => None,
+    }
+}
+
 /// Refuses a folder in which another job made attempts.
 fn check_owner(run: &Path, job_uid: &str) -> Result<(), Error> {
     let claim = |name: &String| name.strip_suffix(".json").is_some_and(|stem| !stem.ends_with(".started"));

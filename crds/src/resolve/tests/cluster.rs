@@ -14,8 +14,15 @@ fn in_cluster(patch: &Value) -> Result<RunConfig, Vec<(&'static str, String)>> {
         "default:
   resources: {limits: {memory: 64Gi, nvidia.com/gpu: '1'}, requests: {cpu: '4', memory: 32Gi}}
   maxResources: {memory: 128Gi, nvidia.com/gpu: '8'}
-  allowed: {sourcePrefixes: ['hf://', 'pvc://', 's3://acme/']}
-cpu: {fallBackToCpu: true, resources: {limits: {nvidia.com/gpu: '1'}}}
+  storage: {storageClassName: standard, maxSize: 500Gi}
+  otherDevices: ['rdma/*']
+  allowed:
+    sourcePrefixes: ['hf://', 'pvc://', 's3://acme/']
+    claims: [rows, models, 'run-*', c]
+    storageClasses: [fast]
+cpu: {fallBackToCpu: true, resources: {limits: {nvidia.com/gpu: '1'}}, allowed: {namespaces: ['te*']}}
+dear: {allowed: {namespaces: [rich]}}
+unlisted: {}
 ",
     )
     .expect("valid");
@@ -55,6 +62,7 @@ fn a_cluster_run_knows_its_volumes_and_the_resources_of_its_profile() {
 #[test]
 fn a_cluster_refuses_with_the_reason_of_the_condition() {
     let limit = |name: &str, value: &str| json!({"resources": {"limits": {name: value}}});
+    let storage = |storage: Value| json!({"checkpoint": {"storage": storage}});
     for (patch, expected_reason, field) in [
         (json!({"profile": "h100"}), reason::PROFILE_NOT_FOUND, "spec.profile"),
         (limit("memory", "200Gi"), reason::RESOURCE_LIMIT_EXCEEDED, "spec.resources.limits.memory"),
@@ -68,6 +76,38 @@ fn a_cluster_refuses_with_the_reason_of_the_condition() {
             reason::NOT_SUPPORTED,
             "spec.checkpoint.storage.path",
         ),
+        (
+            json!({"checkpoint": {"storage": {"claim": "c", "path": "bot/.huggingface/hub"}}}),
+            reason::NOT_SUPPORTED,
+            "spec.checkpoint.storage.path",
+        ),
+        (
+            json!({"checkpoint": {"storage": {"claim": "c", "path": "/"}}}),
+            reason::NOT_SUPPORTED,
+            "spec.checkpoint.storage.path",
+        ),
+        (storage(json!({"size": "900Ti"})), reason::RESOURCE_LIMIT_EXCEEDED, "spec.checkpoint.storage.size"),
+        (storage(json!({"size": "501Gi"})), reason::RESOURCE_LIMIT_EXCEEDED, "spec.checkpoint.storage.size"),
+        (
+            storage(json!({"storageClassName": "gold"})),
+            reason::RESOURCE_LIMIT_EXCEEDED,
+            "spec.checkpoint.storage.storageClassName",
+        ),
+        (storage(json!({"claim": "theirs"})), reason::SOURCE_NOT_ALLOWED, "spec.checkpoint.storage.claim"),
+        (json!({"model": {"uri": "pvc://theirs/m"}}), reason::SOURCE_NOT_ALLOWED, "spec.model.uri"),
+        (json!({"output": {"uri": "pvc://theirs/m"}}), reason::SOURCE_NOT_ALLOWED, "spec.output.uri"),
+        (
+            json!({"output": {"uri": "pvc://models/bot/.huggingface/hub"}}),
+            reason::SOURCE_NOT_ALLOWED,
+            "spec.output.uri",
+        ),
+        (
+            json!({"checkpoint": {"storage": {"claim": "run-a", "path": "team/bot"}}, "output": {"uri": "pvc://run-a/team"}}),
+            reason::SOURCE_NOT_ALLOWED,
+            "spec.output.uri",
+        ),
+        (json!({"profile": "dear"}), reason::PROFILE_NOT_FOUND, "spec.profile"),
+        (json!({"profile": "unlisted"}), reason::PROFILE_NOT_FOUND, "spec.profile"),
     ] {
         let findings = in_cluster(&patch).expect_err("refused");
         assert!(findings.contains(&(expected_reason, field.to_owned())), "{patch}: {findings:?}");
@@ -85,6 +125,75 @@ fn a_quantity_of_a_job_may_be_a_number() {
 }
 
 #[test]
+fn what_the_profile_allows_of_volumes_and_claims_is_taken() {
+    let asked = |storage: Value| json!({"checkpoint": {"storage": storage}});
+    for patch in [
+        asked(json!({"size": "500Gi", "storageClassName": "fast"})),
+        asked(json!({"storageClassName": "standard"})),
+        asked(json!({"claim": "run-a"})),
+        json!({"checkpoint": {"storage": {"claim": "run-a", "path": "bot"}}, "output": {"uri": "pvc://run-a/bots"}}),
+        json!({"output": {"uri": "pvc://models/bot"}}),
+        json!({"profile": "cpu"}),
+    ] {
+        assert!(in_cluster(&patch).is_ok(), "{patch}: {:?}", in_cluster(&patch));
+    }
+}
+
+/// A profile that says nothing of it lets nobody have a volume without end.
+#[test]
+fn volumes_have_a_bound_without_a_word_of_the_profile() {
+    let most = |storage: &str| {
+        let profiles = profile::parse(&format!("default: {{storage: {storage}}}")).expect("valid");
+        profiles["default"].max_storage_size().to_owned()
+    };
+    assert_eq!([most("{}"), most("{size: 5Ti}"), most("{size: 5Gi, maxSize: 10Gi}")], ["1Ti", "5Ti", "10Gi"]);
+}
+
+/// Who may not name a profile is not told of it.
+#[test]
+fn profiles_of_other_namespaces_are_not_listed() {
+    let job = json!({"metadata": {"namespace": "team"}});
+    let mut whole = base();
+    merge(&mut whole, &job);
+    merge(&mut whole["spec"], &json!({"profile": "dear", "dataset": {"train": {"uri": "hf://datasets/a/b/c"}}}));
+    let checked = check(&whole.to_string(), Scope::Cluster).unwrap_or_else(|problems| panic!("{problems:?}"));
+    let text = "default: {}\ndear: {allowed: {namespaces: [rich]}}\nours: {allowed: {namespaces: ['te*']}}\n";
+    let profiles = profile::parse(text).expect("valid");
+    let findings = resolve(&checked.job, &profiles, Target::Cluster).expect_err("not ours");
+    let expected = "no profile dear for the namespace team, expected one of default, ours; the administrator of the operator defines them";
+    assert_eq!(findings[0].message, expected);
+}
+
+/// Whoever's device it is: an FPGA and a card of a vendor that nobody has heard of count, what is Kubernetes' own does not.
+#[test]
+fn every_extended_resource_is_an_accelerator_unless_the_profile_says_otherwise() {
+    let others = ["rdma/*".to_owned(), "vpc.amazonaws.com/efa".to_owned()];
+    for (name, expected) in [
+        ("nvidia.com/gpu", true),
+        ("nvidia.com/mig-1g.10gb", true),
+        ("amd.com/gpu", true),
+        ("xilinx.com/fpga-xilinx_u250", true),
+        ("example.com/brain", true),
+        ("vpc.amazonaws.com/efa", false),
+        ("rdma/hca_shared_devices_a", false),
+        ("cpu", false),
+        ("memory", false),
+        ("ephemeral-storage", false),
+        ("hugepages-2Mi", false),
+        ("requests.nvidia.com/gpu", false),
+        ("attachable-volumes-csi.kubernetes.io/x", false),
+    ] {
+        let limits = serde_json::from_value(json!({"limits": {name: "3"}})).expect("valid");
+        assert_eq!(accelerators(&limits, &others), if expected { 3 } else { 0 }, "{name}");
+    }
+    let fpga = json!({"resources": {"limits": {"nvidia.com/gpu": "0", "xilinx.com/fpga": 1, "rdma/hca": 1}}});
+    assert!(in_cluster(&fpga).expect("one accelerator").resources.accelerator);
+    let two = json!({"resources": {"limits": {"xilinx.com/fpga": 1}}});
+    let findings = in_cluster(&two).expect_err("the profile has a GPU besides");
+    assert_eq!(findings, [(reason::NOT_SUPPORTED, "spec.resources.limits[xilinx.com/fpga]".to_owned())]);
+}
+
+#[test]
 fn a_limit_of_the_job_does_away_with_the_request_of_the_profile() {
     let mut job = base();
     job["spec"]["resources"] = json!({"limits": {"memory": "16Gi"}});
@@ -95,7 +204,7 @@ fn a_limit_of_the_job_does_away_with_the_request_of_the_profile() {
     let resources = training_resources(&job, &profile.expect("valid"));
     let expected = json!({"limits": {"memory": "16Gi", "nvidia.com/gpu": "2"}, "requests": {"cpu": "4"}});
     assert_eq!(serde_json::to_value(&resources).expect("JSON"), expected);
-    assert_eq!(accelerators(&resources), 2);
+    assert_eq!(accelerators(&resources, &[]), 2);
 }
 
 /// What a status echoes may be copied into the next job.

@@ -176,3 +176,92 @@ fn a_job_may_name_the_priority_class_of_its_profile_and_no_other_that_is_not_all
     let refused = validate(&named("urgent"), &profiles).expect_err("not allowed").message;
     assert!(refused.contains("spec.scheduling.priorityClassName: found urgent"), "{refused}");
 }
+
+/// A claim that a job only names holds other people's files: mounting it must not take them over.
+#[test]
+fn no_pod_takes_over_the_files_of_a_claim_that_is_not_the_jobs_own() {
+    let group = "/spec/template/spec/securityContext/fsGroup";
+    let with_group = |spec: &Value, profiles: &Profiles| -> Vec<String> {
+        let job = example(spec);
+        let made = objects_by(&job, &planned_by(&job, profiles));
+        let found = by_component(&made, group).into_iter().filter(|(_, group)| !group.is_null());
+        found.map(|(component, _)| component.to_owned()).collect()
+    };
+    let all = ["prepare", "train", "publish", "report"];
+    let shared = json!({"checkpoint": {"storage": {"claim": "shared"}}});
+    let copied = json!({"output": {"uri": "pvc://registry/bot"}});
+    assert_eq!(with_group(&json!({}), &profiles()), all);
+    assert_eq!(with_group(&shared, &profiles()), [] as [&str; 0]);
+    assert_eq!(with_group(&copied, &profiles()), ["prepare", "train", "report"]);
+    let disks = profiles_with(&json!({"storage": {"fsGroupClaims": ["shared", "reg*"]}}));
+    assert_eq!(with_group(&shared, &disks), all);
+    assert_eq!(with_group(&copied, &disks), all);
+}
+
+/// Who shares a claim with other runs would believe what they put into its downloads.
+#[test]
+fn downloads_lie_in_the_folder_of_the_run() {
+    let homes = |spec: &Value| {
+        let made = objects(&example(spec));
+        let homes = by_component(&made, "/spec/template/spec/containers/0/env").into_iter().map(|(_, variables)| {
+            let home = variables.as_array().expect("variables").iter().find(|one| one["name"] == "HF_HOME").cloned();
+            home.expect("it is set")["value"].as_str().expect("text").to_owned()
+        });
+        homes.collect::<std::collections::BTreeSet<_>>()
+    };
+    let storage = |storage: Value| json!({"checkpoint": {"storage": storage}});
+    assert_eq!(homes(&json!({})), ["/data/.huggingface".to_owned()].into());
+    let expected = "/data/kubectl-writer-0b8e1c9e/.huggingface".to_owned();
+    assert_eq!(homes(&storage(json!({"claim": "shared"}))), [expected].into());
+    let expected = "/data/team/bot/.huggingface".to_owned();
+    assert_eq!(homes(&storage(json!({"claim": "shared", "path": "team/bot"}))), [expected].into());
+}
+
+#[test]
+fn kueue_is_told_priority_and_topology_of_queued_jobs() {
+    let words = |spec: &Value, profile: &Value| {
+        let job = example(spec);
+        let made = objects_by(&job, &planned_by(&job, &profiles_with(profile)));
+        let jobs = by_component(&made, "").into_iter().map(|(component, job)| {
+            let priority = job["metadata"]["labels"]["kueue.x-k8s.io/priority-class"].as_str().map(str::to_owned);
+            let annotations = &job["spec"]["template"]["metadata"]["annotations"];
+            let topology = ["required", "preferred"]
+                .map(|how| annotations[format!("kueue.x-k8s.io/podset-{how}-topology")].as_str().map(str::to_owned));
+            (component.to_owned(), priority, topology)
+        });
+        jobs.filter(|(_, priority, topology)| priority.is_some() || *topology != [None, None]).collect::<Vec<_>>()
+    };
+    let text = |text: &str| Some(text.to_owned());
+    let profile = json!({
+        "workloadPriorityClassName": "low", "topology": {"required": "rack"},
+        "allowed": {"workloadPriorityClasses": ["high"]},
+    });
+    assert_eq!(words(&json!({}), &profile), [], "without a queue there is nobody to tell");
+    let queued = json!({"scheduling": {"queueName": "q"}});
+    assert_eq!(words(&queued, &profile), [("train".to_owned(), text("low"), [text("rack"), None])]);
+    let chosen = json!({"scheduling": {"queueName": "q", "workloadPriorityClassName": "high"}});
+    let mut preferred = profile.clone();
+    preferred["topology"] = json!({"preferred": "zone"});
+    preferred["cpuQueueName"] = json!("cpus");
+    let train = ("train".to_owned(), text("high"), [None, text("zone")]);
+    let cpu = |stage: &str| (stage.to_owned(), text("high"), [None, None]);
+    assert_eq!(words(&chosen, &preferred), [cpu("prepare"), train, cpu("publish"), cpu("report")]);
+    let other = example(&json!({"scheduling": {"queueName": "q", "workloadPriorityClassName": "urgent"}}));
+    let refused = validate(&other, &profiles_with(&profile)).expect_err("not allowed").message;
+    assert!(refused.contains("spec.scheduling.workloadPriorityClassName: found urgent"), "{refused}");
+}
+
+/// What version 0.1 does not know comes back as it was planned.
+#[test]
+fn a_plan_with_every_field_is_read_as_it_was_written() {
+    let profile = json!({
+        "labels": {"a": "b"}, "annotations": {"c": "d"}, "environment": [{"name": "E", "value": "f"}],
+        "caBundle": {"configMapName": "c", "key": "k"}, "clusterAssignsUser": true, "priorityClassName": "p",
+        "cpuPods": {"nodeSelector": {}, "tolerations": [], "priorityClassName": "q", "labels": {"g": "h"}},
+        "otherDevices": ["rdma/*"], "storage": {"fsGroupClaims": ["*"]}, "workloadPriorityClassName": "w",
+        "topology": {"preferred": "zone"},
+    });
+    let plan = planned_by(&example(&json!({"scheduling": {"queueName": "q"}})), &profiles_with(&profile));
+    let (run, text) = plan.files();
+    assert_eq!(Plan::read(&run, &text).expect("ours"), plan);
+}

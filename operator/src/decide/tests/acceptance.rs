@@ -10,7 +10,10 @@ fn what_the_profile_does_not_allow_is_not_accepted_and_makes_nothing() {
     world.pass();
     let (status, reason, message) = world.condition(condition::ACCEPTED);
     assert_eq!((status.as_str(), reason.as_str()), ("False", "ProfileNotFound"));
-    assert!(message.starts_with("spec.profile: no profile h100, expected one of default"), "{message}");
+    assert!(
+        message.starts_with("spec.profile: no profile h100 for the namespace team, expected one of default"),
+        "{message}"
+    );
     assert_eq!((world.made.len(), next.wake), (0, None));
 
     let mut world =

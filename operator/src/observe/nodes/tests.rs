@@ -136,12 +136,13 @@ fn claim(volume: Option<&str>) -> Value {
 }
 
 fn job_and_plan() -> (FineTuneJob, Plan) {
-    let plan: Plan = serde_saphyr::from_str(include_str!("../../validate/plan-0.1.0.yaml")).expect("a plan");
+    let mut plan: Plan = serde_saphyr::from_str(include_str!("../../validate/plan-0.1.0.yaml")).expect("a plan");
     let job = json!({
         "apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "bot", "namespace": "team"},
         "spec": {"model": {"uri": "hf://a/b"}, "dataset": {"train": {"uri": "pvc://rows/x"}}, "method": {"type": "LoRA"}},
     });
-    (serde_json::from_value(job).expect("a job"), Plan { pods: pods(&json!({})), ..plan })
+    plan.pods = pods(&json!({}));
+    (serde_json::from_value(job).expect("a job"), plan)
 }
 
 #[tokio::test]

@@ -241,6 +241,11 @@ pub(super) fn table() -> Vec<(&'static str, Value, Fate)> {
         ),
         ("nodes", json!({"nodes": 2}), Refused("spec.nodes")),
         ("scheduling.queueName", json!({"scheduling": {"queueName": "q"}}), Warned("spec.scheduling")),
+        (
+            "scheduling.workloadPriorityClassName",
+            json!({"scheduling": {"queueName": "q", "workloadPriorityClassName": "w"}}),
+            Warned("spec.scheduling"),
+        ),
         ("scheduling.priorityClassName", json!({"scheduling": {"priorityClassName": "p"}}), Warned("spec.scheduling")),
         ("scheduling.nodeSelector{}", json!({"scheduling": {"nodeSelector": {"a": "b"}}}), Warned("spec.scheduling")),
         ("scheduling.tolerations[].key", toleration.clone(), Warned("spec.scheduling")),
