@@ -26,6 +26,7 @@ use crate::events::events;
 use crate::memory::Memory;
 use crate::observe::pods::Pods;
 use crate::observe::progress::{Intervals, ProgressBoard, poll};
+use crate::observe::queue::{self, Queues};
 use crate::observe::{self, Caches, Observed, observe};
 use crate::status::{Timing, is_terminal, next_status, nothing_was_made};
 use crate::telemetry::Telemetry;
@@ -58,6 +59,7 @@ struct Context {
     shared: Shared,
     caches: Caches,
     board: Arc<ProgressBoard>,
+    queues: Arc<Queues>,
     memory: Memory,
 }
 
@@ -150,7 +152,9 @@ pub async fn run(shared: Shared, namespace: Option<String>) {
     let caches = Caches { jobs: job_store, pods };
     let counting = Arc::clone(&shared.telemetry);
     let count = move |was_answered| counting.count_poll(was_answered);
-    let polling = poll(caches.clone(), Arc::clone(&board), shared.intervals, tell, count);
+    let polling = poll(caches.clone(), Arc::clone(&board), shared.intervals, tell.clone(), count);
+    let queues = Arc::new(Queues::default());
+    let queueing = queue::watch(client.clone(), namespace.clone(), caches.jobs.clone(), Arc::clone(&queues), tell);
 
     let (store, writer) = reflector::store::<Guarded>();
     let memory = Memory::default();
@@ -167,7 +171,7 @@ pub async fn run(shared: Shared, namespace: Option<String>) {
         .watches_stream(pod_events, |pod| job_of(&pod))
         .reconcile_on(told);
     shared.telemetry.add_store(namespace.clone(), controller.store());
-    let context = Arc::new(Context { shared, caches, board, memory });
+    let context = Arc::new(Context { shared, caches, board, queues, memory });
     let passes = controller.run(reconcile, error_policy, Arc::clone(&context)).for_each(async |pass| match pass {
         Ok(_) => {}
         // It is asked again by itself; a right that is missing shows here.
@@ -178,6 +182,7 @@ pub async fn run(shared: Shared, namespace: Option<String>) {
     tokio::select! {
         () = passes => {}
         () = polling => {}
+        () = queueing => {}
     }
 }
 
@@ -262,7 +267,8 @@ async fn pass(job: &FineTuneJob, context: &Context) -> Result<Action, Error> {
     context.caches.wait_until_ready().await;
     let before = job.status.clone().unwrap_or_default();
     let known_plan = context.memory.known_plan(job);
-    let observed = observe(&context.shared.client, &context.caches, job, known_plan, &context.board).await?; // I/O
+    let Shared { client, .. } = &context.shared;
+    let observed = observe(client, &context.caches, job, known_plan, &context.board, &context.queues).await?; // I/O
     let plan = plan(job, context, &observed);
     let mut wanted = acts(job, plan.as_ref().ok(), &observed);
     wanted.retain(|act| !(matches!(act, Act::Control(_)) && context.memory.was_told_to_stop(job)));

@@ -18,6 +18,8 @@ pub mod apply;
 pub mod build;
 pub mod controller;
 pub mod events;
+#[cfg(test)]
+mod fake;
 pub mod lease;
 pub mod memory;
 pub mod observe;

@@ -1,8 +1,9 @@
-//! What there is of a job: its plan, the newest attempt's Job and pods, and what was heard from them. From caches, with two
-//! exceptions: an object that the caches lack is asked for before it is called missing, and Kueue's Workload is not cached.
+//! What there is of a job: its plan, the newest attempt's Job and pods, and what was heard from them. From caches, with one
+//! exception: an object that the caches lack is asked for before it is called missing.
 
 pub mod pods;
 pub mod progress;
+pub mod queue;
 
 use crds::finetunejob::{FineTuneJob, JobReference};
 use crds::report::{Progress, Report};
@@ -11,19 +12,16 @@ use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ConfigMap, ContainerStatus, Pod};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
-use kube::api::{Api, DynamicObject, ListParams};
-use kube::core::{ApiResource, GroupVersionKind};
+use kube::api::Api;
 use kube::runtime::reflector::{ObjectRef, Store};
 use kube::{Client, ResourceExt};
 
 use self::pods::Pods;
 use self::progress::ProgressBoard;
+use self::queue::Queues;
 use crate::build::{self, CONTAINER};
 use crate::status::is_terminal;
 use crate::validate::{Plan, digest_of_files};
-
-/// Versions of Kueue's API, the newest first: what is read is the same in both.
-const KUEUE_VERSIONS: [&str; 2] = ["v1beta2", "v1beta1"];
 
 /// Everything that a decision about a job may depend on, besides the job itself and the time.
 #[derive(Clone, Debug, Default)]
@@ -206,6 +204,7 @@ pub async fn observe(
     job: &FineTuneJob,
     known_plan: Option<Plan>,
     board: &ProgressBoard,
+    queues: &Queues,
 ) -> Result<Observed, Error> {
     let status = job.status.clone().unwrap_or_default();
     let Some(current) = status.job_refs.last() else { return Ok(Observed::default()) };
@@ -223,7 +222,7 @@ pub async fn observe(
         .map(|found| AttemptSeen { pods: pods_of(caches, job, found.uid().as_deref()), job: job_seen(&found, job) });
     let queued = matches!(attempt.job, JobSeen::Present { suspended: true, finished: false, .. });
     let queue = match (&attempt.job, queued) {
-        (JobSeen::Present { uid, .. }, true) => Some(queue(client, job, uid).await?),
+        (JobSeen::Present { uid, .. }, true) => queues.seen(uid),
         _ => None,
     };
     let uid = job.uid().unwrap_or_default();
@@ -345,40 +344,4 @@ pub fn pod_seen(pod: &Pod) -> PodSeen {
             .filter(|condition| condition.status == "True")
             .map(|condition| condition.reason.clone().unwrap_or_default()),
     }
-}
-
-/// What Kueue's Workload of a Job says. There is no watch on Workloads: their kind may not exist, and the Job, which is
-/// watched, changes when the Workload is admitted.
-async fn queue(client: &Client, job: &FineTuneJob, child_uid: &str) -> Result<QueueSeen, Error> {
-    let by_job = ListParams::default().labels(&format!("kueue.x-k8s.io/job-uid={child_uid}"));
-    let mut found = None;
-    for version in KUEUE_VERSIONS {
-        let kind = ApiResource::from_gvk(&GroupVersionKind::gvk("kueue.x-k8s.io", version, "Workload"));
-        let workloads: Api<DynamicObject> =
-            Api::namespaced_with(client.clone(), &job.namespace().unwrap_or_default(), &kind);
-        match workloads.list(&by_job).await {
-            Ok(list) => {
-                found = Some(list);
-                break;
-            }
-            // Of an API group that is not served the answer is plain text, which `is_not_found` does not know.
-            Err(kube::Error::Api(status)) if status.code == 404 => {}
-            Err(source) => return Err(Error::Get { kind: "Workload", name: job.name_any(), source: Box::new(source) }),
-        }
-    }
-    let Some(found) = found else { return Ok(QueueSeen::ControllerMissing) };
-    let Some(workload) = found.items.first() else {
-        return Ok(QueueSeen::Waiting("the queue's controller has not looked at the Job yet".into()));
-    };
-    let conditions = workload.data["status"]["conditions"].as_array().cloned().unwrap_or_default();
-    let message = |name: &str, status: &str| {
-        let condition =
-            conditions.iter().find(|condition| condition["type"] == name && condition["status"] == status)?;
-        let text = |field: &str| condition[field].as_str().unwrap_or_default().to_owned();
-        Some(format!("{}: {}", text("reason"), text("message")))
-    };
-    Ok(match (message("Evicted", "True"), message("QuotaReserved", "False")) {
-        (Some(evicted), _) => QueueSeen::Evicted(evicted),
-        (None, waiting) => QueueSeen::Waiting(waiting.unwrap_or_default()),
-    })
 }
