@@ -30,7 +30,8 @@ use crate::facts::{Facts, Observed, Timing};
 use crate::memory::Memory;
 use crate::observe::nodes::{Nodes, placement};
 use crate::observe::progress::{Intervals, ProgressBoard, poll};
-use crate::observe::{self, observe};
+use crate::observe::queue::{self, Queues};
+use crate::observe::{self, Sources, observe};
 use crate::status::render;
 use crate::telemetry::Telemetry;
 use crate::validate::{Invalid, Plan, validate};
@@ -60,6 +61,7 @@ struct Context {
     caches: Caches,
     board: Arc<ProgressBoard>,
     nodes: Nodes,
+    queues: Arc<Queues>,
     memory: Memory,
 }
 
@@ -164,7 +166,9 @@ pub async fn run(shared: Shared, namespace: Option<String>) {
     let caches = Caches { jobs: job_store, pods };
     let counting = Arc::clone(&shared.telemetry);
     let count = move |was_answered| counting.count_poll(was_answered);
-    let polling = poll(caches.clone(), Arc::clone(&board), shared.intervals, tell, count);
+    let polling = poll(caches.clone(), Arc::clone(&board), shared.intervals, tell.clone(), count);
+    let queues = Arc::new(Queues::default());
+    let queueing = queue::watch(client.clone(), namespace.clone(), caches.jobs.clone(), Arc::clone(&queues), tell);
 
     let (store, writer) = reflector::store::<Guarded>();
     let memory = Memory::default();
@@ -181,7 +185,7 @@ pub async fn run(shared: Shared, namespace: Option<String>) {
         .watches_stream(pod_events, |pod| job_of(&pod))
         .reconcile_on(told);
     shared.telemetry.add_store(namespace.clone(), controller.store());
-    let context = Arc::new(Context { shared, caches, board, nodes: Nodes::default(), memory });
+    let context = Arc::new(Context { shared, caches, board, nodes: Nodes::default(), queues, memory });
     let passes = controller.run(reconcile, error_policy, Arc::clone(&context)).for_each(async |pass| match pass {
         Ok(_) => {}
         // It is asked again by itself; a right that is missing shows here.
@@ -192,6 +196,7 @@ pub async fn run(shared: Shared, namespace: Option<String>) {
     tokio::select! {
         () = passes => {}
         () = polling => {}
+        () = queueing => {}
     }
 }
 
@@ -253,7 +258,8 @@ async fn pass(job: &FineTuneJob, context: &Context) -> Result<Action, Error> {
     let before = job.status.clone().unwrap_or_default();
     let known_plan = context.memory.known_plan(job);
     let now = (context.shared.clock)();
-    let observed = observe(&context.shared.client, &context.caches, job, known_plan, &context.board, now).await?; // I/O
+    let Context { shared: Shared { client, .. }, caches, board, queues, .. } = context;
+    let observed = observe(Sources { client, caches, board, queues }, job, known_plan, now).await?; // I/O
     let unplanned = Facts {
         job,
         plan: Err(&Invalid { reason: reason::PENDING, message: String::new() }),

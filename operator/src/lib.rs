@@ -25,6 +25,8 @@ pub mod controller;
 pub mod decide;
 pub mod events;
 pub mod facts;
+#[cfg(test)]
+mod fake;
 pub mod lease;
 pub mod memory;
 pub mod observe;

@@ -5,7 +5,7 @@
 mod children;
 pub mod nodes;
 pub mod progress;
-mod queue;
+pub mod queue;
 mod warning;
 
 use crds::FineTuneJob;
@@ -16,6 +16,7 @@ use kube::api::Api;
 use kube::{Client, ResourceExt};
 
 use self::progress::ProgressBoard;
+use self::queue::Queues;
 use crate::build;
 use crate::caches::Caches;
 use crate::facts::{JobSeen, Observed};
@@ -47,15 +48,27 @@ impl Error {
     }
 }
 
+/// Where facts come from.
+#[derive(Clone, Copy)]
+pub struct Sources<'a> {
+    /// The API server, for what no cache holds.
+    pub client: &'a Client,
+    /// Jobs and pods.
+    pub caches: &'a Caches,
+    /// What running trainers tell.
+    pub board: &'a ProgressBoard,
+    /// What Kueue says.
+    pub queues: &'a Queues,
+}
+
 /// Looks at the newest attempt of a job.
 pub async fn observe(
-    client: &Client,
-    caches: &Caches,
+    sources: Sources<'_>,
     job: &FineTuneJob,
     known_plan: Option<Plan>,
-    board: &ProgressBoard,
     now: Timestamp,
 ) -> Result<Observed, Error> {
+    let Sources { client, caches, board, queues } = sources;
     let status = job.status.clone().unwrap_or_default();
     let Some(newest) = status.job_refs.last() else { return Ok(Observed::default()) };
     let digest = status.resolved.as_ref().and_then(|resolved| resolved.plan_digest.as_deref());
@@ -69,7 +82,7 @@ pub async fn observe(
     let attempt = children::attempt(client, caches, job, plan.as_ref(), newest).await?;
     let report_job = children::report_job(caches, job, plan.as_ref(), newest);
     let queue = match &attempt.job {
-        JobSeen::Present { uid, suspended: true, finished: false, .. } => Some(queue::queue(client, job, uid).await?),
+        JobSeen::Present { uid, suspended: true, finished: false, .. } => queues.seen(uid),
         JobSeen::Present { .. } | JobSeen::Missing | JobSeen::Foreign => None,
     };
     let warning = warning::warning(client, job, &attempt, now).await?;
