@@ -20,8 +20,27 @@ pub const COMPLETE: &str = "Complete";
 /// The job ended without one. Terminal, and never beside [`COMPLETE`].
 pub const FAILED: &str = "Failed";
 
-/// Every condition type, in the order of a job's life.
-pub const TYPES: [&str; 8] = [ACCEPTED, ADMITTED, RUNNING, VALIDATION_PASSED, PUBLISHED, SUSPENDED, COMPLETE, FAILED];
+/// The job is done, and well: what kstatus (Flux, Argo CD, `helm --wait`) waits for.
+pub const READY: &str = "Ready";
+/// The job is on its way, as kstatus reads it.
+pub const RECONCILING: &str = "Reconciling";
+/// The job stands still until somebody changes something, as kstatus reads it.
+pub const STALLED: &str = "Stalled";
+
+/// Every condition type, in the order of a job's life; those of kstatus, which follow from the others, last.
+pub const TYPES: [&str; 11] = [
+    ACCEPTED,
+    ADMITTED,
+    RUNNING,
+    VALIDATION_PASSED,
+    PUBLISHED,
+    SUSPENDED,
+    COMPLETE,
+    FAILED,
+    READY,
+    RECONCILING,
+    STALLED,
+];
 
 /// Names words and lists them, so that no word can be left out of the list.
 macro_rules! words {
@@ -74,6 +93,16 @@ pub mod reason {
         CHILD_CREATION_FAILED = "ChildCreationFailed";
         /// Running: the pod gave way; the next attempt continues.
         PREEMPTED = "Preempted";
+        /// Running: the node of the pod does not answer, and its pod is not gone for certain.
+        NODE_LOST = "NodeLost";
+        /// Running: a volume cannot be attached or mounted; the message is the kubelet's.
+        MOUNT_FAILED = "MountFailed";
+        /// Running: an init container that somebody put before the trainer runs, cannot start or has failed.
+        INIT_CONTAINER_FAILED = "InitContainerFailed";
+        /// Running: an attempt is asked to end.
+        STOPPING = "Stopping";
+        /// Running: the pod is gone, and what it left on the volume is read.
+        READING_VOLUME = "ReadingVolume";
 
         /// ValidationPassed: every gate holds.
         GATES_PASSED = "GatesPassed";
@@ -106,6 +135,8 @@ pub mod reason {
         DEADLINE_EXCEEDED = "DeadlineExceeded";
         /// Failed: `startDeadlineSeconds` went by before a training pod ran.
         START_DEADLINE_EXCEEDED = "StartDeadlineExceeded";
+        /// The kubelet evicted an attempt for what it used up itself.
+        EVICTED_FOR_USAGE = "EvictedForUsage";
         /// An attempt ended and left neither a pod nor a report.
         REPORT_MISSING = "ReportMissing";
         /// The kubelet took the pod of an attempt and did not run it.

@@ -27,14 +27,12 @@ pub(super) fn name_of(document: &Value) -> Result<String, (&'static str, String)
         }
         return Ok(format!("{text}{}", suffix(document)));
     }
-    match name.as_str().filter(|text| is_subdomain(text)) {
-        Some(text) => Ok(text.to_owned()),
-        None => {
-            let found = if name.is_null() { "\"\"".to_owned() } else { name.to_string() };
-            let expected = "expected a name of lower-case letters, digits and '-', for example support-bot";
-            Err(("/metadata/name", format!("found {found}, {expected}")))
-        }
+    if let Some(text) = name.as_str().filter(|text| is_subdomain(text)) {
+        return Ok(text.to_owned());
     }
+    let found = if name.is_null() { "\"\"".to_owned() } else { name.to_string() };
+    let expected = "expected a name of lower-case letters, digits and '-', for example support-bot";
+    Err(("/metadata/name", format!("found {found}, {expected}")))
 }
 
 /// What the API server asks of a name: the form of a host name.
