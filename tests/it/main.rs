@@ -9,6 +9,7 @@ mod cluster;
 mod command_line;
 mod cuda;
 mod hub;
+mod kstatus;
 mod numerics;
 mod observed;
 mod operator;
