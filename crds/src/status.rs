@@ -6,6 +6,7 @@ use k8s_openapi::jiff::Timestamp;
 
 use crate::FineTuneJobStatus;
 use crate::condition::{self, ConditionStatus, reason};
+use crate::exit::ExitCode;
 
 /// A condition, if it is known to have this value.
 pub fn found<'a>(status: &'a FineTuneJobStatus, name: &str, value: ConditionStatus) -> Option<&'a Condition> {
@@ -32,6 +33,10 @@ pub fn is_trouble(condition: &Condition) -> bool {
             reason::CHILD_CREATION_FAILED,
             reason::CHILD_NAME_TAKEN,
             reason::PREEMPTED,
+            reason::NODE_LOST,
+            reason::MOUNT_FAILED,
+            reason::INIT_CONTAINER_FAILED,
+            ExitCode::SourceUnavailable.reason(),
         ]
         .contains(&condition.reason.as_str()),
         _ => false,
@@ -96,7 +101,10 @@ mod tests {
             (condition::ACCEPTED, False, reason::PROFILE_NOT_FOUND, true),
             (condition::ADMITTED, False, reason::WAITING_FOR_QUOTA, true),
             (condition::RUNNING, False, reason::UNSCHEDULABLE, true),
+            (condition::RUNNING, False, reason::NODE_LOST, true),
+            (condition::RUNNING, False, "SourceUnavailable", true),
             (condition::RUNNING, False, "Completed", false),
+            (condition::STALLED, False, "Training", false),
             (condition::RUNNING, True, reason::POD_RUNNING, false),
             (condition::PUBLISHED, False, reason::GATE_FAILED, false),
         ] {

@@ -207,6 +207,7 @@ fn documented_files_targets_and_commands_exist() {
         "README.md",
         "docs/architecture.md",
         "docs/benchmarks.md",
+        "docs/gitops.md",
         "docs/user-guide.md",
         "docs/profiles.md",
         "docs/security.md",

@@ -10,6 +10,7 @@ mod command_line;
 mod cuda;
 mod hub;
 mod images;
+mod kstatus;
 mod numerics;
 mod observed;
 mod operator;

@@ -52,8 +52,10 @@ impl Phase {
 }
 
 /// The state of a FineTuneJob.
+// kstatus takes an object without a status for done: until an operator has looked at a job, its status is of no generation.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
+#[schemars(extend("default" = {"observedGeneration": -1}))]
 pub struct FineTuneJobStatus {
     /// Generation that this status is about.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -1,5 +1,7 @@
 //! What a person can do about the state that a job is in: one sentence and one command each. Pure.
 
+mod waiting;
+
 use crds::condition::{self, ConditionStatus, reason};
 use crds::exit::ExitCode;
 use crds::finetunejob::{ArtifactStatus, Phase};
@@ -73,28 +75,12 @@ pub fn next(job: &FineTuneJob, status: &FineTuneJobStatus) -> Vec<Advice> {
         return vec![advice(what, format!("kubectl get workloads {place}"))];
     }
     let pods = format!("kubectl describe pods {place} -l finetune.dev/job-name={name}");
-    match found(status, condition::RUNNING, ConditionStatus::False).map(|waits| waits.reason.as_str()) {
-        Some(reason::UNSCHEDULABLE) => vec![
-            advice(
-                "no node has room; the pod starts by itself when one has. What the nodes offer",
-                "kubectl get nodes -o custom-columns='NODE:.metadata.name,GPU:.status.allocatable.nvidia\\.com/gpu'",
-            ),
-            advice("or ask for less in spec.resources, which needs a new job", ""),
-        ],
-        Some(reason::IMAGE_PULL_FAILED) => {
-            let image = status.resolved.as_ref().and_then(|resolved| resolved.image.as_deref()).unwrap_or("the image");
-            vec![advice(
-                format!(
-                    "{image} is the profile's: its administrator mends name, registry or imagePullSecrets; the pod then starts by itself"
-                ),
-                pods,
-            )]
-        }
-        Some(reason::CHILD_CREATION_FAILED) => vec![advice(
-            "the API server refuses the pod; see which quota or policy stands in the way",
-            format!("kubectl get resourcequota,limitrange {place}"),
-        )],
-        _ if status.phase == Some(Phase::Pending) => vec![advice("see what the pod waits for", pods)],
+    let waits = found(status, condition::RUNNING, ConditionStatus::False);
+    if let Some(list) = waits.and_then(|waits| waiting::waiting(job, status, waits)) {
+        return list;
+    }
+    match status.phase {
+        Some(Phase::Pending) => vec![advice("see what the pod waits for", pods)],
         _ => vec![
             advice("follow it", format!("kubectl finetune watch {name} {place}")),
             advice("see the loss", format!("kubectl finetune plot {name} {place}")),
@@ -152,6 +138,9 @@ fn remedy(job: &FineTuneJob, status: &FineTuneJobStatus, failed: &Condition) -> 
         }
         (_, reason::NO_PROGRESS) => {
             "attempts end before a checkpoint is written: lower checkpoint.everySteps or everySeconds"
+        }
+        (_, reason::PLAN_LOST) => {
+            "somebody deleted or changed the ConfigMap of the job's plan: delete the job and run it again; its volume is kept"
         }
         (_, reason::DEADLINE_EXCEEDED) => "raise activeDeadlineSeconds, or train for fewer steps",
         (_, reason::START_DEADLINE_EXCEEDED) => {

@@ -174,7 +174,7 @@ fn every_situation_has_something_to_do() {
         ),
         (stopped("Pending", "Accepted", "False", "ChildNameTaken", "ConfigMap x"), "remove what is in the way"),
         (stopped("Queued", "Admitted", "False", "WaitingForQuota", "no quota"), "kubectl get workloads -n team-a"),
-        (stopped("Pending", "Running", "False", "Unschedulable", "0/3 nodes"), "kubectl get nodes -o custom-columns="),
+        (stopped("Pending", "Running", "False", "Unschedulable", "3 Insufficient cpu"), "no node has room"),
         (
             stopped("Pending", "Running", "False", "ImagePullFailed", "no such image"),
             "registry/trainer is the profile's",
@@ -187,6 +187,8 @@ fn every_situation_has_something_to_do() {
             stopped("Pending", "Running", "Unknown", "Pending", ""),
             "kubectl describe pods -n team-a -l finetune.dev/job-name",
         ),
+        (stopped("Training", "Running", "False", "NodeLost", "no word"), "kubectl delete node NODE"),
+        (stopped("Pending", "Running", "False", "Unschedulable", "0/2 nodes: 2 node(s) had taints"), "no node fits"),
         (stopped("Failed", "Failed", "True", "OutOfMemory", "killed"), "lower hyperparameters.maxSequenceLength"),
         (stopped("Failed", "Failed", "True", "NoProgress", "three lives"), "lower checkpoint.everySteps"),
         (
@@ -224,6 +226,7 @@ fn every_failure_has_a_remedy() {
         "DeadlineExceeded",
         "StartDeadlineExceeded",
         "NoProgress",
+        "PlanLost",
     ];
     for reason in ends.map(ExitCode::reason).chain(limits) {
         let job = stopped("Failed", "Failed", "True", reason, "a message");
