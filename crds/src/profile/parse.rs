@@ -37,7 +37,23 @@ pub enum Error {
 
 /// The JSON Schema of a file of profiles.
 pub fn schema() -> Value {
-    schemars::schema_for!(Profiles).to_value()
+    let mut schema = schemars::schema_for!(Profiles).to_value();
+    close(&mut schema);
+    schema
+}
+
+/// Kubernetes' own types take any field besides theirs: a misspelt one would be ignored without a word.
+fn close(schema: &mut Value) {
+    match schema {
+        Value::Object(map) => {
+            if map.get("properties").is_some_and(Value::is_object) && !map.contains_key("additionalProperties") {
+                map.insert("additionalProperties".into(), false.into());
+            }
+            map.values_mut().for_each(close);
+        }
+        Value::Array(items) => items.iter_mut().for_each(close),
+        _ => {}
+    }
 }
 
 /// Reads a file of profiles.
@@ -97,6 +113,7 @@ fn refusal(error: &jsonschema::ValidationError) -> Error {
             Kind::Not { .. } => words::RESERVED.into(),
             Kind::MinLength { .. } => "text that is not empty".into(),
             Kind::Minimum { limit } => format!("a number from {limit}"),
+            Kind::AdditionalProperties { unexpected } => format!("nothing named {}", unexpected.join(", ")),
             _ => format!("something else: {error}"),
         },
     }
@@ -132,6 +149,10 @@ mod tests {
             ("imagePullPolicy: Sometimes", "default.imagePullPolicy: found \"Sometimes\", expected one of Always"),
             ("image: ''", "default.image: found \"\", expected text that is not empty"),
             ("hub: {endpoint: hub.example}", "default.hub.endpoint: found \"hub.example\""),
+            (
+                "tolerations: [{kye: nvidia.com/gpu}]",
+                "default.tolerations.0: found {\"kye\":\"nvidia.com/gpu\"}, expected nothing named kye",
+            ),
             ("labels: {finetune.dev/job-uid: x}", "default.labels: found"),
             ("labels: {app.kubernetes.io/managed-by: me}", "default.labels: found"),
             ("labels: {'two words': x}", "default.labels: found"),
@@ -151,11 +172,34 @@ mod tests {
                 "default.environment: found SSL_CERT_FILE",
             ),
             ("caBundle: {configMapName: c}", "key"),
+            ("topology: {required: a, preferred: b}", "topology"),
+            ("storage: {maxSize: lots}", "default.storage.maxSize: found \"lots\""),
             ("terminationGracePeriodSeconds: -1", "default.terminationGracePeriodSeconds: found -1"),
         ] {
             let error = parse(&format!("default: {{{fields}}}")).expect_err(fields).to_string();
             assert!(error.contains(expected), "{fields}: {error}");
         }
+    }
+
+    #[test]
+    fn what_belongs_to_other_tools_is_taken_as_it_is_written() {
+        let text = "default:
+  labels: {team: ml, app.kubernetes.io/part-of: training}
+  annotations: {sidecar.istio.io/inject: 'false'}
+  inheritedLabels: [cost-center, acme.example/team]
+  environment:
+    - {name: HTTPS_PROXY, value: 'http://proxy:3128'}
+    - {name: HF_TOKEN, valueFrom: {secretKeyRef: {name: hub, key: token, optional: true}}}
+  caBundle: {configMapName: authorities, key: bundle.pem}
+  cpuPods: {nodeSelector: {}, tolerations: [{operator: Exists}], environment: [{name: HTTPS_PROXY, value: 'http://other:3128'}]}
+  topology: {required: cloud.provider.com/rack}
+  allowed: {namespaces: ['team-*'], claims: [], storageClasses: [fast]}
+";
+        let profile = &parse(text).unwrap_or_else(|error| panic!("{error}"))["default"];
+        assert_eq!(profile.environment[1].name, "HF_TOKEN");
+        assert!(profile.environment[1].value_from.as_ref().is_some_and(|source| source.secret_key_ref.is_some()));
+        assert_eq!(profile.cpu_pods.node_selector.as_ref().map(std::collections::BTreeMap::len), Some(0));
+        assert_eq!(profile.allowed.namespaces.as_deref(), Some(&["team-*".to_owned()][..]));
     }
 
     /// As every manifest of a pod writes them.
