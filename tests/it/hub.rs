@@ -1,6 +1,7 @@
 //! `hf://` sources against a server that speaks the hub's protocol: what is asked for, what is recorded, who sees the
 //! token, and what people read when it does not work.
 
+mod authorities;
 mod fetching;
 mod refusals;
 
