@@ -2,6 +2,7 @@
 //! token, and what people read when it does not work.
 
 mod exchanged;
+mod authorities;
 mod fetching;
 mod outages;
 mod refusals;

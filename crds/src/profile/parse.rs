@@ -149,6 +149,10 @@ mod tests {
             ("imagePullPolicy: Sometimes", "default.imagePullPolicy: found \"Sometimes\", expected one of Always"),
             ("image: ''", "default.image: found \"\", expected text that is not empty"),
             ("hub: {endpoint: hub.example}", "default.hub.endpoint: found \"hub.example\""),
+            (
+                "tolerations: [{kye: nvidia.com/gpu}]",
+                "default.tolerations.0: found {\"kye\":\"nvidia.com/gpu\"}, expected nothing named kye",
+            ),
             ("labels: {finetune.dev/job-uid: x}", "default.labels: found"),
             ("labels: {app.kubernetes.io/managed-by: me}", "default.labels: found"),
             ("labels: {'two words': x}", "default.labels: found"),
@@ -172,11 +176,34 @@ mod tests {
                 "tolerations: [{kye: nvidia.com/gpu}]",
                 "default.tolerations.0: found {\"kye\":\"nvidia.com/gpu\"}, expected nothing named kye",
             ),
+            ("topology: {required: a, preferred: b}", "topology"),
+            ("storage: {maxSize: lots}", "default.storage.maxSize: found \"lots\""),
             ("terminationGracePeriodSeconds: -1", "default.terminationGracePeriodSeconds: found -1"),
         ] {
             let error = parse(&format!("default: {{{fields}}}")).expect_err(fields).to_string();
             assert!(error.contains(expected), "{fields}: {error}");
         }
+    }
+
+    #[test]
+    fn what_belongs_to_other_tools_is_taken_as_it_is_written() {
+        let text = "default:
+  labels: {team: ml, app.kubernetes.io/part-of: training}
+  annotations: {sidecar.istio.io/inject: 'false'}
+  inheritedLabels: [cost-center, acme.example/team]
+  environment:
+    - {name: HTTPS_PROXY, value: 'http://proxy:3128'}
+    - {name: HF_TOKEN, valueFrom: {secretKeyRef: {name: hub, key: token, optional: true}}}
+  caBundle: {configMapName: authorities, key: bundle.pem}
+  cpuPods: {nodeSelector: {}, tolerations: [{operator: Exists}], environment: [{name: HTTPS_PROXY, value: 'http://other:3128'}]}
+  topology: {required: cloud.provider.com/rack}
+  allowed: {namespaces: ['team-*'], claims: [], storageClasses: [fast]}
+";
+        let profile = &parse(text).unwrap_or_else(|error| panic!("{error}"))["default"];
+        assert_eq!(profile.environment[1].name, "HF_TOKEN");
+        assert!(profile.environment[1].value_from.as_ref().is_some_and(|source| source.secret_key_ref.is_some()));
+        assert_eq!(profile.cpu_pods.node_selector.as_ref().map(std::collections::BTreeMap::len), Some(0));
+        assert_eq!(profile.allowed.namespaces.as_deref(), Some(&["team-*".to_owned()][..]));
     }
 
     /// As every manifest of a pod writes them.

@@ -1,6 +1,6 @@
 //! Schemas of what a profile says of pods in words of its own: labels, annotations, environment variables.
 
-use k8s_openapi::api::core::v1::EnvVar;
+use k8s_openapi::api::core::v1::EnvVarSource;
 use schemars::{Schema, SchemaGenerator, json_schema};
 
 /// The trainer's TLS library reads it.
@@ -48,7 +48,16 @@ pub(super) fn inherited(_: &mut SchemaGenerator) -> Schema {
 }
 
 pub(super) fn environment(generator: &mut SchemaGenerator) -> Schema {
-    let variable = generator.subschema_for::<EnvVar>();
-    let name = json_schema!({"type": "string", "pattern": VARIABLE, "not": {"pattern": OWN_VARIABLES}});
-    json_schema!({"type": "array", "items": {"allOf": [variable, {"properties": {"name": name}}]}})
+    let source = generator.subschema_for::<EnvVarSource>();
+    let variable = json_schema!({
+        "type": "object",
+        "additionalProperties": false,
+        "required": ["name"],
+        "properties": {
+            "name": {"type": "string", "pattern": VARIABLE, "not": {"pattern": OWN_VARIABLES}},
+            "value": {"type": "string"},
+            "valueFrom": source,
+        },
+    });
+    json_schema!({"type": "array", "items": variable})
 }
