@@ -25,6 +25,7 @@ pub mod memory;
 pub mod observe;
 pub mod plugin;
 pub mod policy;
+pub mod recorder;
 pub mod run;
 pub mod status;
 pub mod telemetry;

@@ -7,13 +7,13 @@ use std::time::Duration;
 use anyhow::Context as _;
 use clap::Parser;
 use kube::client::ClientBuilder;
-use kube::runtime::events::{Recorder, Reporter};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::build::MANAGER;
 use crate::controller::{self, Shared};
 use crate::lease::{Elector, Settings};
 use crate::observe::progress::Intervals;
+use crate::recorder::Recorder;
 use crate::status::Timing;
 use crate::telemetry::{HearingLayer, LogFormat, LogLevel, STUCK_AFTER, Telemetry, serve, start_logs};
 
@@ -117,9 +117,8 @@ async fn live(arguments: Arguments, environment: Environment) -> Result<(), anyh
             );
         }
     }
-    let reporter = Reporter { controller: MANAGER.to_owned(), instance: Some(identity.clone()) };
     let shared = Shared {
-        recorder: Recorder::new(client.clone(), reporter),
+        recorder: Recorder::new(client.clone(), identity.clone()),
         client: client.clone(),
         profiles,
         timing: Timing { first_backoff: Duration::from_secs(arguments.retry_backoff_seconds) },

@@ -69,7 +69,7 @@ fn what_counts_down_is_no_other_message() {
         ),
         ("(1500Mi more needed)".into(), "(2Gi more needed)".into(), true),
         ("waits".into(), "waits longer".into(), false),
-        ("".into(), "".into(), true),
+        (String::new(), String::new(), true),
     ] {
         assert_eq!(have_same_meaning(&one, &other), expected, "{one} and {other}");
     }
@@ -358,7 +358,7 @@ fn what_tells_of_a_refused_status_can_see_one() {
             status.start_time = "-000044-03-15T12:00:00Z".parse().ok().map(Time);
         }),
         ("a control character", |status, named| {
-            status.metrics = vec![MetricStatus { value: "\u{7}".into(), ..named("loss") }]
+            status.metrics = vec![MetricStatus { value: "\u{7}".into(), ..named("loss") }];
         }),
     ];
     for (what, make) in cases {
