@@ -88,5 +88,5 @@ storage: {size: 50Gi}
 - {apiGroups: [""], resources: [pods], verbs: [list, watch]}
 - {apiGroups: [""], resources: [configmaps, persistentvolumeclaims], verbs: [get, create]}
 - {apiGroups: [events.k8s.io], resources: [events], verbs: [create, patch]}
-- {apiGroups: [kueue.x-k8s.io], resources: [workloads], verbs: [list]}
+- {apiGroups: [kueue.x-k8s.io], resources: [workloads], verbs: [list, watch]}
 {{- end }}
