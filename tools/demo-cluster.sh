@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # The whole way on a real Kubernetes: images, helm install, kubectl apply, watch, dashboards' queries, verdict.
 #   tools/demo-cluster.sh RUN_DIR JOB.yaml
-# Environment: CARGO_TARGET_DIR and LIBTORCH, as for images/build.sh. Ends the cluster when it ends, however it ends. Its exit
-# code is that of `kubectl finetune watch`: 0 for a job that succeeded, 1 for one that failed, 2 for one that a gate refused.
+# Environment: CARGO_TARGET_DIR and LIBTORCH, as for images/build.sh. The cluster ends with this script, however that ends: by an
+# output that nobody reads any more, a closed terminal, Ctrl-C, SIGTERM, SIGKILL. Its exit code is that of `kubectl finetune
+# watch` (0 for a job that succeeded, 1 for one that failed, 2 for one that a gate refused), or 128 and the signal.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 RUN=$(realpath -m "$1")
@@ -10,9 +11,18 @@ JOB=$2
 PROMETHEUS=http://127.0.0.1:9090
 cluster=tests/cluster/cluster
 say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
-inside() { "$cluster" enter "$RUN" "$@"; }
+# Beside this script, which therefore hears signals while it waits.
+beside() {
+  "$@" &
+  wait $!
+}
+inside() { beside "$cluster" enter "$RUN" "$@"; }
 # What a user would type, and then it.
-type_in() { printf '\n$ %s\n' "$*"; inside "$@"; }
+typed() { printf '\n$ %s\n' "$*"; }
+type_in() {
+  typed "$@"
+  inside "$@"
+}
 # wait_for WHAT COMMAND…: polls a condition.
 wait_for() {
   local what=$1 deadline=$((SECONDS + 60))
@@ -23,22 +33,37 @@ wait_for() {
   done
 }
 
-say "images of the trainer and the operator"
-end() {
-  say "after $SECONDS s the cluster is taken away"
-  rm -rf "$RUN.images"
-  "$cluster" down "$RUN"
-}
-trap end EXIT
-trap 'exit 130' INT TERM HUP
-images/build.sh "$RUN.images" trainer operator > /dev/null
+for signal in HUP INT PIPE TERM; do
+  # shellcheck disable=SC2064
+  trap "exit $((128 + $(kill -l $signal)))" $signal
+done
 
 say "a Kubernetes on this machine"
-"$cluster" up "$RUN"
-push() { "$cluster" push "$RUN" "$RUN.images/finetune-$1.tar" "finetune-$1:demo"; }
+# It holds the cluster as long as this script holds its input open. No child inherits that: bash closes it for programs.
+coproc HOLD { exec "$cluster" hold "$RUN"; }
+exec {said}<&"${HOLD[0]}"
+holder=$HOLD_PID
+# By number and start time, as the cluster knows it.
+owner=("$holder" "$(cut -d' ' -f22 "/proc/$holder/stat")")
+end() {
+  # What follows is done to its end, whoever reads it.
+  trap '' HUP INT PIPE TERM
+  say "after $SECONDS s the cluster is taken away" 2> /dev/null || true
+  kill -TERM "$holder" 2> /dev/null || true
+  "$cluster" end-of "$RUN" "${owner[@]}"
+}
+trap end EXIT
+# It has said why it could not.
+read -r ready <&"$said" || { wait "$holder" || exit $?; exit 1; }
+[ "$ready" = ready ]
+
+say "images of the trainer and the operator"
+# Inside, so that it ends with the cluster.
+inside "$PWD/images/build.sh" "$RUN/images" trainer operator > /dev/null
+push() { beside "$cluster" push "$RUN" "$RUN/images/finetune-$1.tar" "finetune-$1:demo"; }
 trainer=$(push trainer)
 operator=$(push operator)
-rm -rf "$RUN.images"
+rm -rf "$RUN/images"
 image() { # REGISTRY/REPOSITORY@DIGEST
   local name=${1%@*}
   echo "{registry: \"${name%%/*}\", repository: ${name#*/}, digest: \"${1#*@}\"}"
@@ -58,8 +83,11 @@ VALUES
 PATH=$CARGO_TARGET_DIR/release:$PATH
 
 say "the operator, installed by its chart"
-type_in helm install finetune-operator charts/finetune-operator --namespace finetune-system --create-namespace \
-  --values "$RUN/values.yaml" --wait --timeout 3m | sed '/^NOTES/,$d'
+install=(helm install finetune-operator charts/finetune-operator --namespace finetune-system --create-namespace
+  --values "$RUN/values.yaml" --wait --timeout 3m)
+typed "${install[@]}"
+inside "${install[@]}" > "$RUN/log/helm-install.log"
+sed '/^NOTES/,$d' "$RUN/log/helm-install.log"
 type_in kubectl -n finetune-system get deployment,pods
 
 # A model and rows, as a team would have them on its volumes.
@@ -89,7 +117,7 @@ mkdir -p "$RUN/prometheus"
 sed "s/scrape_interval: .*/scrape_interval: 2s/; s#rule_files: .*#rule_files: [$PWD/charts/finetune-operator/alerts/alerts.yaml]#; \
   s#{role: pod}#{role: pod, kubeconfig_file: $RUN/pki/admin.kubeconfig}#" \
   charts/finetune-operator/prometheus.yml > "$RUN/prometheus/prometheus.yml"
-inside prometheus --config.file="$RUN/prometheus/prometheus.yml" --storage.tsdb.path="$RUN/prometheus/data" \
+"$cluster" enter "$RUN" prometheus --config.file="$RUN/prometheus/prometheus.yml" --storage.tsdb.path="$RUN/prometheus/data" \
   --web.listen-address="${PROMETHEUS#http://}" > "$RUN/log/prometheus.log" 2>&1 &
 scraped() { [ -n "$(inside promtool query instant "$PROMETHEUS" "$1" 2> "$RUN/log/promtool.log")" ]; }
 wait_for "Prometheus has the operator's series" scraped 'finetune_operator_leader == 1'
@@ -101,7 +129,6 @@ type_in kubectl apply -n team -f "$JOB"
 name=$(inside kubectl get -n team -f "$JOB" -o 'jsonpath={.metadata.name}')
 result=0
 type_in kubectl finetune watch "$name" -n team || result=$?
-[ $result != 130 ] || exit 130
 type_in kubectl finetune status "$name" -n team
 type_in kubectl get events -n team --field-selector involvedObject.kind=FineTuneJob \
   -o 'custom-columns=TYPE:.type,REASON:.reason,COUNT:.series.count,MESSAGE:.message'

@@ -15,7 +15,6 @@ use k8s_openapi::jiff::Timestamp;
 use kube::api::{Api, Patch, PatchParams};
 use kube::core::NamespaceResourceScope;
 use kube::runtime::controller::{Action, Config, Controller};
-use kube::runtime::events::Recorder;
 use kube::runtime::reflector::{self, ObjectRef};
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Client, Resource, ResourceExt};
@@ -32,6 +31,7 @@ use crate::observe::nodes::{Nodes, placement};
 use crate::observe::progress::{Intervals, ProgressBoard, poll};
 use crate::observe::queue::{self, Queues};
 use crate::observe::{self, Sources, observe};
+use crate::recorder::Recorder;
 use crate::status::render;
 use crate::telemetry::Telemetry;
 use crate::validate::{Invalid, Plan, validate};
@@ -227,6 +227,12 @@ fn error_policy(guarded: Arc<Guarded>, error: &Error, context: Arc<Context>) -> 
 
 /// One pass: look, decide, act, report. Only what reaches the API server can fail, and for reasons outside of the job.
 async fn reconcile(guarded: Arc<Guarded>, context: Arc<Context>) -> Result<Action, Error> {
+    if let Ok(job) = &guarded.0
+        && context.memory.is_behind(job)
+    {
+        context.shared.telemetry.count_skipped_pass();
+        return Ok(Action::requeue(CACHE_DELAY));
+    }
     let started = std::time::Instant::now();
     let result = match &guarded.0 {
         // The client's own deadline ends with the headers of an answer.
@@ -249,9 +255,6 @@ async fn pass(job: &FineTuneJob, context: &Context) -> Result<Action, Error> {
     }
     if job.metadata.deletion_timestamp.is_some() {
         return Ok(Action::await_change());
-    }
-    if context.memory.is_behind(job) {
-        return Ok(Action::requeue(CACHE_DELAY));
     }
     // What is in no cache is not therefore missing, least of all before they are filled.
     context.caches.wait_until_ready().await;

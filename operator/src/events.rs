@@ -5,23 +5,39 @@ use crds::condition::{self, event, reason};
 use crds::finetunejob::AttemptOutcome;
 use crds::run::PodStage;
 use k8s_openapi::api::core::v1::ObjectReference;
-use kube::runtime::events::{Event, EventType};
 
 /// Bytes that the API server takes.
 const MAX_NOTE: usize = 1000;
 
+/// Something to tell about a job.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Event {
+    /// Whether somebody should look at it.
+    pub type_: EventType,
+    /// One of [`crds::condition::event`].
+    pub reason: &'static str,
+    /// In a sentence.
+    pub note: Option<String>,
+    /// The Job that it is about too.
+    pub beside: Option<ObjectReference>,
+}
+
+/// As the API has them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EventType {
+    /// It goes as it should.
+    Normal,
+    /// It does not.
+    Warning,
+}
+
 /// What to tell of the step from one status to the next.
 pub fn events(namespace: &str, before: &FineTuneJobStatus, after: &FineTuneJobStatus) -> Vec<Event> {
     let mut events = Vec::new();
-    let mut tell_of = |secondary, type_, reason: &str, note: String| {
+    let mut tell_of = |beside, type_, reason: &'static str, note: String| {
         let note: String = note.char_indices().take_while(|(at, _)| *at < MAX_NOTE).map(|(_, c)| c).collect();
-        events.push(Event {
-            type_,
-            reason: reason.into(),
-            note: Some(note).filter(|note| !note.is_empty()),
-            action: "Reconcile".into(),
-            secondary,
-        });
+        let note = Some(note).filter(|note| !note.is_empty());
+        events.push(Event { type_, reason, note, beside });
     };
     for attempt in &after.job_refs {
         let old = before.job_refs.iter().find(|old| old.name == attempt.name);

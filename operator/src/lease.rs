@@ -1,6 +1,9 @@
 //! Leader election on a coordination.k8s.io Lease. There is no strict fencing in Kubernetes: a leader stops issuing writes
 //! before its lease can be taken, and every status write names the version of the job that it was computed from.
 
+#[cfg(test)]
+mod tests;
+
 use std::time::Duration;
 
 use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
@@ -8,7 +11,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta};
 use k8s_openapi::jiff::Timestamp;
 use kube::Client;
 use kube::api::{Api, PostParams};
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 /// How the lease is held.
 #[derive(Clone, Debug)]
@@ -48,6 +51,17 @@ pub fn decide(spec: &LeaseSpec, identity: &str, unchanged_for: Duration, lease_d
     }
 }
 
+/// What became of an attempt to hold a lease.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Held {
+    /// It is ours.
+    Ours,
+    /// Somebody else holds it.
+    Theirs,
+    /// Somebody wrote between our look and our write.
+    Unclear,
+}
+
 /// A lease that we try to hold.
 #[derive(Debug)]
 pub struct Elector {
@@ -55,20 +69,25 @@ pub struct Elector {
     settings: Settings,
     /// The last version that was seen, and since when.
     seen: Option<(String, Instant)>,
+    /// When the last write was begun that made it ours.
+    renewed: Instant,
 }
 
 impl Elector {
     /// Holds nothing yet.
     pub fn new(client: Client, settings: Settings) -> Self {
-        Self { leases: Api::namespaced(client, &settings.namespace), settings, seen: None }
+        Self { leases: Api::namespaced(client, &settings.namespace), settings, seen: None, renewed: Instant::now() }
     }
 
     /// Returns when the lease is ours.
     pub async fn acquire(&mut self) {
+        let patience = (self.settings.renew_deadline / 3).max(self.settings.retry_period);
         loop {
-            match timeout(self.settings.renew_deadline, self.try_hold()).await {
-                Ok(Ok(true)) => return,
-                Ok(Ok(false)) => {}
+            // Others count from the write, which may be long before its answer.
+            self.renewed = Instant::now();
+            match timeout(patience, self.try_hold()).await {
+                Ok(Ok(Held::Ours)) => return,
+                Ok(Ok(Held::Theirs | Held::Unclear)) => {}
                 Ok(Err(error)) => tracing::warn!("cannot take the lease {}: {error}", self.settings.name),
                 Err(_) => tracing::warn!("the API server does not answer about the lease {}", self.settings.name),
             }
@@ -78,24 +97,28 @@ impl Elector {
 
     /// Renews the lease; returns when it is lost, or could not be renewed in time.
     pub async fn keep(&mut self) {
-        let mut renewed = Instant::now();
+        let mut asked = self.renewed;
         loop {
-            let left = self.settings.renew_deadline.saturating_sub(renewed.elapsed());
-            sleep(self.settings.retry_period.min(left)).await;
-            // Others count from the write, which may be long before its answer.
-            let asked = Instant::now();
-            let left = self.settings.renew_deadline.saturating_sub(renewed.elapsed());
-            match timeout(left, self.try_hold()).await {
-                Ok(Ok(true)) => renewed = asked,
-                Ok(Ok(false)) => {
+            let give_up = self.renewed + self.settings.renew_deadline;
+            sleep_until(give_up.min(asked + self.settings.retry_period)).await;
+            asked = Instant::now();
+            let left = give_up.saturating_duration_since(asked);
+            if left.is_zero() {
+                tracing::warn!("the lease {} could not be renewed in time", self.settings.name);
+                return;
+            }
+            // One request that hangs, at a server or a balancer that is gone, leaves time for others.
+            let patience = (left / 3).max(self.settings.retry_period).min(left);
+            match timeout(patience, self.try_hold()).await {
+                Ok(Ok(Held::Ours)) => self.renewed = asked,
+                Ok(Ok(Held::Theirs)) => {
                     tracing::warn!("somebody else took the lease {}", self.settings.name);
                     return;
                 }
+                // The next look says who wrote: it may be a try of ours that was given up.
+                Ok(Ok(Held::Unclear)) => {}
                 Ok(Err(error)) => tracing::warn!("cannot renew the lease {}: {error}", self.settings.name),
-                Err(_) => {
-                    tracing::warn!("the lease {} could not be renewed in time", self.settings.name);
-                    return;
-                }
+                Err(_) => tracing::warn!("the API server does not answer about the lease {}", self.settings.name),
             }
         }
     }
@@ -118,8 +141,8 @@ impl Elector {
         }
     }
 
-    /// Whether the lease is ours now.
-    async fn try_hold(&mut self) -> Result<bool, kube::Error> {
+    /// Takes or renews the lease if it may.
+    async fn try_hold(&mut self) -> Result<Held, kube::Error> {
         let Some(mut lease) = self.leases.get_opt(&self.settings.name).await? else {
             return self.write(None).await;
         };
@@ -130,12 +153,12 @@ impl Elector {
         let unchanged_for = self.seen.as_ref().map_or(Duration::ZERO, |(_, since)| since.elapsed());
         let spec = lease.spec.get_or_insert_default();
         match decide(spec, &self.settings.identity, unchanged_for, self.settings.lease_duration) {
-            Decision::Wait => Ok(false),
+            Decision::Wait => Ok(Held::Theirs),
             Decision::Acquire | Decision::Renew => self.write(Some(lease)).await,
         }
     }
 
-    async fn write(&mut self, lease: Option<Lease>) -> Result<bool, kube::Error> {
+    async fn write(&mut self, lease: Option<Lease>) -> Result<Held, kube::Error> {
         let parameters = PostParams::default();
         let written = match lease {
             None => {
@@ -150,8 +173,8 @@ impl Elector {
             }
         };
         match written {
-            Ok(_) => Ok(true),
-            Err(kube::Error::Api(status)) if status.is_conflict() || status.is_already_exists() => Ok(false),
+            Ok(_) => Ok(Held::Ours),
+            Err(kube::Error::Api(status)) if status.is_conflict() || status.is_already_exists() => Ok(Held::Unclear),
             Err(error) => Err(error),
         }
     }
@@ -168,28 +191,6 @@ impl Elector {
                 before.and_then(|spec| spec.lease_transitions).unwrap_or(0) + i32::from(before.is_some() && !ours),
             ),
             ..LeaseSpec::default()
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_lease_is_taken_when_nobody_renews_it() {
-        let held_by =
-            |holder: Option<&str>| LeaseSpec { holder_identity: holder.map(str::to_owned), ..LeaseSpec::default() };
-        let duration = Duration::from_secs(15);
-        for (holder, unchanged, expected) in [
-            (None, 0, Decision::Acquire),
-            (Some(""), 0, Decision::Acquire),
-            (Some("us"), 100, Decision::Renew),
-            (Some("them"), 14, Decision::Wait),
-            (Some("them"), 15, Decision::Acquire),
-        ] {
-            let found = decide(&held_by(holder), "us", Duration::from_secs(unchanged), duration);
-            assert_eq!(found, expected, "{holder:?} unchanged for {unchanged} s");
         }
     }
 }

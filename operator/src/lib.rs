@@ -31,6 +31,7 @@ pub mod lease;
 pub mod memory;
 pub mod observe;
 pub mod policy;
+pub mod recorder;
 pub mod run;
 pub mod status;
 pub mod telemetry;

@@ -2,13 +2,18 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use crds::FineTuneJob;
 use kube::ResourceExt;
 use kube::runtime::watcher::Event;
+use tokio::time::Instant;
 
 use crate::caches::{Guarded, JobStore};
 use crate::validate::Plan;
+
+/// A watch delivers within moments, and a list that a busy API server takes from its own cache within seconds.
+const CACHE_MAY_LAG: Duration = Duration::from_secs(30);
 
 /// By `metadata.uid` of the job.
 #[derive(Clone, Debug, Default)]
@@ -18,8 +23,8 @@ pub struct Memory(Arc<Mutex<HashMap<String, Remembered>>>);
 struct Remembered {
     /// The plan never changes.
     plan: Option<Plan>,
-    /// `resourceVersion` of our own last write.
-    written: Option<u64>,
+    /// `resourceVersion` of our own last write, and when it was.
+    written: Option<(u64, Instant)>,
     /// The trainer's control file says so.
     told_to_stop: bool,
 }
@@ -40,17 +45,20 @@ impl Memory {
     /// What our last write made of the job.
     pub fn remember_write(&self, written: &FineTuneJob) {
         let version = written.resource_version().and_then(|version| version.parse().ok());
+        let version = version.map(|version| (version, Instant::now()));
         if let Some(uid) = written.uid() {
             self.jobs().entry(uid).or_default().written = version;
         }
     }
 
-    /// Whether the cache has not seen our own last write. Versions of one kind of object are ordered.
+    /// Whether the cache has not seen our own last write. Versions of one kind of object are ordered, unless the API server's
+    /// own store went back to an older state: so a cache that stays behind is believed in the end. What it is behind of by
+    /// then would be refused, as each write names the version that it was computed from.
     pub fn is_behind(&self, job: &FineTuneJob) -> bool {
         let Some(uid) = job.uid() else { return false };
         let written = self.jobs().get(&uid).and_then(|remembered| remembered.written);
         let seen = job.resource_version().and_then(|version| version.parse::<u64>().ok());
-        written.zip(seen).is_some_and(|(written, seen)| seen < written)
+        written.zip(seen).is_some_and(|((written, at), seen)| seen < written && at.elapsed() < CACHE_MAY_LAG)
     }
 
     /// For a job that has ended.
@@ -134,5 +142,19 @@ mod tests {
         check(&[|_| Event::InitDone], &["stays"]);
         check(&[Event::InitApply, |_| Event::InitDone], &["stays", "goes"]);
         check(&[Event::InitApply, |_| Event::InitDone, Event::Delete], &["stays"]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_cache_that_stays_behind_is_believed_in_the_end() {
+        let memory = Memory::default();
+        memory.remember_write(&job("u", "700"));
+        let restored = job("u", "12");
+        assert!(memory.is_behind(&restored) && !memory.is_behind(&job("u", "700")));
+        tokio::time::advance(Duration::from_secs(29)).await;
+        assert!(memory.is_behind(&restored), "a slow watch");
+        tokio::time::advance(Duration::from_secs(1)).await;
+        assert!(!memory.is_behind(&restored), "a store that went back: nothing higher will ever come");
+        memory.remember_write(&job("u", "13"));
+        assert!(memory.is_behind(&restored) && !memory.is_behind(&job("u", "14")), "and what is written there counts");
     }
 }

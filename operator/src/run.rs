@@ -8,7 +8,6 @@ use anyhow::Context as _;
 use clap::Parser;
 use k8s_openapi::jiff::Timestamp;
 use kube::client::ClientBuilder;
-use kube::runtime::events::{Recorder, Reporter};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::build::MANAGER;
@@ -16,6 +15,7 @@ use crate::controller::{self, Shared};
 use crate::facts::Timing;
 use crate::lease::{Elector, Settings};
 use crate::observe::progress::Intervals;
+use crate::recorder::Recorder;
 use crate::telemetry::{HearingLayer, LogFormat, LogLevel, STUCK_AFTER, Telemetry, serve, start_logs};
 
 /// Longest time that the API server may take to begin an answer. Shorter than a lease lasts.
@@ -123,9 +123,8 @@ async fn live(arguments: Arguments, environment: Environment) -> Result<(), anyh
             );
         }
     }
-    let reporter = Reporter { controller: MANAGER.to_owned(), instance: Some(identity.clone()) };
     let shared = Shared {
-        recorder: Recorder::new(client.clone(), reporter),
+        recorder: Recorder::new(client.clone(), identity.clone()),
         client: client.clone(),
         profiles,
         timing: Timing { first_backoff: Duration::from_secs(arguments.retry_backoff_seconds) },

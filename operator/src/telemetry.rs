@@ -77,6 +77,7 @@ impl Telemetry {
         // A ratio of errors needs both before the first error.
         passes.with_label_values(&["success"]);
         passes.with_label_values(&["error"]);
+        passes.with_label_values(&["skipped"]);
         polls.with_label_values(&["ok"]);
         polls.with_label_values(&["error"]);
         for reason in ["observe", "apply", "status"] {
@@ -100,6 +101,11 @@ impl Telemetry {
     pub fn count_pass(&self, ok: bool, took: Duration) {
         self.passes.with_label_values(&[if ok { "success" } else { "error" }]).inc();
         self.pass_duration.observe(took.as_secs_f64());
+    }
+
+    /// A pass was put off: the cache has not seen what the last one wrote.
+    pub fn count_skipped_pass(&self) {
+        self.passes.with_label_values(&["skipped"]).inc();
     }
 
     /// A pass failed.
@@ -240,12 +246,16 @@ mod tests {
             "spec": {"model": {"uri": "hf://a/b"}, "dataset": {"train": {"uri": "hf://a/b"}}, "method": {"type": "LoRA"}},
         }))
         .expect("a job");
+        telemetry.count_poll(true);
         let guarded = kube::core::DeserializeGuard(Ok(job));
         writer.apply_watcher_event(&kube::runtime::watcher::Event::Apply(guarded.clone()));
         let text = telemetry.text().expect("text");
         for line in [
             "finetunejob_info{namespace=\"team\",finetunejob=\"bot\"",
             "finetune_operator_reconcile_total{result=\"error\"} 0",
+            "finetune_operator_reconcile_total{result=\"skipped\"} 0",
+            "finetune_operator_progress_polls_total{result=\"ok\"} 1",
+            "finetune_operator_progress_polls_total{result=\"error\"} 0",
             "finetune_operator_leader 0",
         ] {
             assert!(text.contains(line), "{line}\n{text}");

@@ -2,6 +2,7 @@
 # Whether the test cluster leaves anything on the host: compares mounts, cgroup folders, interfaces, firewall rules,
 # sysctls and processes before a start and after each kind of end. Prints what is left and fails.
 #   leaks.sh RUN_DIR
+# Environment: CARGO_TARGET_DIR and LIBTORCH, as for tools/demo-cluster.sh, whose kinds of end are among them.
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 RUN=$(realpath -m "$1")
@@ -66,8 +67,9 @@ until_ready() {
 
 SCRATCH=$(mktemp -d)
 PARENT=
+DEMO=
 # Also when the test fails: without the parent `hold` ends, and `down` ends the rest.
-trap 'if [ -n "$PARENT" ]; then kill -9 "$PARENT" || true; fi; "$HERE/cluster" down "$RUN"; rm -rf "$SCRATCH"' EXIT
+trap 'for process in $PARENT $DEMO; do kill -9 "$process" || true; done; "$HERE/cluster" down "$RUN"; rm -rf "$SCRATCH"' EXIT
 GROUPS_OF_RUN=$SCRATCH/groups
 host > "$SCRATCH/before"
 
@@ -76,6 +78,11 @@ host > "$SCRATCH/before"
 "$HERE/cluster" enter "$RUN" kubectl run left --image localhost/busybox:1 --image-pull-policy Never --command -- sleep 3600
 "$HERE/cluster" enter "$RUN" kubectl wait --for=condition=Ready pod/left --timeout=60s
 started
+# Another start leaves it alone, and so does the end of one that was refused.
+if "$HERE/cluster" up "$RUN" 2> "$SCRATCH/refused"; then die "a second cluster was started in its place"; fi
+if "$HERE/cluster" hold "$RUN" < /dev/null 2>> "$SCRATCH/refused"; then die "a second cluster was held in its place"; fi
+[ "$(grep -c "a cluster runs in" "$SCRATCH/refused")" = 2 ] || die "refused for another reason: $(cat "$SCRATCH/refused")"
+"$HERE/cluster" enter "$RUN" kubectl get pod left > "$SCRATCH/still"
 "$HERE/cluster" down "$RUN"
 all_gone "down, with two nodes and a pod that runs"
 
@@ -101,3 +108,54 @@ all_gone "kill -9 of the parent of hold"
 hold_below
 kill -9 "$HOLD"
 all_gone "kill -9 of hold itself"
+
+# demo_until PATTERN [COMMAND…]: the demo in a session of its own, as a terminal starts it, with its output in a file or read by
+# a command, until there is a cluster and the output has a line like PATTERN. Sets DEMO.
+demo_until() {
+  local pattern=$1 deadline=$((SECONDS + 180))
+  shift
+  : > "$SCRATCH/demo"
+  if [ $# -gt 0 ]; then exec {OUTPUT}> >(exec "$@" > /dev/null); else exec {OUTPUT}> "$SCRATCH/demo"; fi
+  env --default-signal=INT setsid "$HERE/../../tools/demo-cluster.sh" "$RUN" crds/examples/cluster.yaml \
+    < /dev/null >&"$OUTPUT" 2> "$SCRATCH/demo.log" {OUTPUT}>&- &
+  DEMO=$!
+  exec {OUTPUT}>&-
+  # What a command reads is not looked at.
+  until [ -s "$RUN/init" ] && { [ $# -gt 0 ] || grep -q "$pattern" "$SCRATCH/demo"; }; do
+    [ $SECONDS -lt $deadline ] || die "the demo has no cluster: $(cat "$SCRATCH/demo.log")"
+    kill -0 "$DEMO" 2>/dev/null || die "the demo ended: $(cat "$SCRATCH/demo.log")"
+    sleep 0.1
+  done
+  started
+}
+
+# demo_ended HOW STATUS
+demo_ended() {
+  local status=0
+  wait "$DEMO" || status=$?
+  DEMO=
+  [ $status = "$2" ] || die "after $1 the demo's status is $status, expected $2: $(cat "$SCRATCH/demo.log")"
+}
+
+# Its first line, and nobody reads on.
+demo_until "" head -n 1
+demo_ended "an output that is cut off" 141
+all_gone "an output that is cut off"
+
+for end in "HUP 129" "INT 130" "TERM 143" "KILL 137"; do
+  read -r signal status <<< "$end"
+  # Early, while the cluster starts, or in the middle.
+  case $signal in HUP | TERM) demo_until "a Kubernetes on this machine" ;; *) demo_until "images of the trainer" ;; esac
+  kill "-$signal" "$DEMO"
+  demo_ended "SIG$signal" "$status"
+  all_gone "SIG$signal of the demo"
+done
+
+# With everything that would have ended it, as a machine does that runs out of memory.
+demo_until "images of the trainer"
+kill -9 -- "-$DEMO"
+demo_ended "SIGKILL of its whole group" 137
+[ -n "$(own)" ] || die "the test sees nothing of the cluster that was left: it could not fail"
+"$HERE/cluster" hold "$RUN" < /dev/null > "$SCRATCH/hold"
+grep -qx ready "$SCRATCH/hold" || die "the next start did not come up"
+all_gone "the next start and its end, after SIGKILL of all that would have ended the last one"

@@ -1,8 +1,8 @@
 //! `hf://` sources against a server that speaks the hub's protocol: what is asked for, what is recorded, who sees the
 //! token, and what people read when it does not work.
 
-mod exchanged;
 mod authorities;
+mod exchanged;
 mod fetching;
 mod outages;
 mod refusals;

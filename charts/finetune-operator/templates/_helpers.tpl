@@ -93,5 +93,5 @@ storage: {size: 50Gi}
 - {apiGroups: [events.k8s.io], resources: [events], verbs: [create, patch]}
 # Why a volume does not mount, or a quota refuses a pod, is told in events of the kubelet and the Job controller alone.
 - {apiGroups: [""], resources: [events], verbs: [list]}
-- {apiGroups: [kueue.x-k8s.io], resources: [workloads], verbs: [list]}
+- {apiGroups: [kueue.x-k8s.io], resources: [workloads], verbs: [list, watch]}
 {{- end }}

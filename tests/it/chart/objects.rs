@@ -190,7 +190,7 @@ fn the_operator_has_these_rights_and_no_others() {
         ("/configmaps", &["get", "create"]),
         ("/persistentvolumeclaims", &["get", "create"]),
         ("events.k8s.io/events", &["create", "patch"]),
-        ("kueue.x-k8s.io/workloads", &["list"]),
+        ("kueue.x-k8s.io/workloads", &["list", "watch"]),
     ]);
     let own = expected(&[("coordination.k8s.io/leases", &["get", "create", "update"])]);
 
