@@ -138,7 +138,13 @@ impl ApiServer {
     /// Every state that objects of a place have had, oldest first.
     pub fn history(&self, key: &Key) -> Vec<Value> {
         let state = self.state();
-        state.store.since(0).iter().filter(|change| change.key == *key).filter_map(|change| change.after.clone()).collect()
+        state
+            .store
+            .since(0)
+            .iter()
+            .filter(|change| change.key == *key)
+            .filter_map(|change| change.after.clone())
+            .collect()
     }
 
     /// Names of all objects of a kind that were ever made, oldest first.
@@ -218,11 +224,17 @@ impl ApiServer {
     }
 
     /// Answers one request of an operator.
-    async fn serve(self, incarnation: Incarnation, request: Request<kube::client::Body>) -> Result<Response<Body>, BoxError> {
+    async fn serve(
+        self,
+        incarnation: Incarnation,
+        request: Request<kube::client::Body>,
+    ) -> Result<Response<Body>, BoxError> {
         let (parts, body) = request.into_parts();
         let body: Bytes = body.collect_bytes().await?;
         incarnation.must_live().await;
-        let Some(call) = Call::parse(&parts, &body).filter(|call| self.is_served(call)) else { return Ok(not_served()) };
+        let Some(call) = Call::parse(&parts, &body).filter(|call| self.is_served(call)) else {
+            return Ok(not_served());
+        };
         let fault = self.state().faults.befall(&call);
         let before = self.state().store.version();
         let answered = match &fault {
@@ -235,12 +247,15 @@ impl ApiServer {
         let told = match &fault {
             None => answered,
             Some(Fault::Refused(code, message)) => Some(refused(*code, message)),
-            Some(Fault::DoneAndRefused(code)) => Some(refused(*code, "the server was unable to return a response in the time allotted")),
+            Some(Fault::DoneAndRefused(code)) => {
+                Some(refused(*code, "the server was unable to return a response in the time allotted"))
+            }
             Some(_) => None,
         };
         let code = told.as_ref().map(|answer| answer.code);
         let watched = fault.is_none() && call.verb == Verb::Watch;
-        let noted = Noted { at: self.0.clock.now(), code: if watched { Some(200) } else { code }, changed, call: call.clone() };
+        let noted =
+            Noted { at: self.0.clock.now(), code: if watched { Some(200) } else { code }, changed, call: call.clone() };
         self.state().noted.push(noted);
         match fault {
             Some(Fault::Lost | Fault::DoneAndLost) => return Err("connection reset by peer".into()),

@@ -115,12 +115,18 @@ fn a_job_that_was_deleted_unnoticed_is_not_made_again_beside_its_pod() {
     simulate(async || {
         let slow = Leaving::After(Duration::from_mins(2), Word::Silent(143));
         let simulation = Simulation::start(move |about| {
-            let life = if about.stage == PodStage::Prepare { Life::running().then(200, Turn::End(Word::Done)) } else { Life::of(about) };
+            let life = if about.stage == PodStage::Prepare {
+                Life::running().then(200, Turn::End(Word::Done))
+            } else {
+                Life::of(about)
+            };
             life.leaving(slow.clone())
         });
         simulation.server.inject(Calls::to_status().after(1).always(), Fault::Hangs);
         simulation.submit("bot", &json!({}));
-        let runs = |simulation: &Simulation| simulation.pods("bot-prepare").iter().any(|pod| pod["status"]["phase"] == "Running");
+        let runs = |simulation: &Simulation| {
+            simulation.pods("bot-prepare").iter().any(|pod| pod["status"]["phase"] == "Running")
+        };
         simulation.until("its pod runs", 60, runs).await;
         simulation.operator.stop();
         simulation.server.heal();
@@ -138,7 +144,9 @@ fn a_job_that_was_deleted_is_followed_by_the_next_attempt_when_its_pod_is_gone()
         let slow = Leaving::After(Duration::from_mins(2), Word::Silent(143));
         let simulation = Simulation::start(train(move |about| Life::of(about).leaving(slow.clone())));
         simulation.submit("bot", &json!({}));
-        let runs = |simulation: &Simulation| simulation.pods("bot-train").iter().any(|pod| pod["status"]["phase"] == "Running");
+        let runs = |simulation: &Simulation| {
+            simulation.pods("bot-train").iter().any(|pod| pod["status"]["phase"] == "Running")
+        };
         simulation.until("it trains", 60, runs).await;
         simulation.pass(5).await;
         simulation.delete_child("bot-train-1");

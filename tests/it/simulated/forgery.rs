@@ -30,7 +30,8 @@ fn forge_pod(simulation: &Simulation, job_uid: &str, change: impl FnOnce(&mut Va
     let key = Key::new(Kind::Pod, "team", "bot-train-1-zzzzz");
     let now = made["metadata"]["creationTimestamp"].clone();
     let ended = json!({"terminated": {"exitCode": 0, "reason": "Completed", "message": claim(job_uid), "startedAt": now, "finishedAt": now}});
-    let container = json!({"name": "trainer", "image": "", "imageID": "", "ready": false, "restartCount": 0, "state": ended});
+    let container =
+        json!({"name": "trainer", "image": "", "imageID": "", "ready": false, "restartCount": 0, "state": ended});
     let status = json!({"phase": "Succeeded", "containerStatuses": [container]});
     simulation.server.edit_status(&key, Author::Cluster, |found| *found = status).expect("it was made");
 }
@@ -52,7 +53,9 @@ fn a_forged_pod_changes_no_verdict() {
             let word = || Word::Failed(ExitCode::BadData, "row 7 has no answer".into());
             let simulation = Simulation::start(train(move |_| Life::running().then(60, Turn::End(word()))));
             let uid = simulation.submit("bot", &json!({}));
-            let runs = |simulation: &Simulation| simulation.reason("bot", "Running") == "PodRunning" && simulation.pods("bot-train").len() == 1;
+            let runs = |simulation: &Simulation| {
+                simulation.reason("bot", "Running") == "PodRunning" && simulation.pods("bot-train").len() == 1
+            };
             simulation.until("it trains", 60, runs).await;
             simulation.pass(5).await;
             forge_pod(&simulation, &uid, change);

@@ -19,7 +19,9 @@ fn a_job_goes_its_way_with_these_writes_and_no_others() {
             .into_iter()
             // Their names tell of the job's UID.
             .map(|write| if write.starts_with("create configmaps") { "create configmaps".to_owned() } else { write })
-            .map(|write| if write.contains("volumeclaims") { "create persistentvolumeclaims".to_owned() } else { write })
+            .map(
+                |write| if write.contains("volumeclaims") { "create persistentvolumeclaims".to_owned() } else { write },
+            )
             .collect();
         let status = "patch finetunejobs/status bot";
         let expected = [
@@ -45,7 +47,9 @@ fn nothing_is_written_while_nothing_changes() {
     simulate(async || {
         let simulation = Simulation::start(train(|_| Life::running().then(2 * HOUR, Turn::End(Word::Done))));
         simulation.submit("bot", &json!({}));
-        let trains = |simulation: &Simulation| simulation.condition("bot", "Running").1 == "PodRunning" && !simulation.pods("bot-train").is_empty();
+        let trains = |simulation: &Simulation| {
+            simulation.condition("bot", "Running").1 == "PodRunning" && !simulation.pods("bot-train").is_empty()
+        };
         simulation.until("it trains", 60, trains).await;
         simulation.pass(60).await;
         let from = simulation.server.noted().len();
@@ -54,13 +58,17 @@ fn nothing_is_written_while_nothing_changes() {
         let but_watches: Vec<String> =
             requests.iter().filter(|noted| noted.call.verb != Verb::Watch).map(ToString::to_string).collect();
         assert!(but_watches.len() <= 12, "{} requests in an hour: {but_watches:#?}", but_watches.len());
-        let writes: Vec<&String> = but_watches.iter().filter(|told| !told.contains(" get ") && !told.contains(" list ")).collect();
+        let writes: Vec<&String> =
+            but_watches.iter().filter(|told| !told.contains(" get ") && !told.contains(" list ")).collect();
         assert_eq!(writes, Vec::<&String>::new());
         assert_eq!(simulation.end("bot", 2 * HOUR).await, complete());
         let from = simulation.server.noted().len();
         simulation.pass(HOUR).await;
         let requests = simulation.requests(from);
-        assert!(requests.iter().all(|noted| noted.call.verb == Verb::Watch), "a job that has ended is left alone: {requests:#?}");
+        assert!(
+            requests.iter().all(|noted| noted.call.verb == Verb::Watch),
+            "a job that has ended is left alone: {requests:#?}"
+        );
     });
 }
 
@@ -72,7 +80,12 @@ fn a_job_whose_time_to_live_is_over_goes_and_stays_away() {
         assert_eq!(simulation.end("bot", 120).await, complete());
         simulation.until("it is deleted", 660, |simulation| simulation.job("bot").is_null()).await;
         simulation.pass(600).await;
-        assert_eq!(simulation.server.list(Kind::Job).len() + simulation.server.list(Kind::Pod).len(), 0, "{}", simulation.account());
+        assert_eq!(
+            simulation.server.list(Kind::Job).len() + simulation.server.list(Kind::Pod).len(),
+            0,
+            "{}",
+            simulation.account()
+        );
     });
 }
 
@@ -84,10 +97,18 @@ fn a_held_job_has_no_pod_and_goes_on_when_it_is_let() {
             Life::running().then(20, Turn::Checkpoint(50)).then(first(about.attempt), Turn::End(Word::Done))
         }));
         simulation.submit("bot", &json!({}));
-        simulation.until("it trains", 60, |simulation| simulation.reason("bot", "Running") == "PodRunning" && simulation.pods("bot-train").len() == 1).await;
+        simulation
+            .until("it trains", 60, |simulation| {
+                simulation.reason("bot", "Running") == "PodRunning" && simulation.pods("bot-train").len() == 1
+            })
+            .await;
         simulation.pass(30).await;
         simulation.edit("bot", |spec| spec["suspend"] = json!(true));
-        simulation.until("it is held", 60, |simulation| simulation.condition("bot", "Suspended").0 == "True" && simulation.pods("bot-train").is_empty()).await;
+        simulation
+            .until("it is held", 60, |simulation| {
+                simulation.condition("bot", "Suspended").0 == "True" && simulation.pods("bot-train").is_empty()
+            })
+            .await;
         simulation.pass(HOUR).await;
         assert!(simulation.pods("bot-train").is_empty());
         simulation.edit("bot", |spec| spec["suspend"] = json!(false));

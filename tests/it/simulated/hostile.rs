@@ -27,14 +27,16 @@ fn what_a_report_says_never_makes_a_status_unwritable() {
             report.usage.train_seconds = f64::MAX;
         }),
         ("checkpoints of any number", |report| {
-            let checkpoint = |step| CheckpointInfo { step, time: "yesterday".into(), eval_loss: Some(f64::MAX), best: true };
+            let checkpoint =
+                |step| CheckpointInfo { step, time: "yesterday".into(), eval_loss: Some(f64::MAX), best: true };
             report.checkpoints = (0..20).map(checkpoint).collect();
             report.model_revision = Some("r".repeat(1000));
         }),
     ];
     for (what, change) in reports {
         simulate(async || {
-            let simulation = Simulation::start(train(move |_| Life::running().then(10, Turn::End(Word::Told(0, change)))));
+            let simulation =
+                Simulation::start(train(move |_| Life::running().then(10, Turn::End(Word::Told(0, change)))));
             simulation.submit("bot", &json!({}));
             assert_eq!(simulation.end("bot", 300).await, complete(), "{what}\n{}", simulation.account());
         });
@@ -47,10 +49,16 @@ fn last_words_that_are_none_are_not_repeated() {
     for word in ["not json", "{}", "{\"jobUid\": \"another\"}", "\u{1b}[2J\u{0}"] {
         simulate(async || {
             let last = word.to_owned();
-            let simulation = Simulation::start(train(move |_| Life::running().then(10, Turn::End(Word::Message(70, last.clone())))));
+            let simulation =
+                Simulation::start(train(move |_| Life::running().then(10, Turn::End(Word::Message(70, last.clone())))));
             simulation.submit("bot", &json!({"failurePolicy": {"maxRetries": 0}}));
             let (kind, reason) = simulation.end("bot", 600).await;
-            assert_eq!((kind.as_str(), reason.as_str()), ("Failed", "BackoffLimitExceeded"), "{word:?}\n{}", simulation.account());
+            assert_eq!(
+                (kind.as_str(), reason.as_str()),
+                ("Failed", "BackoffLimitExceeded"),
+                "{word:?}\n{}",
+                simulation.account()
+            );
             let status = simulation.job("bot")["status"].to_string();
             assert!(!status.contains("not json") && !status.contains("\\u001b"), "{status}");
         });
@@ -66,7 +74,7 @@ fn sentences_of_any_length_and_form_are_told_in_part() {
             Turn::Unschedulable(sentence.clone()),
             Turn::Wait("trainer".into(), "ErrImagePull".into(), sentence.clone()),
             Turn::Evict(sentence.clone()),
-            Turn::Disrupt(sentence[..40].to_owned()),
+            Turn::Disrupt(sentence.chars().take(40).collect()),
         ] {
             simulate(async || {
                 let turn = turn.clone();
@@ -75,9 +83,11 @@ fn sentences_of_any_length_and_form_are_told_in_part() {
                     if about.attempt == 1 { troubled.then(60, Turn::Vanish) } else { Life::of(about) }
                 }));
                 simulation.submit("bot", &json!({}));
-                simulation.until("it has ended, or is told", 900, |simulation| {
-                    simulation.has_ended("bot") || simulation.outcomes("bot").len() > 2
-                }).await;
+                simulation
+                    .until("it has ended, or is told", 900, |simulation| {
+                        simulation.has_ended("bot") || simulation.outcomes("bot").len() > 2
+                    })
+                    .await;
                 let status = simulation.job("bot")["status"].to_string();
                 assert!(status.len() < 16_384, "{} bytes", status.len());
             });

@@ -16,7 +16,8 @@ const HOUR: u64 = 3600;
 /// A spot machine that goes after an hour: its pod is killed and says nothing.
 fn spot(checkpoint: Option<i64>) -> Life {
     let life = checkpoint.map_or(Life::running(), |step| Life::running().then(HOUR / 2, Turn::Checkpoint(step)));
-    life.then(HOUR / 2, Turn::Disrupt("DeletionByPodGC".into())).leaving(Leaving::After(Duration::from_secs(30), Word::Silent(137)))
+    life.then(HOUR / 2, Turn::Disrupt("DeletionByPodGC".into()))
+        .leaving(Leaving::After(Duration::from_secs(30), Word::Silent(137)))
 }
 
 /// Where `/status` cannot be reached the volume is the only one who knows of checkpoints.
@@ -52,11 +53,13 @@ fn check_outage(stage: PodStage, hours: u64, expected: (String, String)) {
     simulate(async || {
         let began: Arc<OnceLock<Instant>> = Arc::default();
         let simulation = Simulation::start(move |about| {
-            let down = about.stage == stage && began.get_or_init(Instant::now).elapsed() < Duration::from_secs(hours * HOUR);
+            let down =
+                about.stage == stage && began.get_or_init(Instant::now).elapsed() < Duration::from_secs(hours * HOUR);
             let word = Word::Failed(ExitCode::SourceUnavailable, "https://huggingface.co: connection refused".into());
             if down { Life::running().then(30, Turn::End(word)) } else { Life::of(about) }
         });
-        simulation.submit("bot", &json!({"output": {"uri": "pvc://published/bot"}, "failurePolicy": {"maxRetries": 0}}));
+        simulation
+            .submit("bot", &json!({"output": {"uri": "pvc://published/bot"}, "failurePolicy": {"maxRetries": 0}}));
         if hours > 0 {
             simulation.pass(600).await;
             let (_, reason, message) = simulation.condition("bot", "Running");
@@ -80,7 +83,8 @@ fn sources_may_be_away_for_an_hour() {
 fn a_failure_is_told_by_its_own_sentence() {
     simulate(async || {
         let simulation = Simulation::start(train(|_| {
-            Life::running().then(10, Turn::End(Word::Failed(ExitCode::BadData, "train.jsonl: line 7: no answer".into())))
+            Life::running()
+                .then(10, Turn::End(Word::Failed(ExitCode::BadData, "train.jsonl: line 7: no answer".into())))
         }));
         simulation.submit("bot", &json!({}));
         assert_eq!(simulation.end("bot", 120).await, failed("BadData"));

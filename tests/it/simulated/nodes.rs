@@ -27,7 +27,9 @@ fn a_dead_node_is_told_with_advice_and_waited_for() {
             _ => Life::of(about),
         }));
         simulation.submit("bot", &json!({}));
-        simulation.until("its node is told to be lost", 400, |simulation| simulation.reason("bot", "Running") == "NodeLost").await;
+        simulation
+            .until("its node is told to be lost", 400, |simulation| simulation.reason("bot", "Running") == "NodeLost")
+            .await;
         let message = simulation.condition("bot", "Running").2;
         for words in ["node-1", "node.kubernetes.io/out-of-service", "kubectl delete node"] {
             assert!(message.contains(words), "no {words:?} in {message:?}");
@@ -77,7 +79,8 @@ fn a_job_that_is_applied_again_under_its_name_reads_its_own_configuration() {
             Life::of(about).leaving(Leaving::After(Duration::from_mins(2), Word::Silent(143)))
         });
         simulation.submit("bot", &json!({}));
-        let runs = |simulation: &Simulation| simulation.pods("bot-").iter().any(|pod| pod["status"]["phase"] == "Running");
+        let runs =
+            |simulation: &Simulation| simulation.pods("bot-").iter().any(|pod| pod["status"]["phase"] == "Running");
         simulation.until("its first pod runs", 60, runs).await;
         let old = map_of(&simulation.pods("bot-")[0]);
         simulation.delete("bot");

@@ -22,8 +22,14 @@ fn vanishing(about: &About) -> Life {
 
 #[test]
 fn a_child_that_is_refused_is_told_and_made_when_it_can_be() {
-    let cases = [(Kind::ConfigMap, "bot"), (Kind::PersistentVolumeClaim, "bot"), (Kind::Job, "bot-prepare-1"), (Kind::Job, "bot-train-1"),
-                 (Kind::Job, "bot-train-1-report"), (Kind::Job, "bot-publish-1")];
+    let cases = [
+        (Kind::ConfigMap, "bot"),
+        (Kind::PersistentVolumeClaim, "bot"),
+        (Kind::Job, "bot-prepare-1"),
+        (Kind::Job, "bot-train-1"),
+        (Kind::Job, "bot-train-1-report"),
+        (Kind::Job, "bot-publish-1"),
+    ];
     let refusals = [
         (500, WEBHOOK),
         (403, "exceeded quota: team, requested: count/jobs.batch=1, used: 10, limited: 10"),
@@ -34,9 +40,12 @@ fn a_child_that_is_refused_is_told_and_made_when_it_can_be() {
         for (code, sentence) in refusals {
             simulate(async || {
                 let simulation = Simulation::start(vanishing);
-                simulation.server.inject(Calls::to(Verb::Create, kind).named(name).always(), Fault::Refused(code, sentence.into()));
+                simulation
+                    .server
+                    .inject(Calls::to(Verb::Create, kind).named(name).always(), Fault::Refused(code, sentence.into()));
                 simulation.submit("bot", &json!({}));
-                let refused = |simulation: &Simulation| simulation.server.noted().iter().any(|noted| noted.code == Some(code));
+                let refused =
+                    |simulation: &Simulation| simulation.server.noted().iter().any(|noted| noted.code == Some(code));
                 simulation.until("it is refused", 300, refused).await;
                 let told = |simulation: &Simulation| simulation.reason("bot", "Running") == "ChildCreationFailed";
                 simulation.until(&format!("{code} for {name} is told"), TOLD_WITHIN, told).await;
@@ -63,7 +72,9 @@ fn pods_that_are_refused_are_told_by_the_job_controllers_event() {
         simulate(async || {
             let simulation = Simulation::start(Life::of);
             simulation.submit("bot", &json!({}));
-            let prepared = |simulation: &Simulation| simulation.outcomes("bot").iter().any(|(name, outcome)| name == "bot-prepare-1" && outcome == "Done");
+            let prepared = |simulation: &Simulation| {
+                simulation.outcomes("bot").iter().any(|(name, outcome)| name == "bot-prepare-1" && outcome == "Done")
+            };
             simulation.until("it has prepared", 60, prepared).await;
             simulation.cluster.refuse_pods(Some(sentence));
             let told = |simulation: &Simulation| simulation.condition("bot", "Running").2.contains(sentence);
@@ -80,12 +91,22 @@ fn pods_that_are_refused_are_told_by_the_job_controllers_event() {
 #[test]
 fn volumes_that_do_not_mount_are_told_in_the_kubelets_words() {
     for (why, sentence) in [
-        ("FailedMount", "MountVolume.SetUp failed for volume \"pv-1\" : rpc error: code = Internal desc = mount failed: exit status 32"),
-        ("FailedAttachVolume", "Multi-Attach error for volume \"pv-1\" Volume is already exclusively attached to one node"),
+        (
+            "FailedMount",
+            "MountVolume.SetUp failed for volume \"pv-1\" : rpc error: code = Internal desc = mount failed: exit status 32",
+        ),
+        (
+            "FailedAttachVolume",
+            "Multi-Attach error for volume \"pv-1\" Volume is already exclusively attached to one node",
+        ),
     ] {
         simulate(async || {
             let warned = move |_: &About| {
-                Life::new().then(1, Turn::Schedule).then(2, Turn::Warn(why.into(), sentence.into())).then(600, Turn::Run).then(20, Turn::End(Word::Done))
+                Life::new()
+                    .then(1, Turn::Schedule)
+                    .then(2, Turn::Warn(why.into(), sentence.into()))
+                    .then(600, Turn::Run)
+                    .then(20, Turn::End(Word::Done))
             };
             let simulation = Simulation::start(train(warned));
             simulation.submit("bot", &json!({}));
@@ -125,13 +146,19 @@ fn a_word_to_stop_that_is_refused_disturbs_no_attempt() {
     simulate(async || {
         let simulation = Simulation::start(train(|_| Life::running().then(300, Turn::End(Word::Done))));
         simulation.submit("bot", &json!({}));
-        let trains = |simulation: &Simulation| simulation.pods("bot-train").len() == 1 && simulation.reason("bot", "Running") == "PodRunning";
+        let trains = |simulation: &Simulation| {
+            simulation.pods("bot-train").len() == 1 && simulation.reason("bot", "Running") == "PodRunning"
+        };
         simulation.until("it trains", 60, trains).await;
-        simulation.server.inject(Calls::to(Verb::Create, Kind::ConfigMap).always(), Fault::Refused(500, WEBHOOK.into()));
+        simulation
+            .server
+            .inject(Calls::to(Verb::Create, Kind::ConfigMap).always(), Fault::Refused(500, WEBHOOK.into()));
         simulation.edit("bot", |spec| spec["stopRequested"] = json!(true));
         simulation.pass(60).await;
         simulation.server.heal();
-        simulation.until("it is told to stop", 60, |simulation| simulation.server.list(Kind::ConfigMap).len() == 2).await;
+        simulation
+            .until("it is told to stop", 60, |simulation| simulation.server.list(Kind::ConfigMap).len() == 2)
+            .await;
         assert_eq!(simulation.end("bot", 600).await, complete(), "{}", simulation.account());
         assert_eq!(outcomes(simulation.outcomes("bot"), "train"), ["Done"]);
     });

@@ -23,7 +23,9 @@ fn watches_that_cannot_begin_are_begun_later() {
     simulate(async || {
         let simulation = Simulation::start(Life::of);
         for kind in [Kind::FineTuneJob, Kind::Job, Kind::Pod] {
-            simulation.server.inject(Calls::to(Verb::Watch, kind).times(3), Fault::Refused(500, "etcdserver: no leader".into()));
+            simulation
+                .server
+                .inject(Calls::to(Verb::Watch, kind).times(3), Fault::Refused(500, "etcdserver: no leader".into()));
             simulation.server.inject(Calls::to(Verb::List, kind).times(2), Fault::Lost);
         }
         simulation.submit("bot", &json!({}));
@@ -34,14 +36,22 @@ fn watches_that_cannot_begin_are_begun_later() {
 #[test]
 fn a_job_goes_on_after_an_etcd_was_restored() {
     simulate(async || {
-        let simulation = Simulation::start(train(|_| Life::running().then(120, Turn::Checkpoint(100)).then(5, Turn::End(Word::Done))));
+        let simulation = Simulation::start(train(|_| {
+            Life::running().then(120, Turn::Checkpoint(100)).then(5, Turn::End(Word::Done))
+        }));
         simulation.submit("bot", &json!({}));
-        let trains = |simulation: &Simulation| simulation.pods("bot-train").iter().any(|pod| pod["status"]["phase"] == "Running");
+        let trains = |simulation: &Simulation| {
+            simulation.pods("bot-train").iter().any(|pod| pod["status"]["phase"] == "Running")
+        };
         simulation.until("it trains", 60, trains).await;
         simulation.pass(5).await;
         let backup = simulation.server.backup();
         simulation.edit("bot", |spec| spec["ttlSecondsAfterFinished"] = json!(86_400));
-        simulation.until("the operator has written", 60, |simulation| simulation.job("bot")["status"]["observedGeneration"] == 2).await;
+        simulation
+            .until("the operator has written", 60, |simulation| {
+                simulation.job("bot")["status"]["observedGeneration"] == 2
+            })
+            .await;
         simulation.server.restore(backup);
         assert_eq!(simulation.end("bot", 600).await, complete(), "{}", simulation.account());
     });

@@ -84,7 +84,8 @@ pub struct Calls {
 impl Calls {
     /// Requests of a verb for a kind, the first one of them.
     pub fn to(verb: Verb, kind: Kind) -> Self {
-        Self { verb: Some(verb), resource: Some(kind.plural().to_owned()), ..Self::writes() }.writes_only(verb.is_write())
+        Self { verb: Some(verb), resource: Some(kind.plural().to_owned()), ..Self::writes() }
+            .writes_only(verb.is_write())
     }
 
     /// Writes of statuses of FineTuneJobs.

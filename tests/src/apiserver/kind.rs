@@ -86,7 +86,10 @@ impl Kind {
 
     /// Whether its status is written through an endpoint of its own, and through no other.
     pub const fn has_status(self) -> bool {
-        matches!(self, Self::FineTuneJob | Self::Job | Self::Pod | Self::PersistentVolumeClaim | Self::Node | Self::Workload)
+        matches!(
+            self,
+            Self::FineTuneJob | Self::Job | Self::Pod | Self::PersistentVolumeClaim | Self::Node | Self::Workload
+        )
     }
 }
 

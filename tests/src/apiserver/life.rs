@@ -180,7 +180,8 @@ impl Volume {
         if let Some(report) = self.reports.iter().find(|report| report.is_of(&about.job_uid, of, about.attempt)) {
             return report.clone();
         }
-        let checkpoint = |step| CheckpointInfo { step, time: "2026-01-01T00:00:00Z".into(), eval_loss: None, best: false };
+        let checkpoint =
+            |step| CheckpointInfo { step, time: "2026-01-01T00:00:00Z".into(), eval_loss: None, best: false };
         Report {
             job_uid: about.job_uid.clone(),
             pod_stage: Some(of),

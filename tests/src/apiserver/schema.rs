@@ -92,8 +92,12 @@ fn doubled(value: &Value, schema: &Value, path: &str, problems: &mut Vec<String>
             }
         }
         Value::Array(items) => {
-            let keys: Vec<&str> =
-                schema["x-kubernetes-list-map-keys"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+            let keys: Vec<&str> = schema["x-kubernetes-list-map-keys"]
+                .as_array()
+                .into_iter()
+                .flatten()
+                .filter_map(Value::as_str)
+                .collect();
             let mut seen: Vec<Vec<&Value>> = Vec::new();
             for (index, item) in items.iter().enumerate() {
                 let key: Vec<&Value> = keys.iter().map(|key| &item[*key]).collect();
@@ -137,7 +141,10 @@ mod tests {
         let mut job = json!({"metadata": {"labels": {"a": "b"}}, "spec": {"profile": "p", "other": 1},
                              "status": {"phase": "Failed", "attempts": {"total": 1, "unheardOf": 2}}});
         Schema::new().prune(&mut job);
-        assert_eq!(job, json!({"metadata": {"labels": {"a": "b"}}, "spec": {"profile": "p"},
-                               "status": {"phase": "Failed", "attempts": {"total": 1}}}));
+        assert_eq!(
+            job,
+            json!({"metadata": {"labels": {"a": "b"}}, "spec": {"profile": "p"},
+                               "status": {"phase": "Failed", "attempts": {"total": 1}}})
+        );
     }
 }

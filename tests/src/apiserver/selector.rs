@@ -31,7 +31,11 @@ impl Selector {
         let field = |path: &str| {
             let found = path.split('.').fold(object, |value, name| &value[name]);
             // A field that is not set is empty.
-            Some(found.as_str().map_or_else(|| if found.is_null() { String::new() } else { found.to_string() }, str::to_owned))
+            Some(
+                found
+                    .as_str()
+                    .map_or_else(|| if found.is_null() { String::new() } else { found.to_string() }, str::to_owned),
+            )
         };
         self.labels.iter().all(|one| one.holds(&label)) && self.fields.iter().all(|one| one.holds(&field))
     }
@@ -76,7 +80,8 @@ fn requirement(text: &str) -> Requirement {
         return Requirement::OneOf(name.trim().to_owned(), values.collect());
     }
     assert!(!text.contains([' ', '(']), "the fake API server does not know the selector {text:?}");
-    text.strip_prefix('!').map_or_else(|| Requirement::Exists(text.to_owned()), |name| Requirement::Lacks(name.to_owned()))
+    text.strip_prefix('!')
+        .map_or_else(|| Requirement::Exists(text.to_owned()), |name| Requirement::Lacks(name.to_owned()))
 }
 
 #[cfg(test)]

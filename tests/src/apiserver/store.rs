@@ -169,7 +169,13 @@ impl Store {
     }
 
     /// Replaces everything of an object but its status. `version`: what it was computed from.
-    pub fn replace(&mut self, key: &Key, mut object: Value, version: Option<&str>, author: Author) -> Result<Value, Refusal> {
+    pub fn replace(
+        &mut self,
+        key: &Key,
+        mut object: Value,
+        version: Option<&str>,
+        author: Author,
+    ) -> Result<Value, Refusal> {
         let before = self.at_version(key, version)?;
         let status = before.get("status").cloned();
         if key.kind.has_status() {
@@ -192,7 +198,13 @@ impl Store {
     }
 
     /// Replaces the status of an object and nothing else.
-    pub fn replace_status(&mut self, key: &Key, status: Value, version: Option<&str>, author: Author) -> Result<Value, Refusal> {
+    pub fn replace_status(
+        &mut self,
+        key: &Key,
+        status: Value,
+        version: Option<&str>,
+        author: Author,
+    ) -> Result<Value, Refusal> {
         let mut object = self.at_version(key, version)?;
         entries_of(&mut object).insert("status".into(), status);
         Ok(self.put_if_changed(key, object, author))
@@ -247,16 +259,24 @@ impl Store {
 
     /// What the garbage collector does when an owner is gone.
     fn collect(&mut self, owner: &str, now: Timestamp) {
-        let owned: Vec<Key> =
-            self.objects.iter().filter(|(_, object)| owners(object).any(|uid| uid == owner)).map(|(key, _)| key.clone()).collect();
+        let owned: Vec<Key> = self
+            .objects
+            .iter()
+            .filter(|(_, object)| owners(object).any(|uid| uid == owner))
+            .map(|(key, _)| key.clone())
+            .collect();
         for key in owned {
             self.delete(&key, &Preconditions::default(), true, Author::Cluster, now).expect("it was listed");
         }
     }
 
     fn orphan(&mut self, owner: &str) {
-        let owned: Vec<Key> =
-            self.objects.iter().filter(|(_, object)| owners(object).any(|uid| uid == owner)).map(|(key, _)| key.clone()).collect();
+        let owned: Vec<Key> = self
+            .objects
+            .iter()
+            .filter(|(_, object)| owners(object).any(|uid| uid == owner))
+            .map(|(key, _)| key.clone())
+            .collect();
         for key in owned {
             let mut object = self.objects[&key].clone();
             let references = object["metadata"]["ownerReferences"].as_array_mut().expect("it has owners");

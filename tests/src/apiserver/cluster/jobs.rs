@@ -21,7 +21,8 @@ impl Cluster {
             return None;
         }
         let uid = uid_of(job);
-        let pods: Vec<Value> = self.server.list(Kind::Pod).into_iter().filter(|pod| self.is_made_for(pod, &uid)).collect();
+        let pods: Vec<Value> =
+            self.server.list(Kind::Pod).into_iter().filter(|pod| self.is_made_for(pod, &uid)).collect();
         if job["spec"]["suspend"] == true {
             self.suspend(job, &pods);
             return None;
@@ -39,7 +40,8 @@ impl Cluster {
                 return None;
             }
         }
-        let deadline = job["spec"]["activeDeadlineSeconds"].as_f64().map(|most| Instant::now() + in_seconds(most - waited));
+        let deadline =
+            job["spec"]["activeDeadlineSeconds"].as_f64().map(|most| Instant::now() + in_seconds(most - waited));
         if pods.iter().any(|pod| pod["status"]["phase"] == "Succeeded") {
             self.complete(job);
             return None;
@@ -71,7 +73,8 @@ impl Cluster {
         let refusal = self.state().refusal.clone();
         if let Some(why) = refusal {
             let uid = uid_of(job);
-            let told = self.server.list(Kind::Event).into_iter().rfind(|event| event["regarding"]["uid"] == uid.as_str());
+            let told =
+                self.server.list(Kind::Event).into_iter().rfind(|event| event["regarding"]["uid"] == uid.as_str());
             let since = told.map_or(f64::MAX, |event| self.seconds_since(&event["deprecatedLastTimestamp"]));
             if since >= RETRY_SECONDS {
                 self.warn(job, Kind::Job, "FailedCreate", &format!("Error creating: {why}"));
@@ -100,14 +103,16 @@ impl Cluster {
             leaves_at: None,
             resumed: None,
             ended: false,
+            seen: made.clone(),
         };
         self.state().pods.insert(uid_of(&made), living);
         None
     }
 
-    /// A closed Job has no pods; what ran is asked to end, and what is left is counted when the Job opens again.
+    /// A closed Job has no pods; what ran is asked to end, which is no failure of the Job.
     fn suspend(&self, job: &Value, pods: &[Value]) {
         self.ask_to_end(pods);
+        self.state().gone.remove(&uid_of(job));
         if !is_true(job, "Suspended") {
             let condition = json!({"type": "Suspended", "status": "True", "reason": "JobSuspended", "message": "Job suspended",
                                    "lastTransitionTime": self.now()});
@@ -181,7 +186,9 @@ fn by_policy(job: &Value, pod: &Value) -> Option<String> {
         }
         let code = code.filter(|code| *code != 0 && rule["onExitCodes"].is_object())?;
         let trainer = shape::TRAINER;
-        Some(format!("Container {trainer} for pod {place} failed with exit code {code} matching FailJob rule at index {index}"))
+        Some(format!(
+            "Container {trainer} for pod {place} failed with exit code {code} matching FailJob rule at index {index}"
+        ))
     })
 }
 

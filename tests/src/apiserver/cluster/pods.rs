@@ -24,6 +24,7 @@ impl Cluster {
         let due = {
             let mut state = self.state();
             let living = state.pods.get_mut(&uid)?;
+            living.seen = pod.clone();
             if asked && !is_live(pod) {
                 drop(state);
                 self.forget(pod);
@@ -58,7 +59,9 @@ impl Cluster {
                 set_condition(status, "PodScheduled", "False", "Unschedulable", &message, &now);
             }),
             Turn::Schedule => {
-                let edited = self.server.edit(&key_of(Kind::Pod, pod), Author::Cluster, |pod| pod["spec"]["nodeName"] = json!(NODE));
+                let edited = self
+                    .server
+                    .edit(&key_of(Kind::Pod, pod), Author::Cluster, |pod| pod["spec"]["nodeName"] = json!(NODE));
                 edited.expect("it was listed");
                 self.set_status(Kind::Pod, pod, |status| set_condition(status, "PodScheduled", "True", "", "", &now));
             }
@@ -70,7 +73,8 @@ impl Cluster {
             }
             Turn::Warn(reason, message) => {
                 self.warn(pod, Kind::Pod, &reason, &message);
-                let again = (Instant::now() + std::time::Duration::from_secs(WARN_AGAIN_SECONDS), Turn::Warn(reason, message));
+                let again =
+                    (Instant::now() + std::time::Duration::from_secs(WARN_AGAIN_SECONDS), Turn::Warn(reason, message));
                 let mut state = self.state();
                 let turns = &mut state.pods.get_mut(uid).expect("it lives").turns;
                 if turns.is_empty() {
@@ -78,7 +82,9 @@ impl Cluster {
                 }
             }
             Turn::RunInit(name) => {
-                self.set_status(Kind::Pod, pod, |status| set_container(status, "initContainerStatuses", &name, running(&now)));
+                self.set_status(Kind::Pod, pod, |status| {
+                    set_container(status, "initContainerStatuses", &name, running(&now))
+                });
             }
             Turn::EndInit(name, code, message) => self.set_status(Kind::Pod, pod, |status| {
                 let state = terminated(code, None, &message, &json!(now), &now);
@@ -114,12 +120,25 @@ impl Cluster {
                 self.set_node_ready("Unknown");
                 self.state().pods.get_mut(uid).expect("it lives").leaving = Leaving::Never;
                 self.set_status(Kind::Pod, pod, |status| {
-                    set_condition(status, "DisruptionTarget", "True", "DeletionByTaintManager", "Taint manager: deleting", &now);
+                    set_condition(
+                        status,
+                        "DisruptionTarget",
+                        "True",
+                        "DeletionByTaintManager",
+                        "Taint manager: deleting",
+                        &now,
+                    );
                 });
                 let _ = self.server.delete(&key_of(Kind::Pod, pod), Author::Cluster);
             }
             Turn::ForgetContainer => self.set_status(Kind::Pod, pod, |status| {
-                let state = terminated(137, Some("ContainerStatusUnknown"), "The container could not be located when the pod was terminated", &Value::Null, &now);
+                let state = terminated(
+                    137,
+                    Some("ContainerStatusUnknown"),
+                    "The container could not be located when the pod was terminated",
+                    &Value::Null,
+                    &now,
+                );
                 set_container(status, "containerStatuses", TRAINER, state);
                 status["phase"] = json!("Failed");
             }),
@@ -148,7 +167,12 @@ impl Cluster {
             Ok(found) => found,
             // The kubelet tries again by itself.
             Err(missing) => {
-                self.warn(pod, Kind::Pod, "FailedMount", &format!("MountVolume.SetUp failed for volume \"config\" : {missing}"));
+                self.warn(
+                    pod,
+                    Kind::Pod,
+                    "FailedMount",
+                    &format!("MountVolume.SetUp failed for volume \"config\" : {missing}"),
+                );
                 let again = Instant::now() + std::time::Duration::from_secs(2);
                 self.state().pods.get_mut(uid).expect("it lives").turns.push_front((again, Turn::Run));
                 return;
@@ -181,7 +205,8 @@ impl Cluster {
         let volumes = pod["spec"]["volumes"].as_array().into_iter().flatten();
         let sources = volumes.flat_map(|volume| volume["projected"]["sources"].as_array().into_iter().flatten());
         let maps = sources.filter(|source| source["configMap"]["items"][0]["key"] == "run.yaml");
-        let name = maps.filter_map(|source| source["configMap"]["name"].as_str()).next().ok_or("no run.yaml is mounted")?;
+        let name =
+            maps.filter_map(|source| source["configMap"]["name"].as_str()).next().ok_or("no run.yaml is mounted")?;
         let namespace = pod["metadata"]["namespace"].as_str().unwrap_or_default();
         let key = Key::new(Kind::ConfigMap, namespace, name);
         let mut state = self.state();
@@ -193,7 +218,12 @@ impl Cluster {
             }
         };
         if map["immutable"] == true {
-            state.cached.entry(key).or_insert_with(|| (map.clone(), std::collections::HashSet::new())).1.insert(uid.to_owned());
+            state
+                .cached
+                .entry(key)
+                .or_insert_with(|| (map.clone(), std::collections::HashSet::new()))
+                .1
+                .insert(uid.to_owned());
         }
         let text = map["data"]["run.yaml"].as_str().unwrap_or_default();
         RunConfig::job_uid_of(text).ok_or_else(|| "run.yaml names no job".to_owned())
@@ -207,7 +237,8 @@ impl Cluster {
             let living = state.pods.get_mut(uid).expect("it lives");
             living.ended = true;
             let (about, resumed, alone) = (living.about.clone(), living.resumed, living.sidecars.is_empty());
-            let (code, message) = state.volumes.entry(about.job_uid.clone()).or_default().end(&about, uid, resumed, word);
+            let (code, message) =
+                state.volumes.entry(about.job_uid.clone()).or_default().end(&about, uid, resumed, word);
             (code, message, alone)
         };
         self.set_status(Kind::Pod, pod, |status| {
