@@ -36,6 +36,8 @@ struct State {
     pods: HashMap<String, Living>,
     /// Last states of pods that are gone, by `metadata.uid` of their Job.
     gone: HashMap<String, Vec<Value>>,
+    /// When the pod of a Job is made, by `metadata.uid` of the Job.
+    due: HashMap<String, Instant>,
     /// By `metadata.uid` of the FineTuneJob.
     volumes: HashMap<String, Volume>,
     /// Immutable ConfigMaps that the kubelet has read, and the UIDs of the pods that use them.
@@ -68,6 +70,7 @@ impl Cluster {
             lives,
             pods: HashMap::new(),
             gone: HashMap::new(),
+            due: HashMap::new(),
             volumes: HashMap::new(),
             cached: HashMap::new(),
             refusal: None,
