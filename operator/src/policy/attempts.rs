@@ -8,6 +8,9 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 use super::failure::Ended;
 
+/// No run has more steps.
+const MAX_STEP: i64 = 1 << 40;
+
 /// What is known of the checkpoints of a training attempt that ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Checkpoints {
@@ -27,7 +30,9 @@ impl Checkpoints {
             status.checkpoints.last().map(|checkpoint| checkpoint.step),
             status.attempts.as_ref().and_then(|attempts| attempts.resumed_from_step),
         ];
-        let newest = heard.into_iter().chain(steps(last_word)).chain(steps(volume)).flatten().max();
+        let told = heard.into_iter().chain(steps(last_word)).chain(steps(volume)).flatten();
+        // A number that no run reaches would make all later ones look like standing still.
+        let newest = told.filter(|step| (0..=MAX_STEP).contains(step)).max();
         if last_word.or(volume).is_some() { Self::Known(newest) } else { Self::Heard(newest) }
     }
 

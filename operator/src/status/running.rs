@@ -17,7 +17,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// A pod that was asked to end and is there for so long after its grace period has a node that does not answer.
 const LOST_AFTER: Duration = Duration::from_secs(30);
 /// A trainer that does not answer for so long is told of.
-const SILENT_AFTER: Duration = Duration::from_mins(2);
+const SILENT_AFTER: Duration = Duration::from_mins(1);
 
 /// The condition Running.
 pub(super) struct Running {

@@ -74,7 +74,7 @@ fn sentences_of_any_length_and_form_are_told_in_part() {
             Turn::Unschedulable(sentence.clone()),
             Turn::Wait("trainer".into(), "ErrImagePull".into(), sentence.clone()),
             Turn::Evict(sentence.clone()),
-            Turn::Disrupt(sentence[..40].to_owned()),
+            Turn::Disrupt(sentence.chars().take(40).collect()),
         ] {
             simulate(async || {
                 let turn = turn.clone();

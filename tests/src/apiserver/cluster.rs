@@ -13,6 +13,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
+use super::invariant::{controller, uid_of};
 use super::life::{About, Leaving, Life, Turn, Volume};
 use super::store::Author;
 use super::{ApiServer, Key, Kind};
@@ -35,13 +36,15 @@ struct State {
     pods: HashMap<String, Living>,
     /// Last states of pods that are gone, by `metadata.uid` of their Job.
     gone: HashMap<String, Vec<Value>>,
+    /// When the pod of a Job is made, by `metadata.uid` of the Job.
+    due: HashMap<String, Instant>,
     /// By `metadata.uid` of the FineTuneJob.
     volumes: HashMap<String, Volume>,
     /// Immutable ConfigMaps that the kubelet has read, and the UIDs of the pods that use them.
     cached: HashMap<Key, (Value, HashSet<String>)>,
     /// Why the API server refuses pods.
     refusal: Option<String>,
-    /// Containers that never end, whoever asks.
+    /// Names of pods and events end with a number.
     made: usize,
 }
 
@@ -56,6 +59,8 @@ struct Living {
     resumed: Option<i64>,
     /// Its trainer has ended.
     ended: bool,
+    /// The pod as it was looked at last.
+    seen: Value,
 }
 
 impl Cluster {
@@ -65,6 +70,7 @@ impl Cluster {
             lives,
             pods: HashMap::new(),
             gone: HashMap::new(),
+            due: HashMap::new(),
             volumes: HashMap::new(),
             cached: HashMap::new(),
             refusal: None,
@@ -122,10 +128,23 @@ impl Cluster {
         for claim in claims.iter().filter(|claim| claim["status"]["phase"].is_null()) {
             self.set_status(Kind::PersistentVolumeClaim, claim, |status| *status = json!({"phase": "Bound"}));
         }
+        self.note_deleted();
         let jobs = self.server.list(Kind::Job);
         let mut wakes: Vec<Option<Instant>> = jobs.iter().map(|job| self.tend_job(job)).collect();
         wakes.extend(self.server.list(Kind::Pod).iter().map(|pod| self.tend_pod(pod)));
         wakes.into_iter().flatten().min()
+    }
+
+    /// Pods that were on no node are gone at once when somebody deletes them.
+    fn note_deleted(&self) {
+        let known: HashSet<String> = self.server.list(Kind::Pod).iter().map(uid_of).collect();
+        let mut state = self.state();
+        let deleted: Vec<String> = state.pods.keys().filter(|uid| !known.contains(*uid)).cloned().collect();
+        for uid in deleted {
+            let living = state.pods.remove(&uid).expect("it was listed");
+            let job = controller(&living.seen).unwrap_or_default().to_owned();
+            state.gone.entry(job).or_default().push(living.seen);
+        }
     }
 
     fn set_status(&self, kind: Kind, object: &Value, edit: impl FnOnce(&mut Value)) {
@@ -138,18 +157,31 @@ impl Cluster {
         super::store::seconds(self.server.clock().now())
     }
 
-    /// A warning about an object, as the kubelet and the Job controller write them.
+    /// A warning about an object, as the kubelet and the Job controller write them: one that is repeated is counted.
     fn warn(&self, about: &Value, kind: Kind, reason: &str, message: &str) {
         let metadata = &about["metadata"];
         let text = |name: &str| metadata[name].as_str().unwrap_or_default().to_owned();
+        let now = self.now();
+        let events = self.server.list(Kind::Event);
+        let same = events.iter().find(|event| {
+            event["regarding"]["uid"] == metadata["uid"] && event["reason"] == reason && event["note"] == message
+        });
+        if let Some(same) = same {
+            let again = self.server.edit(&key_of(Kind::Event, same), Author::Cluster, |event| {
+                event["deprecatedCount"] = json!(event["deprecatedCount"].as_i64().unwrap_or(1) + 1);
+                event["deprecatedLastTimestamp"] = json!(now);
+            });
+            again.expect("it was listed");
+            return;
+        }
         self.state().made += 1;
-        let name = format!("{}.{:x}", text("name"), self.state().made);
+        let name = format!("{}.{:08x}", text("name"), self.state().made);
         let involved =
             json!({"kind": kind.name(), "namespace": text("namespace"), "name": text("name"), "uid": text("uid")});
         let event = json!({
             "apiVersion": "events.k8s.io/v1", "kind": "Event", "metadata": {"name": name, "namespace": text("namespace")},
             "regarding": involved, "reason": reason, "note": message, "type": "Warning", "eventTime": null,
-            "deprecatedCount": 1, "deprecatedFirstTimestamp": self.now(), "deprecatedLastTimestamp": self.now(),
+            "deprecatedCount": 1, "deprecatedFirstTimestamp": now, "deprecatedLastTimestamp": now,
         });
         self.server.create(Kind::Event, event, Author::Cluster).expect("events are taken");
     }

@@ -1,11 +1,14 @@
 //! Events have two forms: `events.k8s.io/v1`, in which they are kept, and the older one of the core.
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::kind::{Kind, Place};
 
+/// A field's name in either form.
+type Names = (&'static str, &'static str);
+
 /// Fields that have another name in the core.
-const NAMES: [(&str, &str); 6] = [
+const NAMES: [Names; 6] = [
     ("regarding", "involvedObject"),
     ("note", "message"),
     ("reportingController", "reportingComponent"),
@@ -16,19 +19,15 @@ const NAMES: [(&str, &str); 6] = [
 
 /// An object as it is told at a place.
 pub fn show(object: &Value, place: &Place) -> Value {
-    translate(object, place, |names| names)
+    translate(object, place, "v1", |names| names)
 }
 
 /// An object as it is kept that was sent to a place.
 pub fn keep(object: &Value, place: &Place) -> Value {
-    translate(object, place, |(ours, core)| (core, ours))
+    translate(object, place, "events.k8s.io/v1", |(ours, core)| (core, ours))
 }
 
-fn translate(
-    object: &Value,
-    place: &Place,
-    direction: fn((&'static str, &'static str)) -> (&'static str, &'static str),
-) -> Value {
+fn translate(object: &Value, place: &Place, version: &str, direction: fn(Names) -> Names) -> Value {
     let mut object = object.clone();
     if place.kind != Kind::Event || !place.group.is_empty() {
         return object;
@@ -39,5 +38,6 @@ fn translate(
             entries.insert(to.into(), value);
         }
     }
+    entries.insert("apiVersion".into(), json!(version));
     object
 }

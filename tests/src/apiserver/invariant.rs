@@ -12,6 +12,8 @@ use super::store::{Author, Change, Key, Store};
 pub struct Invariants {
     /// UID of the FineTuneJob by UID of a Job that the operator made for it.
     jobs: HashMap<String, String>,
+    /// UIDs of pods that the Job controller made: what somebody else writes into a pod is no proof that it is of a job.
+    pods: HashSet<String>,
     /// UIDs of FineTuneJobs that have ended, and how.
     ended: HashMap<String, &'static str>,
     broken: Vec<String>,
@@ -25,7 +27,12 @@ impl Invariants {
             (kind, Some(object)) if change.before.is_none() && change.author == Author::Operator => {
                 self.look_at_child(kind, &change.key, object);
             }
-            (Kind::Pod, Some(_)) => self.look_at_pods(store),
+            (Kind::Pod, Some(pod)) => {
+                if change.before.is_none() && change.author == Author::Cluster {
+                    self.pods.insert(uid_of(pod));
+                }
+                self.look_at_pods(store);
+            }
             _ => {}
         }
     }
@@ -80,7 +87,8 @@ impl Invariants {
 
     fn look_at_pods(&mut self, store: &Store) {
         let mut live: HashMap<&str, Vec<&str>> = HashMap::new();
-        for (key, pod) in store.list(Kind::Pod, None).filter(|(_, pod)| is_live(pod)) {
+        let counts = |pod: &Value| is_live(pod) && self.pods.contains(&uid_of(pod));
+        for (key, pod) in store.list(Kind::Pod, None).filter(|(_, pod)| counts(pod)) {
             if let Some(job) = controller(pod).and_then(|uid| self.jobs.get(uid)) {
                 live.entry(job.as_str()).or_default().push(&key.name);
             }
@@ -89,11 +97,6 @@ impl Invariants {
         for pods in several {
             self.breach(format!("several pods of one FineTuneJob live at once: {pods}"));
         }
-    }
-
-    /// UIDs of the Jobs that the operator made.
-    pub fn made_by_operator(&self) -> HashSet<String> {
-        self.jobs.keys().cloned().collect()
     }
 }
 

@@ -10,7 +10,7 @@ use super::cluster::{Cluster, key_of};
 use super::invariant::{is_true, uid_of};
 use super::life::{About, Life};
 use super::operator::Operator;
-use super::{ApiServer, Author, Clock, Key, Kind, Noted};
+use super::{ApiServer, Author, Clock, Key, Kind, Noted, Verb};
 
 /// Where jobs are.
 pub const NAMESPACE: &str = "team";
@@ -178,7 +178,7 @@ impl Simulation {
             }
         }
         let noted = self.server.noted();
-        let told = noted.iter().filter(|noted| noted.call.verb.is_write() || noted.code != Some(200));
+        let told = noted.iter().filter(|noted| noted.call.verb != Verb::Watch || noted.code != Some(200));
         let told: Vec<String> = told.map(ToString::to_string).collect();
         lines.extend(told.iter().rev().take(60).rev().cloned());
         lines.join("\n")

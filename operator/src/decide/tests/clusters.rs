@@ -75,10 +75,10 @@ fn what_is_on_the_volume_is_no_last_word() {
 fn a_trainer_that_does_not_answer_is_told_of_and_goes_on() {
     let mut world = training(&json!({}));
     world.observed.silence = Some(Silence { since: world.now, why: "connection timed out".into() });
-    world.wait(60);
+    world.wait(30);
     world.pass();
-    assert_eq!(world.condition(condition::RUNNING).2, "", "a minute is nothing");
-    world.wait(60);
+    assert_eq!(world.condition(condition::RUNNING).2, "", "half a minute is nothing");
+    world.wait(30);
     world.pass();
     let (status, reason, message) = world.condition(condition::RUNNING);
     assert_eq!((status.as_str(), reason.as_str()), ("True", "PodRunning"));

@@ -1,5 +1,7 @@
 //! The Job controller: one pod at a time, as Jobs of the operator ask for; deadlines, failure policies, suspension.
 
+use std::time::Duration;
+
 use k8s_openapi::jiff::Timestamp;
 use serde_json::{Value, json};
 use tokio::time::Instant;
@@ -11,7 +13,7 @@ use super::super::{Key, Kind};
 use super::{Cluster, Living, in_seconds, key_of, shape};
 
 /// From a Job to its pod.
-const DELAY_SECONDS: f64 = 0.2;
+const DELAY: Duration = Duration::from_millis(500);
 /// Between two tries to make a pod that the API server refuses.
 const RETRY_SECONDS: f64 = 10.0;
 
@@ -30,7 +32,9 @@ impl Cluster {
         if job["status"]["startTime"].is_null() {
             let now = self.now();
             self.set_status(Kind::Job, job, |status| *status = json!({"startTime": now}));
-            return Some(Instant::now() + in_seconds(DELAY_SECONDS));
+            let due = Instant::now() + DELAY;
+            self.state().due.insert(uid, due);
+            return Some(due);
         }
         let waited = self.seconds_since(&job["status"]["startTime"]);
         if let Some(most) = job["spec"]["activeDeadlineSeconds"].as_f64() {
@@ -59,8 +63,10 @@ impl Cluster {
         if pods.iter().any(is_live) {
             return deadline;
         }
-        if waited < DELAY_SECONDS {
-            return Some(Instant::now() + in_seconds(DELAY_SECONDS - waited));
+        // Times in a status have no fractions.
+        let due = self.state().due.get(&uid).copied().filter(|due| *due > Instant::now());
+        if due.is_some() {
+            return due;
         }
         self.make_pod(job, failed.len()).or(deadline)
     }
@@ -103,14 +109,16 @@ impl Cluster {
             leaves_at: None,
             resumed: None,
             ended: false,
+            seen: made.clone(),
         };
         self.state().pods.insert(uid_of(&made), living);
         None
     }
 
-    /// A closed Job has no pods; what ran is asked to end, and what is left is counted when the Job opens again.
+    /// A closed Job has no pods; what ran is asked to end, which is no failure of the Job.
     fn suspend(&self, job: &Value, pods: &[Value]) {
         self.ask_to_end(pods);
+        self.state().gone.remove(&uid_of(job));
         if !is_true(job, "Suspended") {
             let condition = json!({"type": "Suspended", "status": "True", "reason": "JobSuspended", "message": "Job suspended",
                                    "lastTransitionTime": self.now()});

@@ -24,6 +24,7 @@ impl Cluster {
         let due = {
             let mut state = self.state();
             let living = state.pods.get_mut(&uid)?;
+            living.seen = pod.clone();
             if asked && !is_live(pod) {
                 drop(state);
                 self.forget(pod);
