@@ -20,5 +20,6 @@ mod resume;
 mod rights;
 mod run;
 mod simulated;
+mod served;
 mod stages;
 mod validation;

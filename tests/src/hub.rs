@@ -252,11 +252,10 @@ fn is_large(path: &str) -> bool {
 
 async fn answer(shared: Arc<Shared>, server: Server, request: Request) -> Response {
     let path = request.uri().path().to_owned();
-    let header = |name| {
+    let [authorization, range] = [header::AUTHORIZATION, header::RANGE].map(|name| {
         let value = request.headers().get(name);
         value.map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned())
-    };
-    let (authorization, range) = (header(header::AUTHORIZATION), header(header::RANGE));
+    });
     let fault = {
         let mut state = shared.state();
         let method = request.method().to_string();
