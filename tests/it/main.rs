@@ -19,7 +19,7 @@ mod processors;
 mod resume;
 mod rights;
 mod run;
-mod simulated;
 mod served;
+mod simulated;
 mod stages;
 mod validation;

@@ -184,7 +184,7 @@ fn of_an_attempt_that_left_no_word_the_volume_tells_how_far_it_came() {
     child.wait().expect("a child of ours");
     let known = told(1);
     let step = known.last_checkpoint_step.expect("one was committed");
-    assert!(step >= 20 && step % 4 == 0, "{known:?}");
+    assert!(step >= 4 && step % 4 == 0, "{known:?}");
     assert_eq!(known.checkpoints.last().map(|checkpoint| checkpoint.step), Some(step));
     assert!(known.failure.as_ref().is_some_and(|failure| failure.message.contains(&format!("of step {step}"))));
     assert!(known.config_digest.starts_with("sha256:"), "{known:?}");

@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use axum::http::Request;
 use kube::Client;
-use operator::recorder::Recorder;
 use operator::controller::{Shared, run};
 use operator::facts::Timing;
 use operator::observe::progress::Intervals;
+use operator::recorder::Recorder;
 use operator::telemetry::Telemetry;
 use tokio::sync::watch;
 
