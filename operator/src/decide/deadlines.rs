@@ -22,13 +22,24 @@ const STOP_PATIENCE: Duration = Duration::from_mins(1);
 pub(super) fn over(facts: &Facts, plan: Option<&Plan>, recorded: Option<&Recorded>) -> Option<Decision> {
     let Deadline::Over { reason, message, by } = nearest_deadline(facts, plan, recorded) else { return None };
     let open = facts.current().filter(|_| recorded.is_none());
-    let running = open.filter(|current| current.stage == PodStage::Train && current.uid.is_some());
-    let grace = plan.map_or(0, |plan| plan.pods.termination_grace_period_seconds).unsigned_abs();
-    let patience = Duration::from_secs(grace) + STOP_PATIENCE;
+    // What never began left nothing to read.
+    let has_begun = plan.is_some_and(|plan| started(facts, plan).is_some());
+    let running = open.filter(|current| current.stage == PodStage::Train && current.uid.is_some() && has_begun);
     let Some(current) = open else { return Some(Decision::fail(reason, message)) };
-    if running.is_some() && by < patience {
-        let step = unfinished_job(facts).map_or(Step::Wait, |remove| Step::Stop { remove, why: message.clone() });
-        return Some(Decision::step(step).wake_in(patience.saturating_sub(by)));
+    if running.is_some() {
+        if let Some(remove) = unfinished_job(facts) {
+            return Some(Decision::step(Step::Stop { remove, why: message }));
+        }
+        // It was asked to end: by then its node is to have done so.
+        let grace = plan.map_or(0, |plan| plan.pods.termination_grace_period_seconds).unsigned_abs();
+        let late = match facts.newest_pod().filter(|pod| pod.live).map(|pod| pod.ends_by.as_ref()) {
+            Some(Some(ends_by)) => Duration::from_secs(seconds_between(ends_by.0, facts.now).unsigned_abs()),
+            Some(None) => by.saturating_sub(Duration::from_secs(grace)),
+            None => STOP_PATIENCE,
+        };
+        if late < STOP_PATIENCE {
+            return Some(Decision::step(Step::Wait).wake_in(STOP_PATIENCE.saturating_sub(late)));
+        }
     }
     let ended = ended_by_deadline(reason, message.clone());
     let status = facts.status().cloned().unwrap_or_default();

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use super::deadlines::{ended_by_deadline, nearest_deadline, over};
 use super::{Decision, Recorded, Step, between_attempts, max_preemptions, started};
-use crate::facts::{AttemptSeen, Facts};
+use crate::facts::{AttemptSeen, Facts, JobSeen};
 use crate::policy::attempts::{Checkpoints, Counted};
 use crate::policy::deadline::Deadline;
 use crate::policy::failure::{End, Ended, end_of};
@@ -37,11 +37,16 @@ pub(super) fn ended(facts: &Facts, plan: &Plan, current: &JobReference, seen: &A
     let was_read = reader.is_some_and(AttemptSeen::has_ended);
     let last_word = own.as_ref().or_else(|| volume.as_ref().filter(|report| report.is_last_word()));
     let ask = || {
-        let step = if reader.is_none() { Step::ReadVolume } else { Step::Wait };
+        let Some(reader) = reader else { return Decision::step(Step::ReadVolume) };
+        let asked = match &reader.job {
+            JobSeen::Present { released: Some(released), .. } => seconds_between(released.0, facts.now),
+            JobSeen::Present { .. } | JobSeen::Missing | JobSeen::Foreign => 0,
+        };
+        let left = READ_PATIENCE.saturating_sub(Duration::from_secs(asked.unsigned_abs()));
         match nearest_deadline(facts, Some(plan), None) {
-            Deadline::Over { by, .. } if by > READ_PATIENCE => over(facts, Some(plan), None).unwrap_or_default(),
-            Deadline::Over { by, .. } => Decision::step(step).wake_in(READ_PATIENCE.saturating_sub(by)),
-            Deadline::In(_) | Deadline::None => Decision::step(step),
+            Deadline::Over { .. } if left.is_zero() => over(facts, Some(plan), None).unwrap_or_default(),
+            Deadline::Over { .. } => Decision::step(Step::Wait).wake_in(left),
+            Deadline::In(_) | Deadline::None => Decision::step(Step::Wait),
         }
     };
     let mut ended = match end_of(seen, current.stage, last_word, was_read) {

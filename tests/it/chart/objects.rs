@@ -190,12 +190,15 @@ fn the_operator_has_these_rights_and_no_others() {
         ("/configmaps", &["get", "create"]),
         ("/persistentvolumeclaims", &["get", "create"]),
         ("events.k8s.io/events", &["create", "patch"]),
+        ("/events", &["list"]),
         ("kueue.x-k8s.io/workloads", &["list", "watch"]),
     ]);
     let own = expected(&[("coordination.k8s.io/leases", &["get", "create", "update"])]);
 
     let everywhere = render(&[]);
-    assert_eq!(rights(the(&everywhere, "ClusterRole", "finetune-operator")), served);
+    let of_cluster = expected(&[("/nodes", &["list"])]);
+    let all = served.union(&of_cluster).cloned().collect();
+    assert_eq!(rights(the(&everywhere, "ClusterRole", "finetune-operator")), all);
     let leader = the(&everywhere, "Role", "finetune-operator-leader");
     assert_eq!((rights(leader), text(&leader["metadata"]["namespace"])), (own, NAMESPACE));
 
