@@ -2,6 +2,8 @@
 //! what it shows is in the status, and what it changes is one field of the spec. Results go to standard output, the rest to
 //! standard error. What is shown is made by pure functions of a job.
 
+#![forbid(unsafe_code)]
+
 mod arguments;
 mod cluster;
 mod completion;
