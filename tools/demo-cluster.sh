@@ -119,6 +119,7 @@ sed "s/scrape_interval: .*/scrape_interval: 2s/; s#rule_files: .*#rule_files: [$
   charts/finetune-operator/prometheus.yml > "$RUN/prometheus/prometheus.yml"
 "$cluster" enter "$RUN" prometheus --config.file="$RUN/prometheus/prometheus.yml" --storage.tsdb.path="$RUN/prometheus/data" \
   --web.listen-address="${PROMETHEUS#http://}" > "$RUN/log/prometheus.log" 2>&1 &
+disown $! # bash would report that it was killed
 scraped() { [ -n "$(inside promtool query instant "$PROMETHEUS" "$1" 2> "$RUN/log/promtool.log")" ]; }
 wait_for "Prometheus has the operator's series" scraped 'finetune_operator_leader == 1'
 inside promtool query instant "$PROMETHEUS" finetune_operator_leader
