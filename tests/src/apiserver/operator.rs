@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use axum::http::Request;
 use kube::Client;
-use kube::runtime::events::{Recorder, Reporter};
 use operator::controller::{Shared, run};
 use operator::facts::Timing;
 use operator::observe::progress::Intervals;
+use operator::recorder::Recorder;
 use operator::telemetry::Telemetry;
 use tokio::sync::watch;
 
@@ -106,10 +106,9 @@ impl Drop for Operator {
 
 fn shared(server: &ApiServer, incarnation: &Incarnation, profiles: &crds::profile::Profiles) -> Shared {
     let client = client(server, incarnation);
-    let reporter = Reporter { controller: "finetune-operator".into(), instance: Some("finetune-operator-0".into()) };
     let clock = server.clock().clone();
     Shared {
-        recorder: Recorder::new(client.clone(), reporter),
+        recorder: Recorder::new(client.clone(), "finetune-operator-0".into()),
         client,
         profiles: profiles.clone(),
         timing: Timing { first_backoff: Duration::from_secs(10) },
