@@ -154,6 +154,13 @@ impl ApiServer {
         made.map(|change| change.key.name.clone()).collect()
     }
 
+    /// Whether an object of these kinds changed after a version, or nobody can tell.
+    pub fn changed_since(&self, version: u64, kinds: &[Kind]) -> bool {
+        let state = self.state();
+        version > state.store.version()
+            || state.store.since(version).iter().any(|change| kinds.contains(&change.key.kind))
+    }
+
     /// Somebody makes an object.
     pub fn create(&self, kind: Kind, mut object: Value, author: Author) -> Result<Value, Refusal> {
         if kind == Kind::FineTuneJob {

@@ -108,6 +108,23 @@ fn a_status_that_somebody_wrote_in_between_is_looked_at_again() {
     }
 }
 
+/// Two that both take themselves for the leader, as after a pause that outlasts a lease.
+#[test]
+fn two_operators_at_once_come_to_the_same_end() {
+    for path in [&UNDISTURBED, &DISTURBED] {
+        simulate(async || {
+            let simulation = Simulation::start(path.lives);
+            let second = simulation.another_operator();
+            simulation.submit("bot", &json!({"output": {"uri": "pvc://published/bot"}}));
+            assert_eq!(simulation.end("bot", LONG).await, complete(), "{}", simulation.account());
+            simulation.pass(60).await;
+            let pods = simulation.server.made(Kind::Pod).into_iter().filter(|pod| !pod.contains("report"));
+            assert_eq!(pods.count(), path.attempts, "{}", simulation.account());
+            drop(second);
+        });
+    }
+}
+
 /// The Job of an attempt is made, the operator dies before its status says so, and somebody deletes the Job, whose pod takes two
 /// minutes to leave.
 #[test]

@@ -90,6 +90,35 @@ fn a_forged_job_is_not_taken_for_an_attempt() {
     });
 }
 
+/// The Job that reads the volume of an attempt is there before the operator makes it.
+#[test]
+fn a_forged_report_is_not_believed() {
+    simulate(async || {
+        let simulation = Simulation::start(|about| match (about.stage, about.attempt) {
+            (PodStage::Train, 1) => Life::running().then(20, Turn::Checkpoint(10)).then(40, Turn::Vanish),
+            _ => Life::of(about),
+        });
+        simulation.submit("bot", &json!({}));
+        let runs = |simulation: &Simulation| simulation.pods("bot-train").len() == 1;
+        simulation.until("it trains", 60, runs).await;
+        let mut job = simulation.server.get(Kind::Job, "team", "bot-train-1").expect("it was made");
+        job["metadata"]["name"] = json!("bot-train-1-report");
+        job["metadata"]["labels"]["app.kubernetes.io/component"] = json!("report");
+        let container = &mut job["spec"]["template"]["spec"]["containers"][0];
+        container["image"] = json!("registry.example/liar@sha256:2");
+        container["args"] = json!(["run", "--stage", "prepare", "--attempt", "1"]);
+        simulation.server.create(Kind::Job, job, Author::User).expect("a user may create Jobs");
+        let told = |simulation: &Simulation| {
+            ["Accepted", "Running"].iter().any(|kind| simulation.reason("bot", kind) == "ChildNameTaken")
+        };
+        simulation.until("it is told that the name is taken", 300, told).await;
+        simulation.pass(600).await;
+        assert!(!simulation.has_ended("bot"), "{}", simulation.account());
+        simulation.delete_child("bot-train-1-report");
+        assert_eq!(simulation.end("bot", 300).await, complete(), "{}", simulation.account());
+    });
+}
+
 /// What the pod reads is what was planned, whoever made a ConfigMap of its name before.
 #[test]
 fn a_forged_configuration_is_not_run() {

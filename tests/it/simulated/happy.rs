@@ -90,6 +90,16 @@ fn a_job_whose_time_to_live_is_over_goes_and_stays_away() {
 }
 
 #[test]
+fn a_job_of_another_manager_is_left_alone() {
+    simulate(async || {
+        let simulation = Simulation::start(Life::of);
+        simulation.submit("bot", &json!({"managedBy": "kueue.x-k8s.io/multikueue"}));
+        simulation.pass(HOUR).await;
+        assert_eq!(simulation.writes(), Vec::<String>::new());
+    });
+}
+
+#[test]
 fn a_held_job_has_no_pod_and_goes_on_when_it_is_let() {
     simulate(async || {
         let first = |attempt| if attempt == 1 { 10_000 } else { 30 };

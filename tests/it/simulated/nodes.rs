@@ -1,7 +1,9 @@
 //! Nodes that die, come back empty, or cannot be found.
 
-use harness::apiserver::{Life, Simulation, Turn, Word};
-use serde_json::json;
+use std::time::Duration;
+
+use harness::apiserver::{Kind, Leaving, Life, Simulation, Turn, Word};
+use serde_json::{Value, json};
 
 use super::{complete, outcomes, simulate, train};
 
@@ -47,9 +49,8 @@ fn a_dead_node_is_told_with_advice_and_waited_for() {
 fn no_node_is_told_in_the_schedulers_words() {
     simulate(async || {
         let sentence = "0/3 nodes are available: 3 Insufficient nvidia.com/gpu.";
-        let simulation = Simulation::start(train(move |about| {
+        let simulation = Simulation::start(train(move |_| {
             let life = Life::new().then(0, Turn::Unschedulable(sentence.into()));
-            let _ = about;
             life.then(600, Turn::Schedule).then(1, Turn::Run).then(20, Turn::End(Word::Done))
         }));
         simulation.submit("bot", &json!({}));
@@ -64,11 +65,7 @@ fn no_node_is_told_in_the_schedulers_words() {
 /// A pod of a deleted job is still leaving, and the kubelet goes on serving the immutable ConfigMap that it reads.
 #[test]
 fn a_job_that_is_applied_again_under_its_name_reads_its_own_configuration() {
-    use std::time::Duration;
-
-    use harness::apiserver::{Kind, Leaving};
-
-    let map_of = |pod: &serde_json::Value| {
+    let map_of = |pod: &Value| {
         let volumes = pod["spec"]["volumes"].as_array().expect("volumes").iter();
         let sources = volumes.flat_map(|volume| volume["projected"]["sources"].as_array().into_iter().flatten());
         let mut maps = sources.filter(|source| source["configMap"]["items"][0]["key"] == "run.yaml");

@@ -140,6 +140,20 @@ fn an_image_that_cannot_be_pulled_is_told_and_waited_for() {
     });
 }
 
+/// What would only be told better is no reason to stand still.
+#[test]
+fn rights_that_are_missing_keep_no_job_from_its_way() {
+    for (verb, kind) in [(Verb::List, Kind::Event), (Verb::Create, Kind::Event), (Verb::List, Kind::Node)] {
+        simulate(async || {
+            let simulation = Simulation::start(Life::of);
+            let sentence = format!("{} is forbidden: User \"operator\" cannot {} it", kind.plural(), verb.name());
+            simulation.server.inject(Calls::to(verb, kind).always(), Fault::Refused(403, sentence));
+            simulation.submit("bot", &json!({}));
+            assert_eq!(simulation.end("bot", 300).await, complete(), "{}", simulation.account());
+        });
+    }
+}
+
 /// The word to stop cannot be told, and training goes on until it can.
 #[test]
 fn a_word_to_stop_that_is_refused_disturbs_no_attempt() {

@@ -86,9 +86,15 @@ impl Cluster {
     /// Works until it is dropped.
     pub async fn run(self) {
         let mut versions = self.server.versions();
+        let mut seen = 0;
+        let mut wake = None;
         loop {
-            versions.borrow_and_update();
-            let wake = self.pass();
+            let version = *versions.borrow_and_update();
+            let matters = self.server.changed_since(seen, &[Kind::Job, Kind::Pod, Kind::PersistentVolumeClaim]);
+            if matters || wake.is_some_and(|wake| wake <= Instant::now()) {
+                wake = self.pass();
+            }
+            seen = version;
             let sleep = async {
                 match wake {
                     Some(wake) => tokio::time::sleep_until(wake).await,

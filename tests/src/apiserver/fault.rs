@@ -103,21 +103,25 @@ impl Calls {
     }
 
     /// Only for objects whose name has `part`.
+    #[must_use]
     pub fn named(self, part: &str) -> Self {
         Self { name: part.to_owned(), ..self }
     }
 
     /// Not the first `count` of them.
+    #[must_use]
     pub fn after(self, count: usize) -> Self {
         Self { passed_over: count, ..self }
     }
 
     /// So many of them.
+    #[must_use]
     pub fn times(self, times: usize) -> Self {
         Self { times, ..self }
     }
 
     /// Each of them, until [`super::ApiServer::heal`].
+    #[must_use]
     pub fn always(self) -> Self {
         self.times(usize::MAX)
     }

@@ -116,17 +116,20 @@ impl Life {
     }
 
     /// Something more happens, so many seconds later.
+    #[must_use]
     pub fn then(mut self, seconds: u64, turn: Turn) -> Self {
         self.turns.push((Duration::from_secs(seconds), turn));
         self
     }
 
     /// How it leaves when it is asked to end.
+    #[must_use]
     pub fn leaving(self, leaving: Leaving) -> Self {
         Self { leaving, ..self }
     }
 
     /// With a container beside the trainer.
+    #[must_use]
     pub fn with_sidecar(mut self, name: &str) -> Self {
         self.sidecars.push(name.to_owned());
         self

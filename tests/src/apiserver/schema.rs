@@ -118,7 +118,7 @@ mod tests {
 
     use super::*;
 
-    fn check_status(status: Value, expected: Option<&str>) {
+    fn check_status(status: &Value, expected: Option<&str>) {
         let spec = json!({"model": {"uri": "hf://a/b"}, "dataset": {"train": {"uri": "pvc://rows/a.jsonl"}}, "method": {"type": "LoRA"}});
         let job = json!({"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "bot"},
                          "spec": spec, "status": status});
@@ -130,10 +130,10 @@ mod tests {
     #[test]
     fn a_status_that_the_api_server_refuses_is_refused() {
         let metric = |name: &str| json!({"name": name, "value": "1"});
-        check_status(json!({"metrics": [metric("trainLoss"), metric("evalLoss")]}), None);
-        check_status(json!({"metrics": [metric(&"m".repeat(64))]}), Some("metrics"));
-        check_status(json!({"metrics": [metric("trainLoss"), metric("trainLoss")]}), Some("Duplicate"));
-        check_status(json!({"phase": "Dreaming"}), Some("phase"));
+        check_status(&json!({"metrics": [metric("trainLoss"), metric("evalLoss")]}), None);
+        check_status(&json!({"metrics": [metric(&"m".repeat(64))]}), Some("metrics"));
+        check_status(&json!({"metrics": [metric("trainLoss"), metric("trainLoss")]}), Some("Duplicate"));
+        check_status(&json!({"phase": "Dreaming"}), Some("phase"));
     }
 
     #[test]

@@ -26,6 +26,7 @@ pub struct Simulation {
     pub cluster: Cluster,
     /// What is tested.
     pub operator: Operator,
+    profiles: String,
     task: tokio::task::JoinHandle<()>,
 }
 
@@ -41,7 +42,12 @@ impl Simulation {
         let cluster = Cluster::new(server.clone(), Arc::new(lives));
         let operator = Operator::start(&server, profiles);
         let task = tokio::spawn(cluster.clone().run());
-        Self { server, cluster, operator, task }
+        Self { server, cluster, operator, profiles: profiles.to_owned(), task }
+    }
+
+    /// One more, on the same API server.
+    pub fn another_operator(&self) -> Operator {
+        Operator::start(&self.server, &self.profiles)
     }
 
     /// `kubectl create` of a FineTuneJob with these fields beside the three that all have; its UID.

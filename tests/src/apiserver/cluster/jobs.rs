@@ -37,15 +37,13 @@ impl Cluster {
             return Some(due);
         }
         let waited = self.seconds_since(&job["status"]["startTime"]);
-        if let Some(most) = job["spec"]["activeDeadlineSeconds"].as_f64() {
-            if waited >= most {
-                self.fail(job, "DeadlineExceeded", "Job was active longer than specified deadline");
-                self.ask_to_end(&pods);
-                return None;
-            }
+        let most = job["spec"]["activeDeadlineSeconds"].as_f64();
+        if most.is_some_and(|most| waited >= most) {
+            self.fail(job, "DeadlineExceeded", "Job was active longer than specified deadline");
+            self.ask_to_end(&pods);
+            return None;
         }
-        let deadline =
-            job["spec"]["activeDeadlineSeconds"].as_f64().map(|most| Instant::now() + in_seconds(most - waited));
+        let deadline = most.map(|most| Instant::now() + in_seconds(most - waited));
         if pods.iter().any(|pod| pod["status"]["phase"] == "Succeeded") {
             self.complete(job);
             return None;

@@ -83,15 +83,15 @@ impl Cluster {
             }
             Turn::RunInit(name) => {
                 self.set_status(Kind::Pod, pod, |status| {
-                    set_container(status, "initContainerStatuses", &name, running(&now))
+                    set_container(status, "initContainerStatuses", &name, &running(&now));
                 });
             }
             Turn::EndInit(name, code, message) => self.set_status(Kind::Pod, pod, |status| {
                 let state = terminated(code, None, &message, &json!(now), &now);
-                set_container(status, "initContainerStatuses", &name, state);
+                set_container(status, "initContainerStatuses", &name, &state);
                 if code != 0 {
                     let waiting = json!({"waiting": {"reason": "PodInitializing"}});
-                    set_container(status, "containerStatuses", TRAINER, waiting);
+                    set_container(status, "containerStatuses", TRAINER, &waiting);
                     status["phase"] = json!("Failed");
                 }
             }),
@@ -111,7 +111,7 @@ impl Cluster {
             Turn::Evict(message) => self.set_status(Kind::Pod, pod, |status| {
                 set_condition(status, "DisruptionTarget", "True", "TerminationByKubelet", &message, &now);
                 let started = started_at(status, TRAINER);
-                set_container(status, "containerStatuses", TRAINER, terminated(137, None, "", &started, &now));
+                set_container(status, "containerStatuses", TRAINER, &terminated(137, None, "", &started, &now));
                 status["phase"] = json!("Failed");
                 status["reason"] = json!("Evicted");
                 status["message"] = json!(message);
@@ -139,7 +139,7 @@ impl Cluster {
                     &Value::Null,
                     &now,
                 );
-                set_container(status, "containerStatuses", TRAINER, state);
+                set_container(status, "containerStatuses", TRAINER, &state);
                 status["phase"] = json!("Failed");
             }),
             Turn::Vanish => self.forget(pod),
@@ -148,7 +148,7 @@ impl Cluster {
 
     fn keep_waiting(&self, pod: &Value, list: &str, container: &str, reason: &str, message: &str) {
         let waiting = json!({"waiting": {"reason": reason, "message": message}});
-        self.set_status(Kind::Pod, pod, |status| set_container(status, list, container, waiting));
+        self.set_status(Kind::Pod, pod, |status| set_container(status, list, container, &waiting));
     }
 
     fn set_node_ready(&self, ready: &str) {
@@ -190,7 +190,7 @@ impl Cluster {
             status["phase"] = json!("Running");
             status["startTime"] = json!(now);
             for name in sidecars.iter().map(String::as_str).chain([TRAINER]) {
-                set_container(status, "containerStatuses", name, running(&now));
+                set_container(status, "containerStatuses", name, &running(&now));
             }
         });
         if found != job {
@@ -204,18 +204,16 @@ impl Cluster {
     fn configuration(&self, pod: &Value, uid: &str) -> Result<String, String> {
         let volumes = pod["spec"]["volumes"].as_array().into_iter().flatten();
         let sources = volumes.flat_map(|volume| volume["projected"]["sources"].as_array().into_iter().flatten());
-        let maps = sources.filter(|source| source["configMap"]["items"][0]["key"] == "run.yaml");
-        let name =
-            maps.filter_map(|source| source["configMap"]["name"].as_str()).next().ok_or("no run.yaml is mounted")?;
+        let mut maps = sources.filter(|source| source["configMap"]["items"][0]["key"] == "run.yaml");
+        let name = maps.find_map(|source| source["configMap"]["name"].as_str()).ok_or("no run.yaml is mounted")?;
         let namespace = pod["metadata"]["namespace"].as_str().unwrap_or_default();
         let key = Key::new(Kind::ConfigMap, namespace, name);
         let mut state = self.state();
-        let map = match state.cached.get(&key) {
-            Some((cached, _)) => cached.clone(),
-            None => {
-                let found = self.server.get(Kind::ConfigMap, namespace, name);
-                found.ok_or_else(|| format!("configmap \"{name}\" not found"))?
-            }
+        let map = if let Some((cached, _)) = state.cached.get(&key) {
+            cached.clone()
+        } else {
+            let found = self.server.get(Kind::ConfigMap, namespace, name);
+            found.ok_or_else(|| format!("configmap \"{name}\" not found"))?
         };
         if map["immutable"] == true {
             state
@@ -243,7 +241,7 @@ impl Cluster {
         };
         self.set_status(Kind::Pod, pod, |status| {
             let started = started_at(status, TRAINER);
-            set_container(status, "containerStatuses", TRAINER, terminated(code, None, &message, &started, &now));
+            set_container(status, "containerStatuses", TRAINER, &terminated(code, None, &message, &started, &now));
             if alone {
                 status["phase"] = json!(if code == 0 { "Succeeded" } else { "Failed" });
             }
@@ -266,7 +264,7 @@ impl Cluster {
         self.set_status(Kind::Pod, pod, |status| {
             for sidecar in &sidecars {
                 let started = started_at(status, sidecar);
-                set_container(status, "containerStatuses", sidecar, terminated(143, None, "", &started, &now));
+                set_container(status, "containerStatuses", sidecar, &terminated(143, None, "", &started, &now));
             }
             if is_live(&json!({"status": status})) || !sidecars.is_empty() {
                 status["phase"] = json!("Failed");

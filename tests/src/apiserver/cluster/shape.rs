@@ -48,7 +48,7 @@ pub(super) fn set_condition(status: &mut Value, name: &str, value: &str, reason:
 }
 
 /// Sets the state of a container in `list` of a pod's status.
-pub(super) fn set_container(status: &mut Value, list: &str, name: &str, state: Value) {
+pub(super) fn set_container(status: &mut Value, list: &str, name: &str, state: &Value) {
     let started = state["running"].is_object();
     let container =
         json!({"name": name, "image": "", "imageID": "", "ready": started, "restartCount": 0, "state": state});
