@@ -46,7 +46,7 @@ fn made_by(script: &str) -> PathBuf {
 }
 
 /// Where a program is that is built with the test cluster: helm, kubectl, promtool.
-fn program(name: &str) -> PathBuf {
+pub fn program(name: &str) -> PathBuf {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     FOLDER.get_or_init(|| made_by("tests/cluster/build.sh")).join("bin").join(name)
 }

@@ -17,5 +17,6 @@ mod processors;
 mod resume;
 mod rights;
 mod run;
+mod served;
 mod stages;
 mod validation;

@@ -14,10 +14,11 @@ use crate::chart::series::{read, substituted};
 use crate::chart::{self, chart};
 
 /// Selectors that find nothing here, without the labels of a job, and why.
-const ABSENT: [(&str, &str); 4] = [
+const ABSENT: [(&str, &str); 5] = [
     ("finetune_gpu_memory_allocated_bytes", "needs an accelerator"),
     ("finetune_gpu_utilization_ratio", "needs an accelerator"),
     ("finetune_gpu_energy_joules_total", "needs an accelerator"),
+    ("finetunejob_waiting_since_timestamp_seconds{reason=\"NodeLost\"}", "no node is lost here"),
     ("finetune_checkpoints_total{result=\"error\"}", "comes with the first checkpoint that cannot be written"),
 ];
 

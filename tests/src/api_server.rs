@@ -30,11 +30,20 @@ impl ApiServer {
         Self { folder, holder }
     }
 
-    /// A program that asks this API server, as a member of `system:masters`.
-    pub fn client(&self, program: &Path) -> Command {
+    /// As a member of `system:masters`.
+    fn client(&self, program: &Path) -> Command {
         let mut command = Command::new(program);
         command.env("KUBECONFIG", self.folder.join("kubeconfig"));
         command
+    }
+
+    /// A kubeconfig for another user, who has the rights that roles give him.
+    pub fn kubeconfig_of(&self, user: &str) -> PathBuf {
+        let own = std::fs::read_to_string(self.folder.join("kubeconfig")).expect("it was written");
+        let (before, after) = own.split_once("user: {").expect("the administrator's token");
+        let path = self.folder.join(format!("kubeconfig-{user}"));
+        std::fs::write(&path, format!("{before}user: {{as: \"{user}\", {after}")).expect("the folder is writable");
+        path
     }
 
     /// What such a program prints, or all that it says when it fails.

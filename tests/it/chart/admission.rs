@@ -146,7 +146,7 @@ fn accelerators_are_counted_over_nodes_in_any_form_of_a_quantity() {
 fn uris() -> Vec<Vec<String>> {
     fn walk(schema: &Value, path: &[String], found: &mut Vec<Vec<String>>) {
         for (name, below) in schema["properties"].as_object().into_iter().flatten() {
-            let path = [path, &[name.clone()]].concat();
+            let path = [path, std::slice::from_ref(name)].concat();
             if name == "uri" {
                 found.push(path.clone());
             }
