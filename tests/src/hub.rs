@@ -252,11 +252,8 @@ fn is_large(path: &str) -> bool {
 
 async fn answer(shared: Arc<Shared>, server: Server, request: Request) -> Response {
     let path = request.uri().path().to_owned();
-    let header = |name| {
-        let value = request.headers().get(name);
-        value.map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned())
-    };
-    let (authorization, range) = (header(header::AUTHORIZATION), header(header::RANGE));
+    let authorization = header_text(&request, &header::AUTHORIZATION);
+    let range = header_text(&request, &header::RANGE);
     let fault = {
         let mut state = shared.state();
         let method = request.method().to_string();
@@ -275,4 +272,9 @@ async fn answer(shared: Arc<Shared>, server: Server, request: Request) -> Respon
         (Server::Hub, _) => hub(&shared, &request, &path, authorization.as_deref()).unwrap_or_else(refuse),
         (Server::Storage, _) => storage(&shared, request.headers(), &path, fault),
     }
+}
+
+fn header_text(request: &Request, name: &header::HeaderName) -> Option<String> {
+    let value = request.headers().get(name)?;
+    Some(String::from_utf8_lossy(value.as_bytes()).into_owned())
 }

@@ -347,7 +347,7 @@ mod tests {
         let golden = include_str!("../../crds/src/run/golden/minimal.yaml");
         let mut config = RunConfig::from_yaml(golden).expect("an earlier operator's");
         let digest = config_digest(&config);
-        assert_eq!(digest, "sha256:GOLDEN");
+        assert_eq!(digest, "sha256:9f4cc3824f6f4a6d0c1b3f143753f81a2e9a081cae5d9264b48c4e6ed9f8a246");
         // Which attempt it is and what it costs is none of its business.
         config.job.attempt = Some(7);
         config.resources.price_per_hour = Some(1.5);

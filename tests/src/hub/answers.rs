@@ -6,6 +6,7 @@ use axum::body::Body;
 use axum::extract::Request;
 use axum::http::{HeaderMap, Method, StatusCode, header};
 use axum::response::Response;
+use futures::{StreamExt, stream};
 use serde_json::{Value, json};
 use trainer::source::git_blob_id;
 
@@ -219,9 +220,15 @@ fn content(mut bytes: Vec<u8>, fault: Fault) -> Response {
     match fault {
         Fault::CutContent | Fault::CutContentOnce => {
             bytes.truncate(length / 2);
-            // A stream has no length of its own: the header promises more than comes, and the connection is closed.
-            let half = Body::from_stream(Body::from(bytes).into_data_stream());
-            Response::builder().header(header::CONTENT_LENGTH, length).body(half).expect("a response")
+            // The header promises more than comes. What comes is on its way before the connection is closed: a body that has
+            // nothing yet lets it go.
+            let half = stream::once(async { Ok(bytes) });
+            let end = stream::once(async {
+                tokio::task::yield_now().await;
+                Err(std::io::Error::from(std::io::ErrorKind::ConnectionReset))
+            });
+            let body = Body::from_stream(half.chain(end));
+            Response::builder().header(header::CONTENT_LENGTH, length).body(body).expect("a response")
         }
         Fault::ContentStatus(status) => refuse((status, None, "the storage is not well")),
         Fault::FlippedContent => {

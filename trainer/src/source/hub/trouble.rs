@@ -286,6 +286,23 @@ mod tests {
     }
 
     #[test]
+    fn a_full_volume_is_told_with_its_place() {
+        let source = io::Error::from_raw_os_error(libc::ENOSPC);
+        let trouble = Trouble::Io { path: "/data/.huggingface/hub/models--a--b/blobs/x.part".into(), source };
+        let told = |reader| {
+            let settings = HubSettings { reader, ..HubSettings::read(|_| None) };
+            trouble.explain("https://hub/a/b", "main", &settings)
+        };
+        for (reader, advice) in [(Reader::Person, "set HF_HUB_CACHE"), (Reader::Cluster, "free space on the volume")] {
+            let Refusal { message, exit } = told(reader);
+            assert_eq!(exit, ExitCode::CannotWrite);
+            for words in ["/data/.huggingface/hub/models--a--b/blobs/x.part: No space left on device", advice] {
+                assert!(message.contains(words), "{message}");
+            }
+        }
+    }
+
+    #[test]
     fn what_passes_by_itself_is_told_with_one_code() {
         let settings = HubSettings::read(|_| None);
         for trouble in every() {
