@@ -159,9 +159,9 @@ fn no_module_of_the_operator_imports_in_a_circle() {
     // What imports nothing that is left can be taken away; what remains in the end imports itself by way of others.
     while let Some(leaf) = imports.iter().find(|(_, named)| named.is_empty()).map(|(module, _)| module.clone()) {
         imports.remove(&leaf);
-        imports.values_mut().for_each(|named| {
+        for named in imports.values_mut() {
             named.remove(&leaf);
-        });
+        }
     }
     assert!(imports.is_empty(), "these import in a circle, or what a circle imports: {imports:#?}");
 }

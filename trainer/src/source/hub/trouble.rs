@@ -244,7 +244,7 @@ mod tests {
         let io = Trouble::Io { path: "/data/x".into(), source: io::Error::from(io::ErrorKind::StorageFull) };
         let mut every = vec![
             Trouble::Unreachable,
-            Trouble::Silent(Duration::from_secs(60)),
+            Trouble::Silent(Duration::from_mins(1)),
             Trouble::BrokenOff,
             Trouble::NotAHub,
             Trouble::ListedAndGone("config.json".into()),
