@@ -79,6 +79,8 @@ fn of_an_attempt_that_left_no_word_the_volume_tells_how_far_it_came() {
     // What another attempt says is not this one's, and neither is what was cut off.
     fs::create_dir_all(pods.job.path("data/reports")).expect("writable");
     fs::write(pods.job.path("data/reports/train.json"), "{\"jobUid\": \"0b8e").expect("writable");
-    assert_eq!(told(1), known);
+    let cut_off = told(1);
+    assert_eq!((cut_off.last_checkpoint_step, &cut_off.checkpoints), (Some(step), &known.checkpoints));
+    assert!(cut_off.failure.is_some_and(|failure| failure.message.contains("it is damaged")));
     assert_eq!(told(2).last_checkpoint_step, Some(step));
 }
