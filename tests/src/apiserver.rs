@@ -59,7 +59,6 @@ struct Inner {
 #[derive(Debug)]
 struct State {
     store: Store,
-    schema: Schema,
     faults: Faults,
     invariants: Invariants,
     noted: Vec<Noted>,
@@ -74,7 +73,6 @@ impl ApiServer {
     pub fn new(clock: Clock) -> Self {
         let state = State {
             store: Store::default(),
-            schema: Schema::new(),
             faults: Faults::default(),
             invariants: Invariants::default(),
             noted: Vec::new(),
@@ -164,7 +162,7 @@ impl ApiServer {
     /// Somebody makes an object.
     pub fn create(&self, kind: Kind, mut object: Value, author: Author) -> Result<Value, Refusal> {
         if kind == Kind::FineTuneJob {
-            object = self.state().schema.admit(&object)?;
+            object = Schema::get().admit(&object)?;
         }
         defaults::fill(kind, &mut object);
         let text = |name: &str| object["metadata"][name].as_str().unwrap_or_default().to_owned();

@@ -8,6 +8,7 @@ use super::call::Call;
 use super::event;
 use super::fault::Verb;
 use super::kind::Kind;
+use super::schema::Schema;
 use super::selector::Selector;
 use super::store::{Author, Key, Preconditions, Refusal};
 use super::{ApiServer, defaults};
@@ -107,12 +108,10 @@ fn create(server: &ApiServer, call: &Call) -> Result<Value, Refusal> {
     if let (true, Some(prefix)) = (key.name.is_empty(), object["metadata"]["generateName"].as_str()) {
         key.name = format!("{prefix}{:05}", server.state().store.version());
     }
-    let state = server.state();
     if key.kind == Kind::FineTuneJob {
-        object = state.schema.admit(&object)?;
+        object = Schema::get().admit(&object)?;
     }
     defaults::fill(key.kind, &mut object);
-    drop(state);
     let made = server.write(|store, now| store.create(&key, object, Author::Operator, now))?;
     Ok(event::show(&made, &call.place))
 }
@@ -154,9 +153,8 @@ fn patch(server: &ApiServer, call: &Call) -> Result<Value, Refusal> {
 fn store_changed(server: &ApiServer, call: &Call, mut object: Value, version: Option<&str>) -> Result<Value, Refusal> {
     let key = key(call);
     if key.kind == Kind::FineTuneJob {
-        let state = server.state();
-        state.schema.prune(&mut object);
-        state.schema.check(&object)?;
+        Schema::get().prune(&mut object);
+        Schema::get().check(&object)?;
     }
     let before = server.state().store.version();
     let status = call.place.subresource.as_deref() == Some("status");

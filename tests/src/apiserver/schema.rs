@@ -1,9 +1,19 @@
 //! What the API server holds a FineTuneJob to, whoever writes it: the CRD's schema, its keyed lists, and its rules.
 
-use crds::check::{Scope, check, schema};
+use std::sync::LazyLock;
+
+use crds::FineTuneJob;
+use crds::check::{Scope, schema};
 use serde_json::Value;
 
 use super::store::Refusal;
+
+/// That of the committed CRD: to read it takes longer than most simulations.
+static SCHEMA: LazyLock<Schema> = LazyLock::new(|| {
+    let schema = schema(Scope::Cluster);
+    let validator = jsonschema::validator_for(&schema).expect("the CRD's schema is a JSON Schema");
+    Schema { schema, validator }
+});
 
 /// The CRD's schema, ready to be asked.
 #[derive(Debug)]
@@ -13,24 +23,24 @@ pub struct Schema {
 }
 
 impl Schema {
-    /// That of the committed CRD.
-    pub fn new() -> Self {
-        let schema = schema(Scope::Cluster);
-        let validator = jsonschema::validator_for(&schema).expect("the CRD's schema is a JSON Schema");
-        Self { schema, validator }
+    /// The only one.
+    pub fn get() -> &'static Self {
+        &SCHEMA
     }
 
     /// A new object: defaults are filled in, and what is wrong is refused.
     pub fn admit(&self, object: &Value) -> Result<Value, Refusal> {
-        let text = object.to_string();
-        let checked = check(&text, Scope::Cluster).map_err(|problems| {
-            let sentences: Vec<String> = problems.iter().map(ToString::to_string).collect();
-            invalid(&object["metadata"]["name"], &sentences.join("; "))
+        self.check(object)?;
+        let name = &object["metadata"]["name"];
+        let job: FineTuneJob =
+            serde_json::from_value(object.clone()).map_err(|error| invalid(name, &error.to_string()))?;
+        job.validate_cel().map_err(|errors| {
+            let sentences: Vec<String> = errors.as_slice().iter().map(|error| error.message.clone()).collect();
+            invalid(name, &sentences.join("; "))
         })?;
-        let mut admitted = serde_json::to_value(checked.job).expect("a job is JSON");
+        let mut admitted = serde_json::to_value(job).expect("a job is JSON");
         // The type knows less of metadata than the API server.
         admitted["metadata"] = object["metadata"].clone();
-        self.check(&admitted)?;
         Ok(admitted)
     }
 
@@ -52,12 +62,6 @@ impl Schema {
             doubled(&object[part], &self.schema["properties"][part], part, &mut problems);
         }
         if problems.is_empty() { Ok(()) } else { Err(invalid(name, &problems.join("; "))) }
-    }
-}
-
-impl Default for Schema {
-    fn default() -> Self {
-        Self::new()
     }
 }
 
@@ -122,7 +126,7 @@ mod tests {
         let spec = json!({"model": {"uri": "hf://a/b"}, "dataset": {"train": {"uri": "pvc://rows/a.jsonl"}}, "method": {"type": "LoRA"}});
         let job = json!({"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "bot"},
                          "spec": spec, "status": status});
-        let found = Schema::new().check(&job).err().map(|refusal| refusal.message);
+        let found = Schema::get().check(&job).err().map(|refusal| refusal.message);
         assert_eq!(found.is_some(), expected.is_some(), "{found:?}");
         assert!(found.clone().unwrap_or_default().contains(expected.unwrap_or_default()), "{found:?}");
     }
@@ -140,7 +144,7 @@ mod tests {
     fn unknown_fields_are_dropped() {
         let mut job = json!({"metadata": {"labels": {"a": "b"}}, "spec": {"profile": "p", "other": 1},
                              "status": {"phase": "Failed", "attempts": {"total": 1, "unheardOf": 2}}});
-        Schema::new().prune(&mut job);
+        Schema::get().prune(&mut job);
         assert_eq!(
             job,
             json!({"metadata": {"labels": {"a": "b"}}, "spec": {"profile": "p"},
