@@ -1,7 +1,7 @@
 //! A Kubernetes API server and the rest of a cluster in one process, without sockets: the real controller runs against it through
 //! a `kube::Client`. Requests can be refused, lost and left hanging by script, and the operator can die before and after each write.
 //! It holds what a real one holds the operator to (versions, preconditions, the CRD's schema, owners), and what it answers can be
-//! read in [`answer`]; rights, admission by policy and conversion are for the real cluster of `tests/cluster`.
+//! read in `answer.rs`; rights, admission by policy and conversion are for the real cluster of `tests/cluster`.
 
 mod answer;
 mod call;
