@@ -71,9 +71,15 @@ impl Rendering<'_> {
             );
             return Running::not(reason::CHILD_NAME_TAKEN, message);
         }
-        if matches!(self.decision.step, Step::ReadVolume)
-            || self.facts.observed.report_job.is_some() && seen.has_ended()
-        {
+        let reader = self.facts.observed.report_job.as_ref().filter(|_| seen.has_ended());
+        if reader.is_some_and(|reader| reader.job == JobSeen::Foreign) {
+            let name = crate::build::report_job_name(self.facts.job, current);
+            let message = format!(
+                "the Job {name}, which is to read the volume, is not one that this operator made; kubectl delete job {name}"
+            );
+            return Running::not(reason::CHILD_NAME_TAKEN, message).look_again(LOOK_AGAIN);
+        }
+        if matches!(self.decision.step, Step::ReadVolume) || reader.is_some() {
             let message = "the pod is gone and its last word was not heard; what it left on the volume is read";
             return Running::not(reason::READING_VOLUME, message).look_again(LOOK_AGAIN);
         }
