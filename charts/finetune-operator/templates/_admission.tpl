@@ -86,6 +86,28 @@
 {{- end }}
 {{- end }}
 
+{{/*
+The validation by which a profile is named in the namespaces that it says only; empty if no profile says any. The operator
+refuses the rest as well, later: these are the same words, crds::profile::Profile::serves.
+*/}}
+{{- define "finetune-operator.profileRule" -}}
+{{- $namespaces := list }}
+{{- range $name, $profile := .Values.profiles }}
+{{- $allowed := index (default dict (get (default dict $profile) "allowed")) "namespaces" }}
+{{- if not (and (kindIs "invalid" $allowed) (eq $name "default")) }}
+{{- $patterns := list }}
+{{- range $allowed }}{{- $patterns = append $patterns (regexQuoteMeta . | replace "\\*" ".*") }}{{- end }}
+{{- $namespaces = append $namespaces (printf "%s: %s" (toRawJson $name) (printf "^(%s)$" (join "|" $patterns) | toRawJson)) }}
+{{- end }}
+{{- end }}
+{{- with $namespaces }}
+{{- $map := printf "{%s}" (join ", " .) }}
+- expression: {{ printf "!(variables.profile in %s) || request.namespace.matches(%s[variables.profile])" $map $map | quote }}
+  messageExpression: "'spec.profile: jobs of this namespace may not name ' + variables.profile"
+  reason: Forbidden
+{{- end }}
+{{- end }}
+
 {{/* A list of strings in CEL. An empty one has no type of its own, which is no matter to a membership. */}}
 {{- define "finetune-operator.strings" -}}
 {{- $quoted := list }}

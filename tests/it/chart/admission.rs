@@ -305,6 +305,40 @@ fn a_job_names_only_profiles_and_queues_that_are_allowed() {
     );
 }
 
+/// What a profile says of namespaces is refused where the job is made, in the words of the operator.
+#[test]
+fn a_profile_is_named_in_its_own_namespaces_only() {
+    let profiles = json!({
+        "default": {}, "a100": {"allowed": {"namespaces": ["of-profile", "ml-*"]}}, "mine": {"allowed": {"namespaces": ["of-*"]}},
+        "none": {"allowed": {"namespaces": []}}, "unsaid": {}, "any": {"allowed": {"namespaces": ["*"]}},
+    });
+    let server = Server::shared();
+    let read = crds::profile::parse(&profiles.to_string()).expect("profiles");
+    for namespace in ["of-profile", "ml-a", "xml-a"] {
+        server.kubectl(&["create", "namespace", namespace], "");
+    }
+    let here = json!({"matchExpressions": [{
+        "key": "kubernetes.io/metadata.name", "operator": "In", "values": ["of-profile", "ml-a", "xml-a"],
+    }]});
+    let values = json!({
+        "admissionPolicy.enabled": true, "admissionPolicy.namespaceSelector": here, "profiles": profiles,
+    });
+    server.apply("templates/admissionpolicy.yaml", "of-profiles", &values);
+    server.until_refused("ml-a", &spec("{profile: none}"));
+    for (name, profile) in &read {
+        for namespace in ["of-profile", "ml-a", "xml-a"] {
+            let said = server.ask(namespace, &spec(&format!("{{profile: {name}}}")));
+            assert_eq!(said.is_ok(), profile.serves(name, namespace), "{name} in {namespace}: {said:?}");
+            if let Err(said) = said {
+                let expected = format!("spec.profile: jobs of this namespace may not name {name}");
+                assert!(said.contains(&expected), "expected {expected:?} in {said}");
+            }
+        }
+    }
+    // Whether there is such a profile, the operator knows.
+    assert!(server.ask("ml-a", &spec("{profile: nowhere}")).is_ok());
+}
+
 #[test]
 fn each_tenant_has_rules_of_its_own() {
     let server = Server::shared();
