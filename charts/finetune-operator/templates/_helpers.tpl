@@ -70,6 +70,8 @@ storage: {size: 50Gi}
 {{- end }}
 {{- range $name, $profile := $profiles }}
 {{- $profile = deepCopy (default dict $profile) }}
+{{- include "finetune-operator.checkVariables" (list $name $profile "environment" $profile.environment) }}
+{{- include "finetune-operator.checkVariables" (list $name $profile "cpuPods.environment" (default dict $profile.cpuPods).environment) }}
 {{- if not $profile.image }}
 {{- $_ := set $profile "image" $image }}
 {{- end }}
@@ -78,6 +80,23 @@ storage: {size: 50Gi}
 {{- end }}
 {{ $name | quote }}:
   {{- toYaml $profile | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{/* What no schema can say, and would end the operator: takes a list of a profile's name, the profile, a field and its variables. */}}
+{{- define "finetune-operator.checkVariables" -}}
+{{- $name := index . 0 }}
+{{- $profile := index . 1 }}
+{{- $field := index . 2 }}
+{{- $seen := list }}
+{{- range index . 3 }}
+{{- if and $profile.caBundle (eq .name "SSL_CERT_FILE") }}
+{{- fail (printf "profiles.%s.%s: found SSL_CERT_FILE, which caBundle sets" $name $field) }}
+{{- end }}
+{{- if has .name $seen }}
+{{- fail (printf "profiles.%s.%s: found %s twice, expected each name once" $name $field .name) }}
+{{- end }}
+{{- $seen = append $seen .name }}
 {{- end }}
 {{- end }}
 

@@ -83,6 +83,26 @@ fn chart_and_operator_take_and_refuse_the_same_profiles() {
         ("{fallBackToCpu: \"yes\"}", false),
         ("{nodeSelector: {a: 1}}", false),
         ("{imgae: x}", false),
+        (
+            "{environment: [{name: HTTPS_PROXY, value: http://proxy}], cpuPods: {environment: [{name: HTTPS_PROXY, value: b}]}}",
+            true,
+        ),
+        ("{environment: [{name: NODE, valueFrom: {fieldRef: {fieldPath: spec.nodeName}}}]}", true),
+        ("{environment: [{name: NODE, vale: x}]}", false),
+        ("{environment: [{name: HF_HOME, value: /tmp}]}", false),
+        ("{environment: [{name: A, value: b}, {name: A, value: c}]}", false),
+        ("{cpuPods: {environment: [{name: A}, {name: A}]}}", false),
+        ("{caBundle: {configMapName: c, key: k}, environment: [{name: SSL_CERT_FILE, value: /x}]}", false),
+        ("{environment: [{name: SSL_CERT_FILE, value: /x}]}", true),
+        ("{labels: {team: a}, inheritedLabels: [cost-center]}", true),
+        ("{labels: {finetune.dev/job-uid: a}}", false),
+        ("{inheritedLabels: [kubernetes.io/x]}", false),
+        ("{topology: {required: rack}}", true),
+        ("{topology: {required: rack, preferred: zone}}", false),
+        (
+            "{storage: {maxSize: 2Ti, fsGroupClaims: [data]}, otherDevices: [\"rdma/*\"], allowed: {namespaces: [\"team-*\"]}}",
+            true,
+        ),
     ] {
         let (chart, operator) = verdicts(profile);
         assert_eq!(operator.is_ok(), is_taken, "{profile}: the operator says {operator:?}");
