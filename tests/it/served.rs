@@ -4,8 +4,9 @@
 use std::net::TcpListener;
 use std::process::{Child, Command, Stdio};
 
-use harness::api_server::ApiServer;
 use harness::cluster::{MINUTE, wait_for};
+use harness::kube_apiserver::KubeApiServer;
+use harness::operator::FEW_MINUTES;
 use harness::{repository, trainer_binary};
 
 use crate::chart::{program, read};
@@ -17,7 +18,7 @@ struct Operator {
 }
 
 impl Operator {
-    fn start(server: &ApiServer, user: &str, namespaces: &[&str]) -> Self {
+    fn start(server: &KubeApiServer, user: &str, namespaces: &[&str]) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let profiles = folder.path().join("profiles.yaml");
         std::fs::write(&profiles, "default: {image: registry.example/trainer:1}\n").expect("writable");
@@ -57,7 +58,7 @@ impl Drop for Operator {
 
 #[test]
 fn a_namespace_that_is_gone_keeps_the_operator_from_no_other() {
-    let server = ApiServer::start();
+    let server = KubeApiServer::start();
     let kubectl = |arguments: &[&str], input: &str| {
         server.ask(&program("kubectl"), arguments, input).unwrap_or_else(|said| panic!("kubectl {arguments:?}: {said}"))
     };
@@ -78,7 +79,8 @@ fn a_namespace_that_is_gone_keeps_the_operator_from_no_other() {
     wait_for("the operator to be ready", MINUTE, || operator.get("/readyz"));
     let refused = |namespace: &str, value: u8| {
         let line = format!("finetune_operator_namespace_refused{{watched_namespace=\"{namespace}\"}} {value}");
-        wait_for(line.clone(), MINUTE, || {
+        // A watch that fails is begun anew after up to a minute.
+        wait_for(line.clone(), FEW_MINUTES, || {
             let metrics = operator.get("/metrics")?;
             if metrics.lines().any(|found| found == line) { Ok(()) } else { Err(metrics) }
         });
@@ -88,7 +90,7 @@ fn a_namespace_that_is_gone_keeps_the_operator_from_no_other() {
     // It comes back, and is served without a restart.
     allow("gone");
     refused("gone", 0);
-    wait_for("the operator to be ready again", MINUTE, || operator.get("/readyz"));
+    wait_for("the operator to be ready again", FEW_MINUTES, || operator.get("/readyz"));
 
     // One that may look nowhere is not ready, whatever it is told.
     let blind = Operator::start(&server, "nobody", &["here"]);

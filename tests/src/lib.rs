@@ -171,12 +171,12 @@ pub fn max_difference(a: &Tensor, b: &Tensor) -> f64 {
     (a - b).abs().max().double_value(&[])
 }
 
-pub mod api_server;
 pub mod apiserver;
 pub mod cluster;
 mod device;
 mod hub;
 mod job;
+pub mod kube_apiserver;
 pub mod operator;
 mod pods;
 

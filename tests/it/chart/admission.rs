@@ -4,21 +4,21 @@ mod children;
 
 use std::sync::OnceLock;
 
-use harness::api_server::ApiServer;
 use harness::cluster::{MINUTE, wait_for};
+use harness::kube_apiserver::KubeApiServer;
 use harness::repository;
 use serde_json::{Map, Value, json};
 
 use super::{parse, program, read, template};
 
 /// An API server with the CRD and without an operator; each test has namespaces and policies of its own.
-struct Server(ApiServer);
+struct Server(KubeApiServer);
 
 impl Server {
     fn shared() -> &'static Self {
         static SHARED: OnceLock<Server> = OnceLock::new();
         SHARED.get_or_init(|| {
-            let server = Self(ApiServer::start());
+            let server = Self(KubeApiServer::start());
             server.kubectl(
                 &["apply", "--server-side", "--filename=-"],
                 &read(&repository().join("crds/finetunejobs.yaml")),

@@ -183,6 +183,9 @@ fn dashboards_show_what_is_promised() {
                 "finetune_operator_reconcile_duration_seconds",
                 "finetune_operator_watch_last_success_timestamp_seconds",
                 "finetune_operator_leader",
+                "finetune_operator_progress_polls_total",
+                "finetunejob_waiting_since_timestamp_seconds",
+                "finetunejob_last_report_timestamp_seconds",
             ],
         ),
     ];

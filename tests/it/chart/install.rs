@@ -1,15 +1,15 @@
 //! What `helm install` makes of a cluster that is not empty: each works, or is refused with what to do.
 
-use harness::api_server::ApiServer;
+use harness::kube_apiserver::KubeApiServer;
 
 use super::{chart, program};
 
 /// An API server on which this test alone installs.
-struct Server(ApiServer);
+struct Server(KubeApiServer);
 
 impl Server {
     fn start() -> Self {
-        Self(ApiServer::start())
+        Self(KubeApiServer::start())
     }
 
     fn kubectl(&self, arguments: &[&str]) -> String {

@@ -1,4 +1,4 @@
-//! A Kubernetes API server and nothing else, for what it alone decides: schemas, admission, what helm asks it. It needs neither
+//! The real API server and nothing else, for what it alone decides: schemas, admission, what helm asks it. It needs neither
 //! root nor a cluster, so that the tests on it run everywhere.
 
 use std::io::{BufRead, BufReader, Write};
@@ -9,12 +9,12 @@ use crate::repository;
 
 /// A running API server; it ends with this, or with the process.
 #[derive(Debug)]
-pub struct ApiServer {
+pub struct KubeApiServer {
     folder: PathBuf,
     holder: Child,
 }
 
-impl ApiServer {
+impl KubeApiServer {
     /// Starts one, within seconds.
     pub fn start() -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder").keep();
@@ -63,7 +63,7 @@ impl ApiServer {
     }
 }
 
-impl Drop for ApiServer {
+impl Drop for KubeApiServer {
     fn drop(&mut self) {
         drop(self.holder.stdin.take());
         self.holder.wait().expect("it is a child");
