@@ -156,6 +156,13 @@ demo_until "images of the trainer"
 kill -9 -- "-$DEMO"
 demo_ended "SIGKILL of its whole group" 137
 [ -n "$(own)" ] || die "the test sees nothing of the cluster that was left: it could not fail"
+# The kill is on its way to every one of the group; only the demo itself was waited for.
+read -r owner _ < "$RUN/owner"
+deadline=$((SECONDS + DEADLINE_SECONDS))
+while grep -qs '^State:[[:space:]]*[^ZX]' "/proc/$owner/status"; do
+  [ $SECONDS -lt $deadline ] || die "the process that held the cluster lives on after SIGKILL: $(cat "/proc/$owner/status")"
+  sleep 0.1
+done
 "$HERE/cluster" hold "$RUN" < /dev/null > "$SCRATCH/hold"
 grep -qx ready "$SCRATCH/hold" || die "the next start did not come up"
 all_gone "the next start and its end, after SIGKILL of all that would have ended the last one"
