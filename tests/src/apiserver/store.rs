@@ -257,27 +257,20 @@ impl Store {
         self.put(key, pod, author)
     }
 
+    fn owned_by(&self, owner: &str) -> Vec<Key> {
+        let owned = self.objects.iter().filter(|(_, object)| owners(object).any(|uid| uid == owner));
+        owned.map(|(key, _)| key.clone()).collect()
+    }
+
     /// What the garbage collector does when an owner is gone.
     fn collect(&mut self, owner: &str, now: Timestamp) {
-        let owned: Vec<Key> = self
-            .objects
-            .iter()
-            .filter(|(_, object)| owners(object).any(|uid| uid == owner))
-            .map(|(key, _)| key.clone())
-            .collect();
-        for key in owned {
+        for key in self.owned_by(owner) {
             self.delete(&key, &Preconditions::default(), true, Author::Cluster, now).expect("it was listed");
         }
     }
 
     fn orphan(&mut self, owner: &str) {
-        let owned: Vec<Key> = self
-            .objects
-            .iter()
-            .filter(|(_, object)| owners(object).any(|uid| uid == owner))
-            .map(|(key, _)| key.clone())
-            .collect();
-        for key in owned {
+        for key in self.owned_by(owner) {
             let mut object = self.objects[&key].clone();
             let references = object["metadata"]["ownerReferences"].as_array_mut().expect("it has owners");
             references.retain(|reference| reference["uid"] != owner);
