@@ -172,6 +172,12 @@ impl Resolver<'_> {
     }
 
     fn allowed(&mut self, field: &str, uri: &str) {
+        // Whoever resolves it would end elsewhere than where the profile's prefixes and claims were compared.
+        let climbs = |part: &str| matches!(part.to_ascii_lowercase().replace("%2e", ".").as_str(), "." | "..");
+        if !uri.starts_with("file://") && uri.split('/').any(climbs) {
+            let message = format!("found {uri}, expected a path without the parts . and ..");
+            self.refuse_because(reason::SOURCE_NOT_ALLOWED, field, message);
+        }
         let prefixes = &self.profile.allowed.source_prefixes;
         if !profile::allows_prefix(prefixes, uri) {
             let message = format!("the profile allows sources that begin with {}", prefixes.join(", "));

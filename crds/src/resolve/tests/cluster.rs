@@ -96,6 +96,8 @@ fn a_cluster_refuses_with_the_reason_of_the_condition() {
         (storage(json!({"claim": "theirs"})), reason::SOURCE_NOT_ALLOWED, "spec.checkpoint.storage.claim"),
         (json!({"model": {"uri": "pvc://theirs/m"}}), reason::SOURCE_NOT_ALLOWED, "spec.model.uri"),
         (json!({"output": {"uri": "pvc://theirs/m"}}), reason::SOURCE_NOT_ALLOWED, "spec.output.uri"),
+        (json!({"model": {"uri": "hf://acme/../theirs"}}), reason::SOURCE_NOT_ALLOWED, "spec.model.uri"),
+        (json!({"output": {"uri": "pvc://models/bot/%2E./other"}}), reason::SOURCE_NOT_ALLOWED, "spec.output.uri"),
         (
             json!({"output": {"uri": "pvc://models/bot/.huggingface/hub"}}),
             reason::SOURCE_NOT_ALLOWED,
