@@ -8,9 +8,14 @@ use crate::FineTuneJobStatus;
 use crate::condition::{self, ConditionStatus, reason};
 use crate::exit::ExitCode;
 
+/// A condition, if it was told yet.
+pub fn condition<'a>(status: &'a FineTuneJobStatus, name: &str) -> Option<&'a Condition> {
+    status.conditions.iter().find(|condition| condition.type_ == name)
+}
+
 /// A condition, if it is known to have this value.
 pub fn found<'a>(status: &'a FineTuneJobStatus, name: &str, value: ConditionStatus) -> Option<&'a Condition> {
-    status.conditions.iter().find(|condition| condition.type_ == name && condition.status == value.name())
+    condition(status, name).filter(|condition| condition.status == value.name())
 }
 
 /// Whether a condition is `True`.

@@ -13,8 +13,9 @@ use serde::de::DeserializeOwned;
 
 use crate::build::{
     Placement, build_claim, build_config_map, build_control, build_report_job, build_stage_job, controller,
-    is_labelled_for, is_owned_by, pod_digest,
+    is_labelled_for, is_owned_by, job_digest,
 };
+use crate::call;
 use crate::decide::{Decision, Step};
 use crate::facts::Facts;
 use crate::status::{Applied, Created};
@@ -41,24 +42,11 @@ pub enum Change {
     },
 }
 
-/// A change could not be made, for reasons outside of the job.
-#[derive(Debug, thiserror::Error)]
-#[error("cannot {verb} {object}")]
-pub struct Error {
-    verb: &'static str,
-    object: String,
-    /// Why.
-    #[source]
-    pub source: Box<kube::Error>,
-}
-
 /// The changes that a decision asks for, in the order in which they are made. Pure. `placement` is for the first pod of a job.
 pub fn changes(decision: &Decision, facts: &Facts, placement: &Placement) -> Vec<Change> {
     let job = facts.job;
-    let (Some(newest), Ok(plan)) = (facts.newest(), facts.plan) else {
-        return removal(decision, facts).into_iter().collect();
-    };
     let mut changes: Vec<Change> = removal(decision, facts).into_iter().collect();
+    let (Some(newest), Ok(plan)) = (facts.newest(), facts.plan) else { return changes };
     let is_open = facts.current().is_some() && !matches!(decision.step, Step::Rest { .. } | Step::Hold { .. });
     if job.spec.stop_requested && is_open {
         changes.push(Change::Control(Box::new(build_control(job))));
@@ -85,7 +73,7 @@ fn removal(decision: &Decision, facts: &Facts) -> Option<Change> {
 }
 
 /// Makes them. What the API server says when it does not take an object is told, whatever it says.
-pub async fn apply(client: &Client, job: &FineTuneJob, changes: Vec<Change>) -> Result<Applied, Error> {
+pub async fn apply(client: &Client, job: &FineTuneJob, changes: Vec<Change>) -> Result<Applied, call::Error> {
     let namespace = job.namespace().unwrap_or_default();
     let mut applied = Applied::default();
     for change in changes {
@@ -108,7 +96,7 @@ pub async fn apply(client: &Client, job: &FineTuneJob, changes: Vec<Change>) -> 
             Change::StageJob(child) => {
                 let outcome = create(client, &namespace, &*child, same_job(job, &child)).await?;
                 if let Outcome::Ours(Some(uid)) = &outcome {
-                    applied.created = digest_of(&child).map(|pod_digest| Created { uid: uid.clone(), pod_digest });
+                    applied.created = job_digest(&child).map(|pod_digest| Created { uid: uid.clone(), pod_digest });
                 }
                 outcome
             }
@@ -161,15 +149,16 @@ fn is_leftover(found: &ObjectMeta, object: &ObjectMeta) -> bool {
 
 /// So it is with a Job: what it runs must be what was asked for.
 fn same_job(job: &FineTuneJob, child: &Job) -> impl Fn(&Job) -> bool {
-    let expected = digest_of(child);
-    move |found| is_owned_by(&found.metadata, job) && digest_of(found) == expected
+    let expected = job_digest(child);
+    move |found| is_owned_by(&found.metadata, job) && job_digest(found) == expected
 }
 
-fn digest_of(job: &Job) -> Option<String> {
-    job.spec.as_ref()?.template.spec.as_ref().map(pod_digest)
-}
-
-async fn create<K>(client: &Client, namespace: &str, object: &K, is_ours: impl Fn(&K) -> bool) -> Result<Outcome, Error>
+async fn create<K>(
+    client: &Client,
+    namespace: &str,
+    object: &K,
+    is_ours: impl Fn(&K) -> bool,
+) -> Result<Outcome, call::Error>
 where
     K: Resource<Scope = NamespaceResourceScope, DynamicType = ()>
         + Clone
@@ -179,11 +168,7 @@ where
 {
     let api: Api<K> = Api::namespaced(client.clone(), namespace);
     let what = format!("{} {}", K::kind(&()), object.name_any());
-    let failed = |verb, source| Error {
-        verb,
-        object: format!("{} {namespace}/{}", K::kind(&()), object.name_any()),
-        source: Box::new(source),
-    };
+    let failed = |verb, source| call::Error::one::<K>(verb, namespace, &object.name_any(), source);
     match api.create(&PostParams::default(), object).await {
         Ok(created) => Ok(Outcome::Ours(created.meta().uid.clone())),
         Err(kube::Error::Api(status)) if status.is_already_exists() => {
@@ -201,7 +186,7 @@ where
     }
 }
 
-async fn delete_job(client: &Client, namespace: &str, name: &str, uid: &str) -> Result<(), Error> {
+async fn delete_job(client: &Client, namespace: &str, name: &str, uid: &str) -> Result<(), call::Error> {
     let api: Api<Job> = Api::namespaced(client.clone(), namespace);
     let parameters = DeleteParams {
         // Without it the pods of a Job are orphaned, and go on.
@@ -213,15 +198,14 @@ async fn delete_job(client: &Client, namespace: &str, name: &str, uid: &str) -> 
         Ok(_) => Ok(()),
         // It is gone already, or a Job made anew has its name.
         Err(kube::Error::Api(status)) if status.is_not_found() || status.is_conflict() => Ok(()),
-        Err(source) => {
-            Err(Error { verb: "delete", object: format!("Job {namespace}/{name}"), source: Box::new(source) })
-        }
+        Err(source) => Err(call::Error::one::<Job>("delete", namespace, name, source)),
     }
 }
 
 /// Deletes a job whose time to live is over: this very object, as it was last seen.
-pub async fn delete_finetunejob(client: &Client, job: &FineTuneJob) -> Result<(), Error> {
-    let api: Api<FineTuneJob> = Api::namespaced(client.clone(), &job.namespace().unwrap_or_default());
+pub async fn delete_finetunejob(client: &Client, job: &FineTuneJob) -> Result<(), call::Error> {
+    let namespace = job.namespace().unwrap_or_default();
+    let api: Api<FineTuneJob> = Api::namespaced(client.clone(), &namespace);
     let parameters = DeleteParams {
         propagation_policy: Some(PropagationPolicy::Background),
         preconditions: Some(Preconditions { uid: job.uid(), resource_version: job.resource_version() }),
@@ -230,9 +214,6 @@ pub async fn delete_finetunejob(client: &Client, job: &FineTuneJob) -> Result<()
     match api.delete(&job.name_any(), &parameters).await {
         Ok(_) => Ok(()),
         Err(kube::Error::Api(status)) if status.is_not_found() => Ok(()),
-        Err(source) => {
-            let object = format!("FineTuneJob {}/{}", job.namespace().unwrap_or_default(), job.name_any());
-            Err(Error { verb: "delete", object, source: Box::new(source) })
-        }
+        Err(source) => Err(call::Error::one::<FineTuneJob>("delete", &namespace, &job.name_any(), source)),
     }
 }

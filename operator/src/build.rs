@@ -22,7 +22,7 @@ pub use config_map::{PLAN_FILE, RUN_FILE, build_config_map, build_control};
 pub use crds::labels::{
     ATTEMPT_LABEL, CONTAINER, JOB_NAME_LABEL, JOB_UID_LABEL, MANAGED_BY_LABEL, MANAGER, STAGE_LABEL,
 };
-pub use digest::pod_digest;
+pub use digest::{job_digest, pod_digest};
 pub use job::{TRAINER_PORT, build_report_job, build_stage_job};
 pub use placement::{HOSTNAME_LABEL, Placement, ZONE_LABEL, nodes_of};
 
@@ -77,7 +77,11 @@ pub fn report_job_name(job: &FineTuneJob, of: &JobReference) -> String {
 
 /// Whether an object is controlled by this very job.
 pub fn is_owned_by(metadata: &ObjectMeta, job: &FineTuneJob) -> bool {
-    controller(metadata).is_some_and(|owner| Some(&owner.uid) == job.metadata.uid.as_ref())
+    let is_job = |owner: &OwnerReference| {
+        let group = owner.api_version.split_once('/').map_or("", |(group, _)| group);
+        owner.kind == FineTuneJob::kind(&()) && group == FineTuneJob::group(&())
+    };
+    controller(metadata).is_some_and(|owner| is_job(owner) && Some(&owner.uid) == job.metadata.uid.as_ref())
 }
 
 /// The owner that controls an object: there is one at most.

@@ -6,12 +6,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crds::FineTuneJob;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{Pod, PodSpec, PodTemplateSpec};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::core::DeserializeGuard;
 use kube::runtime::reflector::{ObjectRef, Store};
 use kube::runtime::watcher::Event;
 use kube::{Resource, ResourceExt};
 
-use crate::build::{JOB_UID_LABEL, pod_digest};
+use crate::build::{JOB_UID_LABEL, job_digest, pod_digest};
 
 /// What the watches of one namespace, or of all, deliver; a job that does not parse stalls no other.
 pub type Guarded = DeserializeGuard<FineTuneJob>;
@@ -48,9 +49,8 @@ pub fn prune_finetunejob(guarded: &mut Guarded) {
 
 /// The cache holds what is read of a Job, for thousands of them.
 pub fn prune_job(job: &mut Job) {
-    job.metadata.managed_fields = None;
-    let digest = job.spec.as_ref().and_then(|spec| spec.template.spec.as_ref()).map(pod_digest);
-    job.metadata.annotations = digest.map(|digest| [(POD_DIGEST.to_owned(), digest)].into());
+    let digest = job_digest(job);
+    keep_digest(&mut job.metadata, digest);
     if let Some(spec) = &mut job.spec {
         spec.template = PodTemplateSpec::default();
         spec.pod_failure_policy = None;
@@ -59,12 +59,16 @@ pub fn prune_job(job: &mut Job) {
 
 /// The cache holds what is read of a pod.
 pub fn prune_pod(pod: &mut Pod) {
-    pod.metadata.managed_fields = None;
-    let digest = pod.spec.as_ref().map(pod_digest);
-    pod.metadata.annotations = digest.map(|digest| [(POD_DIGEST.to_owned(), digest)].into());
+    keep_digest(&mut pod.metadata, pod.spec.as_ref().map(pod_digest));
     if let Some(spec) = &mut pod.spec {
         *spec = PodSpec { node_name: spec.node_name.take(), ..PodSpec::default() };
     }
+}
+
+/// In place of what nobody reads.
+fn keep_digest(metadata: &mut ObjectMeta, digest: Option<String>) {
+    metadata.managed_fields = None;
+    metadata.annotations = digest.map(|digest| [(POD_DIGEST.to_owned(), digest)].into());
 }
 
 /// Digest of the pod, or of the template of the Job, that was in the cache before it was pruned.

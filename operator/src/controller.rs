@@ -23,6 +23,7 @@ use serde_json::json;
 use crate::apply::{self, Change, apply, changes};
 use crate::build::{JOB_NAME_LABEL, MANAGED_BY_LABEL, MANAGER, Placement, config_map_name};
 use crate::caches::{Caches, Guarded, Pods, prune_finetunejob, prune_job, prune_pod};
+use crate::call;
 use crate::decide::{Step, decide, nothing_was_made};
 use crate::events::events;
 use crate::facts::{Facts, Observed, Timing};
@@ -30,7 +31,7 @@ use crate::memory::Memory;
 use crate::observe::nodes::{Nodes, placement};
 use crate::observe::progress::{Intervals, ProgressBoard, poll};
 use crate::observe::queue::{self, Queues};
-use crate::observe::{self, Sources, observe};
+use crate::observe::{Sources, observe};
 use crate::recorder::Recorder;
 use crate::status::render;
 use crate::telemetry::Telemetry;
@@ -70,18 +71,13 @@ struct Context {
 pub enum Error {
     /// Something could not be looked at.
     #[error(transparent)]
-    Observe(#[from] observe::Error),
+    Observe(call::Error),
     /// Something could not be made or taken away.
     #[error(transparent)]
-    Apply(#[from] apply::Error),
+    Apply(call::Error),
     /// The status could not be written.
-    #[error("cannot patch the status of FineTuneJob {object}")]
-    Status {
-        /// Namespace and name.
-        object: String,
-        /// Why.
-        source: Box<kube::Error>,
-    },
+    #[error(transparent)]
+    Status(call::Error),
     /// The API server began to answer and did not end.
     #[error("the API server did not end its answer within {} s", PASS_DEADLINE.as_secs())]
     Deadline,
@@ -93,28 +89,22 @@ impl Error {
         match self {
             Self::Observe(_) => "observe",
             Self::Apply(_) => "apply",
-            Self::Status { .. } => "status",
+            Self::Status(_) => "status",
             Self::Deadline => "deadline",
         }
     }
 
-    /// What the API server said, where it said something; its own text is shorter than kube's.
-    fn cause(&self) -> String {
-        let source = match self {
-            Self::Apply(apply::Error { source, .. })
-            | Self::Status { source, .. }
-            | Self::Observe(observe::Error { source, .. }) => source,
-            Self::Deadline => return String::new(),
-        };
-        match &**source {
-            kube::Error::Api(status) => format!(": {}", status.message),
-            other => format!(": {other}"),
+    /// Why the call failed, where one did.
+    fn cause(&self) -> Option<String> {
+        match self {
+            Self::Observe(call) | Self::Apply(call) | Self::Status(call) => Some(call.cause()),
+            Self::Deadline => None,
         }
     }
 
     /// Somebody wrote in between: the next pass sees it.
     fn is_conflict(&self) -> bool {
-        matches!(self, Self::Status { source, .. } if matches!(&**source, kube::Error::Api(status) if status.is_conflict()))
+        matches!(self, Self::Status(call) if call.is_conflict())
     }
 }
 
@@ -221,7 +211,7 @@ fn error_policy(guarded: Arc<Guarded>, error: &Error, context: Arc<Context>) -> 
         return Action::requeue(CACHE_DELAY);
     }
     context.shared.telemetry.count_error(error.reason());
-    tracing::warn!("{name}: {error}{}", error.cause());
+    tracing::warn!("{name}: {error}{}", error.cause().map_or_else(String::new, |cause| format!(": {cause}")));
     Action::requeue(RETRY)
 }
 
@@ -262,26 +252,20 @@ async fn pass(job: &FineTuneJob, context: &Context) -> Result<Action, Error> {
     let known_plan = context.memory.known_plan(job);
     let now = (context.shared.clock)();
     let Context { shared: Shared { client, .. }, caches, board, queues, .. } = context;
-    let observed = observe(Sources { client, caches, board, queues }, job, known_plan, now).await?; // I/O
-    let unplanned = Facts {
-        job,
-        plan: Err(&Invalid { reason: reason::PENDING, message: String::new() }),
-        observed: &observed,
-        timing: context.shared.timing,
-        now,
-    };
-    let plan = plan(&unplanned, context);
-    let facts = Facts { plan: plan.as_ref(), ..unplanned };
+    let observed = observe(Sources { client, caches, board, queues }, job, known_plan, now).await; // I/O
+    let observed = observed.map_err(Error::Observe)?;
+    let plan = plan(job, context, &observed);
+    let facts = Facts { job, plan: plan.as_ref(), observed: &observed, timing: context.shared.timing, now };
     let decision = decide(&facts);
     let placement = match (&plan, facts.newest()) {
         (Ok(plan), Some(newest)) if decision.step == Step::Make && newest.stage == PodStage::Prepare => {
-            placement(&context.shared.client, &context.nodes, job, plan).await? // I/O
+            placement(client, &context.nodes, job, plan).await.map_err(Error::Observe)? // I/O
         }
         _ => Placement::default(),
     };
     let mut wanted = changes(&decision, &facts, &placement);
     wanted.retain(|change| !(matches!(change, Change::Control(_)) && context.memory.was_told_to_stop(job)));
-    let applied = apply(&context.shared.client, job, wanted).await?; // I/O
+    let applied = apply(client, job, wanted).await.map_err(Error::Apply)?; // I/O
     if let Ok(plan) = &plan
         && (observed.plan.is_some() || applied.plan_was_recorded)
     {
@@ -300,8 +284,7 @@ async fn pass(job: &FineTuneJob, context: &Context) -> Result<Action, Error> {
             // The version that the deletion would name is not in the cache yet.
             Some(Duration::ZERO) if next.status != before => Ok(Action::requeue(CACHE_DELAY)),
             Some(Duration::ZERO) => {
-                let deleted = apply::delete_finetunejob(&context.shared.client, job).await; // I/O
-                deleted?;
+                apply::delete_finetunejob(client, job).await.map_err(Error::Apply)?; // I/O
                 Ok(Action::await_change())
             }
             Some(wake) => Ok(Action::requeue(wake)),
@@ -318,8 +301,7 @@ async fn pass(job: &FineTuneJob, context: &Context) -> Result<Action, Error> {
 
 /// The plan that the job was accepted with; before that, and where its ConfigMap is gone and they still say the same, one by
 /// today's profiles.
-fn plan(facts: &Facts, context: &Context) -> Result<Plan, Invalid> {
-    let (job, observed): (&FineTuneJob, &Observed) = (facts.job, facts.observed);
+fn plan(job: &FineTuneJob, context: &Context, observed: &Observed) -> Result<Plan, Invalid> {
     if let Some(plan) = &observed.plan {
         return Ok(plan.clone());
     }
@@ -332,7 +314,7 @@ fn plan(facts: &Facts, context: &Context) -> Result<Plan, Invalid> {
         return Err(Invalid { reason: reason::PLAN_UNREADABLE, message });
     }
     let plan = validate(job, &context.shared.profiles);
-    let status = job.status.as_ref().filter(|status| !nothing_was_made(facts) && !is_terminal(status));
+    let status = job.status.as_ref().filter(|status| !nothing_was_made(status, observed) && !is_terminal(status));
     let Some(accepted) =
         status.map(|status| status.resolved.as_ref().and_then(|resolved| resolved.plan_digest.clone()))
     else {
@@ -374,9 +356,8 @@ async fn publish(
     let written = match written {
         // It was deleted meanwhile.
         Err(kube::Error::Api(status)) if status.is_not_found() => return Ok(()),
-        written => written.map_err(|error| Error::Status {
-            object: format!("{namespace}/{}", job.name_any()),
-            source: Box::new(error),
+        written => written.map_err(|source| {
+            Error::Status(call::Error::one::<FineTuneJob>("patch the status of", &namespace, &job.name_any(), source))
         })?,
     };
     context.memory.remember_write(&written);

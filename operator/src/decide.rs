@@ -16,15 +16,15 @@ mod tests;
 use std::time::Duration;
 
 use crds::condition::{self, reason};
-use crds::finetunejob::{AttemptOutcome, AttemptsStatus, JobReference};
+use crds::finetunejob::{AttemptOutcome, AttemptsStatus, FineTuneJobStatus, JobReference};
 use crds::run::PodStage;
-use crds::status::is_terminal;
+use crds::status::{condition, is_terminal};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::ResourceExt;
 
 use self::deadlines::{over, within_deadlines};
 use self::ending::ended;
-use crate::facts::{AttemptSeen, Facts, JobSeen, QueueSeen};
+use crate::facts::{AttemptSeen, Facts, JobSeen, Observed, QueueSeen};
 use crate::policy::backoff::backoff;
 use crate::policy::deadline::time_to_live;
 use crate::policy::failure::Ended;
@@ -120,17 +120,17 @@ impl Decision {
 }
 
 /// Whether no object was made for a job yet: what its profile says today is what it gets.
-pub fn nothing_was_made(facts: &Facts) -> bool {
-    match facts.status().map(|status| &status.job_refs[..]) {
-        None | Some([]) => true,
-        Some([only]) => {
-            let job = facts.observed.attempt.as_ref().map(|attempt| &attempt.job);
+pub fn nothing_was_made(status: &FineTuneJobStatus, observed: &Observed) -> bool {
+    match &status.job_refs[..] {
+        [] => true,
+        [only] => {
+            let job = observed.attempt.as_ref().map(|attempt| &attempt.job);
             only.uid.is_none()
                 && only.outcome.is_none()
-                && facts.observed.plan.is_none()
+                && observed.plan.is_none()
                 && job.is_none_or(|job| *job == JobSeen::Missing)
         }
-        Some(_) => false,
+        _ => false,
     }
 }
 
@@ -150,9 +150,9 @@ pub fn started(facts: &Facts, plan: &Plan) -> Option<Time> {
 
 /// What happens next with a job.
 pub fn decide(facts: &Facts) -> Decision {
-    if let Some(status) = facts.status().filter(|status| is_terminal(status)) {
+    if is_terminal(facts.status()) {
         // Whoever watches the job is told that nothing runs: so nothing may.
-        let wake = time_to_live(&facts.job.spec, status, facts.now);
+        let wake = time_to_live(&facts.job.spec, facts.status(), facts.now);
         return Decision { wake, ..Decision::step(Step::Rest { remove: unfinished_job(facts) }) };
     }
     let plan = match facts.plan {
@@ -206,7 +206,7 @@ fn between_attempts(facts: &Facts, plan: &Plan, recorded: Option<&Recorded>) -> 
         _ => (last.stage, last.attempt + 1),
     };
     let attempts = recorded.map(|recorded| &recorded.attempts);
-    let attempts = attempts.or_else(|| facts.status().and_then(|status| status.attempts.as_ref()));
+    let attempts = attempts.or(facts.status().attempts.as_ref());
     let repeated = match outcome {
         AttemptOutcome::Unavailable => unavailable_in_a_row(facts, recorded),
         _ => attempts.map_or(0, |attempts| attempts.failed),
@@ -224,8 +224,7 @@ fn between_attempts(facts: &Facts, plan: &Plan, recorded: Option<&Recorded>) -> 
 }
 
 fn unavailable_in_a_row(facts: &Facts, recorded: Option<&Recorded>) -> i32 {
-    let listed = facts.status().map_or(&[][..], |status| &status.job_refs);
-    let closed = listed.iter().rev().filter_map(|attempt| attempt.outcome);
+    let closed = facts.status().job_refs.iter().rev().filter_map(|attempt| attempt.outcome);
     let earlier = closed.take_while(|outcome| *outcome == AttemptOutcome::Unavailable).count();
     i32::try_from(earlier).unwrap_or(i32::MAX) + i32::from(recorded.is_some())
 }
@@ -238,9 +237,8 @@ fn under_way(facts: &Facts, plan: &Plan, current: &JobReference, seen: &AttemptS
     if let Some(over) = over(facts, Some(plan), None) {
         return over;
     }
-    let was_admitted = facts.status().is_some_and(|status| {
-        status.conditions.iter().any(|one| one.type_ == condition::ADMITTED && one.reason == reason::QUOTA_RESERVED)
-    });
+    let admitted = condition(facts.status(), condition::ADMITTED);
+    let was_admitted = admitted.is_some_and(|admitted| admitted.reason == reason::QUOTA_RESERVED);
     // The same Job comes back when it is admitted again: nothing ended, and yet its pod was taken away.
     let evicted = facts.observed.queue.is_some() && was_admitted && current.start_time.is_some();
     if evicted {
@@ -260,8 +258,8 @@ fn under_way(facts: &Facts, plan: &Plan, current: &JobReference, seen: &AttemptS
     }
     let is_to_be_made = current.uid.is_none() && seen.job == JobSeen::Missing;
     // Today's profile may make another plan than the one that is recorded, which nothing was made from: this pass records it.
-    let recorded = facts.status().and_then(|status| status.resolved.as_ref()?.plan_digest.clone());
-    let is_recorded = facts.observed.plan.is_some() || recorded == Some(plan.digest());
+    let recorded = facts.status().resolved.as_ref().and_then(|resolved| resolved.plan_digest.as_ref());
+    let is_recorded = facts.observed.plan.is_some() || recorded == Some(&plan.digest());
     let step = if is_to_be_made && is_recorded && seen.strangers.is_empty() { Step::Make } else { Step::Wait };
     within_deadlines(facts, Some(plan), None, Decision::step(step))
 }
@@ -271,7 +269,7 @@ fn unfinished_job(facts: &Facts) -> Option<String> {
 }
 
 fn preemptions(facts: &Facts) -> i32 {
-    facts.status().and_then(|status| status.attempts.as_ref()).map_or(0, |attempts| attempts.preempted)
+    facts.status().attempts.as_ref().map_or(0, |attempts| attempts.preempted)
 }
 
 fn max_preemptions(facts: &Facts) -> i32 {

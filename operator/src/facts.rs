@@ -1,6 +1,7 @@
 //! What is known of a job when it is decided about: plain values, each from one source. They are gathered by [`crate::observe`],
 //! judged by [`crate::policy`] and [`crate::decide`], and told by [`crate::status`]; nothing here reads or decides.
 
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use crds::FineTuneJob;
@@ -262,14 +263,15 @@ impl AttemptSeen {
 }
 
 impl<'a> Facts<'a> {
-    /// The status that the last pass wrote, if there was one.
-    pub fn status(&self) -> Option<&'a FineTuneJobStatus> {
-        self.job.status.as_ref()
+    /// The status that the last pass wrote; an empty one before the first.
+    pub fn status(&self) -> &'a FineTuneJobStatus {
+        static NONE: LazyLock<FineTuneJobStatus> = LazyLock::new(FineTuneJobStatus::default);
+        self.job.status.as_ref().unwrap_or(&NONE)
     }
 
     /// The newest attempt, listed or made.
     pub fn newest(&self) -> Option<&'a JobReference> {
-        self.status()?.job_refs.last()
+        self.status().job_refs.last()
     }
 
     /// The newest attempt, while its end is not recorded.

@@ -21,6 +21,7 @@
 pub mod apply;
 pub mod build;
 pub mod caches;
+pub mod call;
 pub mod controller;
 pub mod decide;
 pub mod events;

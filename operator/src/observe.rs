@@ -19,34 +19,11 @@ use self::progress::ProgressBoard;
 use self::queue::Queues;
 use crate::build;
 use crate::caches::Caches;
+use crate::call;
 use crate::facts::{JobSeen, Observed};
 use crate::validate::{Plan, digest_of_files};
 
 pub use self::children::{controller_uid, pod_seen};
-
-/// An object could not be looked at.
-#[derive(Debug, thiserror::Error)]
-#[error("cannot {verb} {object}")]
-pub struct Error {
-    /// For example `get`.
-    verb: &'static str,
-    /// Kind, namespace and name.
-    object: String,
-    /// Why.
-    #[source]
-    pub source: Box<kube::Error>,
-}
-
-impl Error {
-    fn of_cluster(verb: &'static str, kind: &str, source: kube::Error) -> Self {
-        Self { verb, object: kind.to_owned(), source: Box::new(source) }
-    }
-
-    fn new(verb: &'static str, kind: &str, job: &FineTuneJob, name: &str, source: kube::Error) -> Self {
-        let object = format!("{kind} {}/{name}", job.namespace().unwrap_or_default());
-        Self { verb, object, source: Box::new(source) }
-    }
-}
 
 /// Where facts come from.
 #[derive(Clone, Copy)]
@@ -67,15 +44,15 @@ pub async fn observe(
     job: &FineTuneJob,
     known_plan: Option<Plan>,
     now: Timestamp,
-) -> Result<Observed, Error> {
+) -> Result<Observed, call::Error> {
     let Sources { client, caches, board, queues } = sources;
-    let status = job.status.clone().unwrap_or_default();
+    let Some(status) = &job.status else { return Ok(Observed::default()) };
     let Some(newest) = status.job_refs.last() else { return Ok(Observed::default()) };
     let digest = status.resolved.as_ref().and_then(|resolved| resolved.plan_digest.as_deref());
     let recorded = match known_plan {
         Some(plan) => Ok(Some(plan)),
         // Nothing is made any more.
-        None if is_terminal(&status) => Ok(None),
+        None if is_terminal(status) => Ok(None),
         None => recorded_plan(client, job, digest).await?,
     };
     let (plan, unreadable_plan) = recorded.map_or_else(|why| (None, Some(why)), |plan| (plan, None));
@@ -97,11 +74,12 @@ async fn recorded_plan(
     client: &Client,
     job: &FineTuneJob,
     digest: Option<&str>,
-) -> Result<Result<Option<Plan>, String>, Error> {
-    let maps: Api<ConfigMap> = Api::namespaced(client.clone(), &job.namespace().unwrap_or_default());
+) -> Result<Result<Option<Plan>, String>, call::Error> {
+    let namespace = job.namespace().unwrap_or_default();
+    let maps: Api<ConfigMap> = Api::namespaced(client.clone(), &namespace);
     let get = async |name: String| {
         let found = maps.get_opt(&name).await;
-        found.map_err(|source| Error::new("get", "ConfigMap", job, &name, source))
+        found.map_err(|source| call::Error::one::<ConfigMap>("get", &namespace, &name, source))
     };
     let map = match get(build::config_map_name(job)).await? {
         Some(map) => map,

@@ -12,7 +12,7 @@ use crds::FineTuneJobStatus;
 use crds::condition::{self, ConditionStatus, reason, set_condition};
 use crds::finetunejob::{AttemptOutcome, AttemptsStatus, JobReference, Phase, ResolvedStatus};
 use crds::run::PodStage;
-use crds::status::holds;
+use crds::status::{condition, found, holds};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 use crate::build;
@@ -63,12 +63,14 @@ pub struct Next {
 
 /// The next status of a job.
 pub fn render(decision: &Decision, facts: &Facts, applied: &Applied) -> Next {
-    let mut status = facts.status().cloned().unwrap_or_default();
+    let mut status = facts.status().clone();
     status.observed_generation = facts.job.metadata.generation;
-    if matches!(decision.step, Step::Rest { .. }) {
-        return Next { status, wake: decision.wake };
-    }
     let mut rendering = Rendering { facts, decision, applied, status, wake: decision.wake };
+    if matches!(decision.step, Step::Rest { .. }) {
+        // Also where an operator ended the job that knew nothing of these conditions.
+        rendering.follow_kstatus();
+        return Next { status: rendering.status, wake: decision.wake };
+    }
     rendering.run();
     Next { status: rendering.status, wake: rendering.wake.map(|wake| wake.max(Duration::from_secs(1))) }
 }
@@ -94,7 +96,7 @@ impl Rendering<'_> {
 
     fn run(&mut self) {
         for name in condition::TYPES {
-            if !self.status.conditions.iter().any(|condition| condition.type_ == name) {
+            if condition(&self.status, name).is_none() {
                 self.set(name, ConditionStatus::Unknown, reason::PENDING, "");
             }
         }
@@ -147,7 +149,7 @@ impl Rendering<'_> {
     }
 
     fn accept(&mut self, plan: &Plan) {
-        if nothing_was_made(self.facts) {
+        if nothing_was_made(self.facts.status(), self.facts.observed) {
             let resolved = self.status.resolved.get_or_insert_with(ResolvedStatus::default);
             resolved.hyperparameters = Some(crds::resolve::hyperparameters_spec(&plan.run.hyperparameters));
             resolved.image = Some(plan.pods.image.clone());
@@ -155,10 +157,8 @@ impl Rendering<'_> {
             resolved.plan_digest = Some(plan.digest());
         }
         self.set(condition::ACCEPTED, ConditionStatus::True, reason::RESOLVED, "");
-        let is_unknown = |name: &str| {
-            self.status.conditions.iter().any(|condition| condition.type_ == name && condition.status == "Unknown")
-        };
-        if plan.run.output.uri.is_none() && is_unknown(condition::PUBLISHED) {
+        let is_unknown = found(&self.status, condition::PUBLISHED, ConditionStatus::Unknown).is_some();
+        if plan.run.output.uri.is_none() && is_unknown {
             let message = "the output stays on the volume of the run";
             self.set(condition::PUBLISHED, ConditionStatus::Unknown, reason::NOT_REQUESTED, message);
         }

@@ -175,6 +175,11 @@ impl Plan {
 pub fn digest_of_files(run: &str, plan: &str) -> String {
     use sha2::{Digest, Sha256};
     let digest = Sha256::new().chain_update(run).chain_update([0]).chain_update(plan).finalize();
+    digest_text(&digest)
+}
+
+/// `sha256:…` of a digest's bytes.
+pub fn digest_text(digest: &[u8]) -> String {
     let hexadecimal: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
     format!("sha256:{hexadecimal}")
 }

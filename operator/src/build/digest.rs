@@ -3,14 +3,21 @@
 
 use std::collections::BTreeMap;
 
+use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{Container, PodSpec, Volume};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use super::CONTAINER;
+use crate::validate::digest_text;
 
 /// Where Kubernetes mounts tokens; nothing of ours is there.
 const SERVICE_ACCOUNT_FOLDER: &str = "/var/run/secrets/";
+
+/// [`pod_digest`] of what a Job makes.
+pub fn job_digest(job: &Job) -> Option<String> {
+    job.spec.as_ref()?.template.spec.as_ref().map(pod_digest)
+}
 
 /// `sha256:…`, the same for the pod of a Job and for its template. An image that is named by its digest is known by that: mirrors
 /// may give it another name.
@@ -45,9 +52,7 @@ pub fn pod_digest(spec: &PodSpec) -> String {
         "guests": guests,
         "shares": shares,
     });
-    let digest = Sha256::digest(value.to_string());
-    let hexadecimal: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
-    format!("sha256:{hexadecimal}")
+    digest_text(&Sha256::digest(value.to_string()))
 }
 
 fn mounts(trainer: &Container, volumes: &BTreeMap<&str, Value>) -> Vec<Value> {

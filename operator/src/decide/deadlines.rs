@@ -5,7 +5,7 @@ use std::time::Duration;
 use crds::condition::{self, reason};
 use crds::finetunejob::{AttemptOutcome, JobReference};
 use crds::run::PodStage;
-use crds::status::seconds_between;
+use crds::status::{condition, holds, seconds_between};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 use super::{Decision, Recorded, Step, started, unfinished_job};
@@ -42,13 +42,13 @@ pub(super) fn over(facts: &Facts, plan: Option<&Plan>, recorded: Option<&Recorde
         }
     }
     let ended = ended_by_deadline(reason, message.clone());
-    let status = facts.status().cloned().unwrap_or_default();
+    let status = facts.status();
     let counted = Counted {
         stage: current.stage,
         ran: false,
         ended: &ended,
         finished: &Time(facts.now),
-        checkpoints: Checkpoints::new(&status, None, None),
+        checkpoints: Checkpoints::new(status, None, None),
     };
     let attempts = counted.add_to(status.attempts.clone().unwrap_or_default());
     let recorded = plan.map(|_| Recorded { ended, finished: Time(facts.now), attempts });
@@ -75,7 +75,7 @@ pub(super) fn within_deadlines(
 }
 
 pub(super) fn nearest_deadline(facts: &Facts, plan: Option<&Plan>, recorded: Option<&Recorded>) -> Deadline {
-    let status = facts.status().cloned().unwrap_or_default();
+    let status = facts.status();
     let trained =
         |attempt: &JobReference| attempt.stage == PodStage::Train && attempt.outcome == Some(AttemptOutcome::Done);
     let is_done = recorded.is_some_and(|recorded| recorded.ended.outcome == AttemptOutcome::Done);
@@ -97,10 +97,9 @@ pub(super) fn nearest_deadline(facts: &Facts, plan: Option<&Plan>, recorded: Opt
             attempt.stage == PodStage::Publish || attempt.stage == PodStage::Train && attempt.start_time.is_some()
         });
     let created = facts.job.metadata.creation_timestamp.as_ref().map_or(facts.now, |created| created.0);
-    let suspended = status.conditions.iter().find(|condition| condition.type_ == condition::SUSPENDED);
-    let waits_since = match suspended {
+    let waits_since = match condition(status, condition::SUSPENDED) {
         // It was held until this pass.
-        Some(held) if held.status == "True" => facts.now,
+        Some(_) if holds(status, condition::SUSPENDED) => facts.now,
         Some(held) if held.reason == reason::RESUMED => held.last_transition_time.0.max(created),
         _ => created,
     };

@@ -1,13 +1,14 @@
 //! How the newest attempt ended, and what that means for the job.
 
-use crds::condition::{self, reason};
+use std::time::Duration;
+
+use crds::condition::{self, ConditionStatus, reason};
 use crds::exit::ExitCode;
 use crds::finetunejob::{AttemptOutcome, JobReference};
 use crds::run::PodStage;
-use crds::status::seconds_between;
+use crds::status::{condition, seconds_between};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::ResourceExt;
-use std::time::Duration;
 
 use super::deadlines::{ended_by_deadline, nearest_deadline, over};
 use super::{Decision, Recorded, Step, between_attempts, max_preemptions, started};
@@ -26,6 +27,7 @@ const LONGEST_OUTAGE_SECONDS: i64 = 6 * 3600;
 const OUT_OF_MEMORY_ATTEMPTS: usize = 2;
 /// Training attempts in a row without a new checkpoint that end a job.
 const LIVES: i32 = 3;
+
 /// The newest attempt runs no more, and its end is not recorded yet.
 pub(super) fn ended(facts: &Facts, plan: &Plan, current: &JobReference, seen: &AttemptSeen) -> Decision {
     let uid = facts.job.uid().unwrap_or_default();
@@ -66,14 +68,14 @@ pub(super) fn ended(facts: &Facts, plan: &Plan, current: &JobReference, seen: &A
     let told = seen.newest_pod().and_then(|pod| pod.terminated.as_ref()?.finished.clone());
     // The node's clock may be ahead of ours.
     let finished = told.filter(|told| told.0 <= facts.now).unwrap_or(Time(facts.now));
-    let status = facts.status().cloned().unwrap_or_default();
+    let status = facts.status();
     let attempts = status.attempts.clone().unwrap_or_default();
     let counted = Counted {
         stage: current.stage,
         ran: started(facts, plan).is_some(),
         ended: &ended,
         finished: &finished,
-        checkpoints: Checkpoints::new(&status, last_word, volume.as_ref()),
+        checkpoints: Checkpoints::new(status, last_word, volume.as_ref()),
     };
     if counted.is_in_doubt(&attempts) && !was_read {
         return ask();
@@ -90,8 +92,8 @@ fn conclude(facts: &Facts, plan: &Plan, current: &JobReference, recorded: Record
     let max_preemptions = max_preemptions(facts);
     let told = |limit: &str| format!("{limit}; the last attempt: {}: {}", ended.reason, ended.message);
     let out_of_memory = ExitCode::OutOfMemory.reason();
-    let earlier = facts.status().map_or(&[][..], |status| &status.job_refs);
-    let exhausted = earlier.iter().filter(|attempt| attempt.reason.as_deref() == Some(out_of_memory)).count() + 1;
+    let exhausted =
+        facts.status().job_refs.iter().filter(|attempt| attempt.reason.as_deref() == Some(out_of_memory)).count() + 1;
     let outage = attempts.unavailable_since.as_ref().map_or(0, |since| seconds_between(since.0, facts.now));
     let decision = match ended.outcome {
         AttemptOutcome::Done => stage_done(facts, plan, current.stage, &recorded),
@@ -140,11 +142,10 @@ fn stage_done(facts: &Facts, plan: &Plan, stage: PodStage, recorded: &Recorded) 
             Decision { judgement: Some(judgement), ..decision }
         }
         PodStage::Publish => {
-            let conditions = facts.status().map_or(&[][..], |status| &status.conditions);
-            let found = conditions.iter().find(|condition| condition.type_ == condition::VALIDATION_PASSED);
+            let found = condition(facts.status(), condition::VALIDATION_PASSED);
             by_verdict(
                 plan,
-                found.is_some_and(|found| found.status == "False"),
+                found.is_some_and(|found| found.status == ConditionStatus::False.name()),
                 found.map_or("", |found| found.message.as_str()),
             )
         }

@@ -157,6 +157,26 @@ impl World {
         self.pass();
     }
 
+    /// The node is gone, with the pod and everything that it said; the Job controller noted why.
+    fn lose_the_node(&mut self) {
+        let uid = self.current().uid.expect("made");
+        self.attempt().job = JobSeen::Present {
+            uid,
+            released: None,
+            suspended: false,
+            finished: true,
+            failure: Some(("PodFailurePolicy".into(), "Pod team/x has condition DisruptionTarget matching".into())),
+        };
+        self.attempt().pods.clear();
+    }
+
+    /// The queue holds the Job of the newest attempt.
+    fn hold(&mut self, queue: QueueSeen) {
+        let uid = self.current().uid.expect("made");
+        self.attempt().job = JobSeen::Present { uid, released: None, suspended: true, finished: false, failure: None };
+        self.observed.queue = Some(queue);
+    }
+
     /// The container ends so.
     fn end(&mut self, exit_code: i32, report: Option<Report>) {
         let current = self.current();
@@ -170,6 +190,17 @@ impl World {
         (pod.live, pod.running) = (false, false);
         pod.terminated = Some(Terminated { exit_code, message, finished, reason: "Error".into() });
     }
+}
+
+/// Takes a world to its first training Job, which is for the queue `gpu`.
+fn queued(mut spec: Value) -> World {
+    spec["scheduling"] = json!({"queueName": "gpu"});
+    let mut world = World::new(&spec);
+    world.start();
+    world.end(0, Some(Report::default()));
+    world.pass();
+    world.pass();
+    world
 }
 
 /// Takes a world to its first training pod.

@@ -12,9 +12,9 @@ use kube::api::Api;
 use kube::runtime::reflector::ObjectRef;
 use kube::{Client, ResourceExt};
 
-use super::Error;
-use crate::build::{self, CONTAINER, Placement, build_report_job, build_stage_job};
+use crate::build::{self, CONTAINER, Placement, build_report_job, build_stage_job, job_digest};
 use crate::caches::{Caches, prune_job, pruned_digest};
+use crate::call;
 use crate::facts::{AttemptSeen, FailedInit, JobSeen, PodSeen, Terminated, Waiting};
 use crate::validate::Plan;
 
@@ -25,17 +25,15 @@ pub(super) async fn attempt(
     job: &FineTuneJob,
     plan: Option<&Plan>,
     newest: &JobReference,
-) -> Result<AttemptSeen, Error> {
-    let expected = || {
-        let made = build_stage_job(job, plan?, newest, &Placement::default());
-        Some(build::pod_digest(made.spec?.template.spec.as_ref()?))
-    };
+) -> Result<AttemptSeen, call::Error> {
+    let expected = || job_digest(&build_stage_job(job, plan?, newest, &Placement::default()));
     let mut found = find_job(caches, job, &newest.name);
     // A Job that was seen before and is in no cache: the cache may be behind, or the Job is gone.
     if found.is_none() && newest.uid.is_some() && newest.outcome.is_none() {
-        let jobs: Api<Job> = Api::namespaced(client.clone(), &job.namespace().unwrap_or_default());
+        let namespace = job.namespace().unwrap_or_default();
+        let jobs: Api<Job> = Api::namespaced(client.clone(), &namespace);
         let asked = jobs.get_opt(&newest.name).await;
-        let asked = asked.map_err(|source| Error::new("get", "Job", job, &newest.name, source))?;
+        let asked = asked.map_err(|source| call::Error::one::<Job>("get", &namespace, &newest.name, source))?;
         found = asked.map(|mut asked| {
             prune_job(&mut asked);
             Arc::new(asked)
@@ -72,8 +70,7 @@ pub(super) fn report_job(
 ) -> Option<AttemptSeen> {
     let name = build::report_job_name(job, newest);
     let found = find_job(caches, job, &name)?;
-    let made = plan.map(|plan| build_report_job(job, plan, newest));
-    let expected = made.and_then(|made| Some(build::pod_digest(made.spec?.template.spec.as_ref()?)));
+    let expected = plan.and_then(|plan| job_digest(&build_report_job(job, plan, newest)));
     if !build::is_owned_by(&found.metadata, job) || expected.is_some() && pruned_digest(&*found) != expected.as_deref()
     {
         return Some(AttemptSeen { job: JobSeen::Foreign, ..AttemptSeen::default() });

@@ -12,8 +12,8 @@ use k8s_openapi::api::core::v1::{Node, PersistentVolumeClaim, ResourceRequiremen
 use kube::api::{Api, ListParams};
 use kube::{Client, ResourceExt};
 
-use super::Error;
 use crate::build::{HOSTNAME_LABEL, Placement, ZONE_LABEL, nodes_of};
+use crate::call;
 use crate::validate::{Plan, PodPlan};
 
 /// More nodes than these are not named in a pod.
@@ -41,7 +41,7 @@ pub struct Nodes {
 
 impl Nodes {
     /// All nodes; `None` where they may not be listed.
-    async fn list(&self, client: &Client) -> Result<Option<Arc<Vec<NodeSeen>>>, Error> {
+    async fn list(&self, client: &Client) -> Result<Option<Arc<Vec<NodeSeen>>>, call::Error> {
         let mut listed = self.listed.lock().await;
         if let Some((when, nodes)) = &*listed
             && when.elapsed() < FRESH
@@ -58,7 +58,7 @@ impl Nodes {
                 );
                 None
             }
-            Err(source) => return Err(Error::of_cluster("list", "Nodes", source)),
+            Err(source) => return Err(call::Error::many("list", "Nodes", source)),
         };
         *listed = Some((Instant::now(), nodes.clone()));
         Ok(nodes)
@@ -67,11 +67,17 @@ impl Nodes {
 
 /// Where the pod that prepares a job must go, so that the volume is made in reach of the training pod. Nothing is asked of it where
 /// the volume is there already, and where nothing is known: no right to list nodes, or no node yet that could train.
-pub async fn placement(client: &Client, nodes: &Nodes, job: &FineTuneJob, plan: &Plan) -> Result<Placement, Error> {
+pub async fn placement(
+    client: &Client,
+    nodes: &Nodes,
+    job: &FineTuneJob,
+    plan: &Plan,
+) -> Result<Placement, call::Error> {
     let name = plan.claim.name();
-    let claims: Api<PersistentVolumeClaim> = Api::namespaced(client.clone(), &job.namespace().unwrap_or_default());
+    let namespace = job.namespace().unwrap_or_default();
+    let claims: Api<PersistentVolumeClaim> = Api::namespaced(client.clone(), &namespace);
     let claim = claims.get_opt(name).await;
-    let claim = claim.map_err(|source| Error::new("get", "PersistentVolumeClaim", job, name, source))?;
+    let claim = claim.map_err(|source| call::Error::one::<PersistentVolumeClaim>("get", &namespace, name, source))?;
     if claim.is_some_and(|claim| has_a_volume(&claim)) {
         return Ok(Placement::default());
     }

@@ -9,7 +9,7 @@ use k8s_openapi::jiff::Timestamp;
 use kube::api::{Api, ListParams};
 use kube::{Client, ResourceExt};
 
-use super::Error;
+use crate::call;
 use crate::facts::{AttemptSeen, JobSeen, Warning};
 
 /// Events of one object: they are aggregated, and live for an hour.
@@ -23,7 +23,7 @@ pub(super) async fn warning(
     job: &FineTuneJob,
     attempt: &AttemptSeen,
     now: Timestamp,
-) -> Result<Option<Warning>, Error> {
+) -> Result<Option<Warning>, call::Error> {
     let about = match (attempt.newest_pod(), &attempt.job) {
         (Some(pod), _)
             if pod.live && pod.scheduled && !pod.running && pod.terminated.is_none() && pod.ends_by.is_none() =>
@@ -33,7 +33,8 @@ pub(super) async fn warning(
         (None, JobSeen::Present { uid, suspended: false, finished: false, .. }) => uid,
         _ => return Ok(None),
     };
-    let events: Api<Event> = Api::namespaced(client.clone(), &job.namespace().unwrap_or_default());
+    let namespace = job.namespace().unwrap_or_default();
+    let events: Api<Event> = Api::namespaced(client.clone(), &namespace);
     let selected = ListParams::default().fields(&format!("involvedObject.uid={about},type=Warning")).limit(MOST);
     match events.list(&selected).await {
         Ok(found) => Ok(newest(found.items, now)),
@@ -42,7 +43,10 @@ pub(super) async fn warning(
             tracing::warn!("{}: {}", job.name_any(), status.message);
             Ok(None)
         }
-        Err(source) => Err(Error::new("list", "Events", job, &job.name_any(), source)),
+        Err(source) => {
+            let events = format!("Events {namespace}/{}", job.name_any());
+            Err(call::Error::many("list", events, source))
+        }
     }
 }
 

@@ -4,6 +4,7 @@ use crds::condition::{self, ConditionStatus, reason};
 use crds::finetunejob::Phase;
 use crds::report::Stage;
 use crds::run::PodStage;
+use crds::status::{condition, found};
 
 use super::{LOOK_AGAIN, Rendering, convert};
 use crate::decide::Step;
@@ -23,11 +24,7 @@ impl Rendering<'_> {
     }
 
     fn phase(&self, reason: &str) -> Phase {
-        let is_queued = self
-            .status
-            .conditions
-            .iter()
-            .any(|condition| condition.type_ == condition::ADMITTED && condition.status == "False");
+        let is_queued = found(&self.status, condition::ADMITTED, ConditionStatus::False).is_some();
         let stuck = matches!(
             reason,
             reason::UNSCHEDULABLE | reason::IMAGE_PULL_FAILED | reason::CHILD_CREATION_FAILED | reason::MOUNT_FAILED
@@ -80,8 +77,7 @@ impl Rendering<'_> {
             }
         };
         // Counters in the queue's words move all the time; what they mean does not.
-        let told =
-            self.status.conditions.iter().find(|told| told.type_ == condition::ADMITTED && told.reason == reason);
+        let told = condition(&self.status, condition::ADMITTED).filter(|told| told.reason == reason);
         let told = told.filter(|told| convert::have_same_meaning(&told.message, &message));
         let message = told.map_or(message, |told| told.message.clone());
         self.set(condition::ADMITTED, ConditionStatus::False, reason, &message);
@@ -105,16 +101,24 @@ impl Rendering<'_> {
             | Phase::Evaluating
             | Phase::Publishing => (False, True, False),
         };
-        let why = [(condition::FAILED, "True"), (condition::ACCEPTED, "False")];
-        let why = why.iter().find_map(|(name, status)| {
-            self.status.conditions.iter().find(|found| found.type_ == *name && found.status == *status)
-        });
-        let (reason, message) = match why.filter(|_| stalled == True) {
-            Some(found) => (found.reason.clone(), found.message.clone()),
-            None => (format!("{phase:?}"), String::new()),
+        let sources = [
+            (condition::COMPLETE, True),
+            (condition::FAILED, True),
+            (condition::ACCEPTED, False),
+            (condition::SUSPENDED, True),
+            (condition::ADMITTED, False),
+        ];
+        let source = sources.into_iter().find_map(|(name, status)| found(&self.status, name, status));
+        let source = source.or(condition(&self.status, condition::RUNNING)).cloned();
+        let message = source.as_ref().map_or("", |source| &source.message);
+        let reason = match &source {
+            Some(source) if stalled == True => source.reason.clone(),
+            _ => format!("{phase:?}"),
         };
-        self.set(condition::READY, ready, &reason, &message);
-        self.set(condition::RECONCILING, reconciling, &reason, "");
-        self.set(condition::STALLED, stalled, &reason, &message);
+        for (name, status) in
+            [(condition::READY, ready), (condition::RECONCILING, reconciling), (condition::STALLED, stalled)]
+        {
+            self.set(name, status, &reason, message);
+        }
     }
 }

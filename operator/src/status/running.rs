@@ -5,6 +5,7 @@ use std::time::Duration;
 use crds::condition::{self, ConditionStatus, reason};
 use crds::finetunejob::{AttemptOutcome, JobReference};
 use crds::run::PodStage;
+use crds::status::condition;
 
 use super::{LOOK_AGAIN, Rendering};
 use crate::decide::Step;
@@ -171,7 +172,7 @@ impl Rendering<'_> {
             _ => reason::INIT_CONTAINER_FAILED,
         };
         // The kubelet tells of one failure in turns: that it failed, and that it waits.
-        let told = self.status.conditions.iter().find(|one| one.type_ == condition::RUNNING && one.reason == reason);
+        let told = condition(&self.status, condition::RUNNING).filter(|told| told.reason == reason);
         if let Some(told) = told.filter(|_| waiting.reason.ends_with("BackOff")) {
             return Running::not(reason, told.message.clone());
         }

@@ -4,9 +4,11 @@
 use std::fmt::Write as _;
 
 use crds::FineTuneJob;
+use crds::condition::ConditionStatus::{False, True, Unknown};
 use crds::condition::{self, reason};
 use crds::finetunejob::{FineTuneJobStatus, Phase};
 use crds::run::PodStage;
+use crds::status::{found, is_terminal};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::ResourceExt;
 
@@ -138,25 +140,22 @@ fn waits(job: &FineTuneJob) -> Option<(&str, &Time)> {
     if job.spec.managed_by.as_deref().is_some_and(|manager| manager != MANAGER) {
         return None;
     }
-    let conditions = job.status.as_ref().map_or(&[][..], |status| &status.conditions);
-    if conditions.is_empty() {
+    let Some(status) = job.status.as_ref().filter(|status| !status.conditions.is_empty()) else {
         return Some((reason::PENDING, job.metadata.creation_timestamp.as_ref()?));
-    }
-    let has = |condition: &str, statuses: &[&str]| {
-        conditions.iter().find(|found| found.type_ == condition && statuses.contains(&found.status.as_str()))
     };
-    if has(condition::COMPLETE, &["True"]).or(has(condition::FAILED, &["True"])).is_some() {
+    if is_terminal(status) {
         return None;
     }
-    let held = has(condition::SUSPENDED, &["True"])
-        .or_else(|| has(condition::ACCEPTED, &["False"]))
-        .or_else(|| has(condition::ADMITTED, &["False"]))
-        .or_else(|| has(condition::RUNNING, &["False", "Unknown"]))?;
+    let held = found(status, condition::SUSPENDED, True)
+        .or_else(|| found(status, condition::ACCEPTED, False))
+        .or_else(|| found(status, condition::ADMITTED, False))
+        .or_else(|| found(status, condition::RUNNING, False))
+        .or_else(|| found(status, condition::RUNNING, Unknown))?;
     Some((&held.reason, &held.last_transition_time))
 }
 
 fn last_report(status: &FineTuneJobStatus) -> Option<&Time> {
-    let running = status.conditions.iter().find(|one| one.type_ == condition::RUNNING && one.status == "True")?;
+    let running = found(status, condition::RUNNING, True)?;
     let told = status.progress.as_ref().and_then(|progress| progress.last_report_time.as_ref());
     (status.stage == Some(PodStage::Train))
         .then(|| told.map_or(&running.last_transition_time, |told| told.max(&running.last_transition_time)))

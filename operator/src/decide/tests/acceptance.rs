@@ -90,6 +90,7 @@ fn what_stands_in_the_way_of_a_pod_is_told_in_the_words_of_who_sees_it() {
     world.attempt().pods[0] = PodSeen { live: true, unschedulable: Some(sentence.into()), ..PodSeen::default() };
     world.pass();
     assert_eq!(world.condition(condition::RUNNING), ("False".into(), "Unschedulable".into(), sentence.into()));
+    assert_eq!(world.condition(condition::RECONCILING).2, sentence, "Flux and Argo CD show that condition alone");
     assert_eq!(world.status().phase, Some(Phase::Pending));
     let waiting = |reason: &str, message: &str| {
         Some(Waiting { container: "trainer".into(), reason: reason.into(), message: message.into() })

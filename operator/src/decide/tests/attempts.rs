@@ -118,15 +118,7 @@ fn the_next_attempt_waits_until_no_pod_of_the_last_is_left() {
     ] {
         assert!(message.contains(advice), "{message}");
     }
-    world.attempt().pods.clear();
-    world.observed.report_job = None;
-    world.attempt().job = JobSeen::Present {
-        uid,
-        released: None,
-        suspended: false,
-        finished: true,
-        failure: Some(("PodFailurePolicy".into(), "Pod team/x has condition DisruptionTarget matching".into())),
-    };
+    world.lose_the_node();
     world.pass();
     world.read_volume(Some(Report { from_volume: true, ..Report::default() }));
     world.pass();

@@ -3,25 +3,12 @@
 use super::*;
 use crate::facts::{FailedInit, Silence, Waiting, Warning};
 
-/// A pod that was taken away, and everything that it said with it.
-fn lost_with_its_node(world: &mut World) {
-    let uid = world.current().uid.expect("made");
-    world.attempt().job = JobSeen::Present {
-        uid,
-        released: None,
-        suspended: false,
-        finished: true,
-        failure: Some(("PodFailurePolicy".into(), "Pod team/x has condition DisruptionTarget matching".into())),
-    };
-    world.attempt().pods.clear();
-}
-
 #[test]
 fn lives_that_nobody_heard_of_are_looked_up_before_they_are_spent() {
     let mut world = training(&json!({}));
     for life in 1..=4 {
         world.wait(3600);
-        lost_with_its_node(&mut world);
+        world.lose_the_node();
         world.pass();
         assert_eq!(world.condition(condition::RUNNING).1, "ReadingVolume");
         world.read_volume(Some(Report {
@@ -43,7 +30,7 @@ fn lives_that_nobody_heard_of_are_looked_up_before_they_are_spent() {
 fn a_volume_that_cannot_be_read_costs_no_life() {
     let mut world = training(&json!({}));
     for _ in 0..5 {
-        lost_with_its_node(&mut world);
+        world.lose_the_node();
         world.pass();
         world.read_volume(None);
         world.pass();
@@ -261,22 +248,16 @@ fn whatever_anybody_says_is_bounded_and_on_one_line() {
 
 #[test]
 fn counters_in_the_words_of_a_queue_are_not_written() {
-    let mut world = World::new(&json!({"scheduling": {"queueName": "gpu"}}));
-    world.start();
-    world.end(0, Some(Report::default()));
-    world.pass();
-    world.pass();
-    let uid = world.current().uid.expect("made");
-    world.attempt().job = JobSeen::Present { uid, released: None, suspended: true, finished: false, failure: None };
+    let mut world = queued(json!({}));
     world.attempt().pods.clear();
     let mut seen = Vec::new();
     for needed in [3, 2, 17] {
-        world.observed.queue = Some(QueueSeen::Waiting(format!("Pending: insufficient quota, {needed} more needed")));
+        world.hold(QueueSeen::Waiting(format!("Pending: insufficient quota, {needed} more needed")));
         world.pass();
         seen.push(world.job.status.clone());
     }
     assert!(seen.windows(2).all(|pair| pair[0] == pair[1]), "{seen:#?}");
-    world.observed.queue = Some(QueueSeen::Waiting("Pending: the queue is stopped".into()));
+    world.hold(QueueSeen::Waiting("Pending: the queue is stopped".into()));
     world.pass();
     assert!(world.condition(condition::ADMITTED).2.contains("stopped"));
 }
@@ -301,6 +282,13 @@ fn kstatus_reads_each_phase_as_a_user_would() {
     assert_eq!(told(&world), [false, false, true], "failed");
     let (_, reason, message) = world.condition("Stalled");
     assert_eq!((reason.as_str(), message.as_str()), ("BadData", "train.jsonl:3: not JSON"));
+    // An operator ended it that knew nothing of these three.
+    let ended = world.job.status.clone();
+    let own = ["Ready", "Reconciling", "Stalled"];
+    let status = world.job.status.as_mut().expect("a status");
+    status.conditions.retain(|condition| !own.contains(&condition.type_.as_str()));
+    world.pass();
+    assert_eq!(world.job.status, ended);
     let mut world = World::new(&json!({"profile": "h100"}));
     world.pass();
     assert_eq!(told(&world), [false, false, true], "only an edit helps");

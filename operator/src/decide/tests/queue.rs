@@ -1,20 +1,13 @@
 //! A queue that holds Jobs and takes their pods away.
 
 use super::*;
-use crate::facts::QueueSeen;
 
 #[test]
 fn a_queue_holds_evicts_and_takes_back_the_same_job() {
-    let mut world = World::new(&json!({"scheduling": {"queueName": "gpu"}}));
-    world.start();
-    world.end(0, Some(Report::default()));
-    world.pass();
-    world.pass();
+    let mut world = queued(json!({}));
     let held = |world: &mut World, queue| {
-        let uid = world.current().uid.expect("made");
-        world.attempt().job = JobSeen::Present { uid, released: None, suspended: true, finished: false, failure: None };
+        world.hold(queue);
         world.attempt().pods.clear();
-        world.observed.queue = Some(queue);
         world.pass();
     };
     assert_eq!(world.condition(condition::ADMITTED).1, "NoQueue", "the prepare Job, which has none, says nothing");
@@ -52,11 +45,7 @@ fn a_queue_holds_evicts_and_takes_back_the_same_job() {
 
 #[test]
 fn evictions_are_bounded_like_other_preemptions() {
-    let mut world = World::new(&json!({"scheduling": {"queueName": "gpu"}, "failurePolicy": {"maxPreemptions": 1}}));
-    world.start();
-    world.end(0, Some(Report::default()));
-    world.pass();
-    world.pass();
+    let mut world = queued(json!({"failurePolicy": {"maxPreemptions": 1}}));
     for number in 1..=2 {
         let uid = world.current().uid.expect("made");
         world.attempt().job = present(&uid, false);
@@ -66,8 +55,7 @@ fn evictions_are_bounded_like_other_preemptions() {
         world.attempt().pods = vec![PodSeen { live: true, running: true, started, ..PodSeen::default() }];
         world.pass();
         world.wait(10);
-        world.attempt().job = JobSeen::Present { uid, released: None, suspended: true, finished: false, failure: None };
-        world.observed.queue = Some(QueueSeen::Evicted("Preempted: by another".into()));
+        world.hold(QueueSeen::Evicted("Preempted: by another".into()));
         world.pass();
         assert_eq!(world.status().usage.map(|usage| usage.train_seconds), Some(10 * number));
         let uid = world.current().uid.expect("made");
