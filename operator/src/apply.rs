@@ -13,7 +13,7 @@ use serde::de::DeserializeOwned;
 
 use crate::build::{
     Placement, build_claim, build_config_map, build_control, build_report_job, build_stage_job, controller,
-    is_labelled_for, is_owned_by, job_digest,
+    is_labelled_for, is_owned_by, job_digest, makes_one_pod, report_job_name,
 };
 use crate::call;
 use crate::decide::{Decision, Step};
@@ -45,7 +45,7 @@ pub enum Change {
 /// The changes that a decision asks for, in the order in which they are made. Pure. `placement` is for the first pod of a job.
 pub fn changes(decision: &Decision, facts: &Facts, placement: &Placement) -> Vec<Change> {
     let job = facts.job;
-    let mut changes: Vec<Change> = removal(decision, facts).into_iter().collect();
+    let mut changes: Vec<Change> = removal(decision, facts).into_iter().chain(removal_of_reader(facts)).collect();
     let (Some(newest), Ok(plan)) = (facts.newest(), facts.plan) else { return changes };
     let is_open = facts.current().is_some() && !matches!(decision.step, Step::Rest { .. } | Step::Hold { .. });
     if job.spec.stop_requested && is_open {
@@ -72,61 +72,64 @@ fn removal(decision: &Decision, facts: &Facts) -> Option<Change> {
     Some(Change::DeleteJob { name: facts.newest()?.name.clone(), uid })
 }
 
+/// A Job that has read the volume, or that nobody waits for, may be kept by containers beside the trainer.
+fn removal_of_reader(facts: &Facts) -> Option<Change> {
+    let reader = facts.observed.report_job.as_ref()?;
+    let is_done = facts.current().is_none() || reader.has_ended();
+    let uid = reader.unfinished_job().filter(|_| is_done)?.to_owned();
+    Some(Change::DeleteJob { name: report_job_name(facts.job, facts.newest()?), uid })
+}
+
 /// Makes them. What the API server says when it does not take an object is told, whatever it says.
 pub async fn apply(client: &Client, job: &FineTuneJob, changes: Vec<Change>) -> Result<Applied, call::Error> {
     let namespace = job.namespace().unwrap_or_default();
     let mut applied = Applied::default();
     for change in changes {
-        let outcome = match change {
+        let obstacle = match change {
             Change::ConfigMap(map) => {
-                let outcome = create(client, &namespace, &*map, same_map(job, &map)).await?;
-                applied.plan_was_recorded = matches!(outcome, Outcome::Ours(_));
-                outcome
+                let made = create(client, &namespace, &*map, same_map(job, &map)).await?;
+                applied.plan_was_recorded = made.is_ok();
+                made.err()
             }
+            // An attempt is not disturbed by what is in the way of a word to it.
             Change::Control(map) => {
-                let outcome = create(client, &namespace, &*map, same_map(job, &map)).await?;
-                applied.stop_was_told = matches!(outcome, Outcome::Ours(_));
-                outcome
+                match create(client, &namespace, &*map, same_map(job, &map)).await? {
+                    Ok(_) => applied.stop_was_told = true,
+                    Err(Obstacle::Taken(what)) => applied.name_taken = Some(what),
+                    Err(Obstacle::Leftover(why) | Obstacle::Refused(why)) => applied.stop_refused = Some(why),
+                }
+                None
             }
             Change::Claim(claim) => {
                 let is_ours = |found: &PersistentVolumeClaim| is_labelled_for(&found.metadata, job);
-                create(client, &namespace, &*claim, is_ours).await?
+                create(client, &namespace, &*claim, is_ours).await?.err()
             }
-            Change::ReportJob(child) => create(client, &namespace, &*child, same_job(job, &child)).await?,
+            Change::ReportJob(child) => create(client, &namespace, &*child, same_job(job, &child)).await?.err(),
             Change::StageJob(child) => {
-                let outcome = create(client, &namespace, &*child, same_job(job, &child)).await?;
-                if let Outcome::Ours(Some(uid)) = &outcome {
-                    applied.created = job_digest(&child).map(|pod_digest| Created { uid: uid.clone(), pod_digest });
-                }
-                outcome
+                let made = create(client, &namespace, &*child, same_job(job, &child)).await?;
+                // As admission left it: its pods are like that.
+                let found = made.as_ref().ok().and_then(|found| found.uid().zip(job_digest(found)));
+                applied.created = found.map(|(uid, pod_digest)| Created { uid, pod_digest });
+                made.err()
             }
             Change::DeleteJob { name, uid } => {
                 delete_job(client, &namespace, &name, &uid).await?;
-                continue;
+                None
             }
         };
-        match outcome {
-            Outcome::Ours(_) => {}
-            Outcome::Leftover(what) => {
-                applied.leftover = Some(what);
-                break;
-            }
-            Outcome::Taken(what) => {
-                applied.name_taken = Some(what);
-                break;
-            }
-            Outcome::Refused(message) => {
-                applied.refused = Some(message);
-                break;
-            }
+        let Some(obstacle) = obstacle else { continue };
+        match obstacle {
+            Obstacle::Leftover(what) => applied.leftover = Some(what),
+            Obstacle::Taken(what) => applied.name_taken = Some(what),
+            Obstacle::Refused(message) => applied.refused = Some(message),
         }
+        break;
     }
     Ok(applied)
 }
 
-enum Outcome {
-    /// It is there, and ours.
-    Ours(Option<String>),
+/// Why an object is not there as it was asked for.
+enum Obstacle {
     /// The object of a job of the same name that was deleted has its name.
     Leftover(String),
     /// Somebody else's object has its name.
@@ -150,7 +153,7 @@ fn is_leftover(found: &ObjectMeta, object: &ObjectMeta) -> bool {
 /// So it is with a Job: what it runs must be what was asked for.
 fn same_job(job: &FineTuneJob, child: &Job) -> impl Fn(&Job) -> bool {
     let expected = job_digest(child);
-    move |found| is_owned_by(&found.metadata, job) && job_digest(found) == expected
+    move |found| is_owned_by(&found.metadata, job) && makes_one_pod(found) && job_digest(found) == expected
 }
 
 async fn create<K>(
@@ -158,7 +161,7 @@ async fn create<K>(
     namespace: &str,
     object: &K,
     is_ours: impl Fn(&K) -> bool,
-) -> Result<Outcome, call::Error>
+) -> Result<Result<K, Obstacle>, call::Error>
 where
     K: Resource<Scope = NamespaceResourceScope, DynamicType = ()>
         + Clone
@@ -170,18 +173,20 @@ where
     let what = format!("{} {}", K::kind(&()), object.name_any());
     let failed = |verb, source| call::Error::one::<K>(verb, namespace, &object.name_any(), source);
     match api.create(&PostParams::default(), object).await {
-        Ok(created) => Ok(Outcome::Ours(created.meta().uid.clone())),
+        Ok(created) => Ok(Ok(created)),
         Err(kube::Error::Api(status)) if status.is_already_exists() => {
             Ok(match api.get_opt(&object.name_any()).await.map_err(|source| failed("get", source))? {
-                Some(found) if is_ours(&found) => Outcome::Ours(found.meta().uid.clone()),
-                Some(found) if is_leftover(found.meta(), object.meta()) => Outcome::Leftover(what),
-                Some(_) => Outcome::Taken(what),
-                None => Outcome::Refused(format!("{what} was deleted while it was made")),
+                Some(found) if is_ours(&found) => Ok(found),
+                Some(found) if is_leftover(found.meta(), object.meta()) => Err(Obstacle::Leftover(what)),
+                Some(_) => Err(Obstacle::Taken(what)),
+                None => Err(Obstacle::Refused(format!("{what} was deleted while it was made"))),
             })
         }
         // Quota, admission and Pod Security answer 403, a field that is out of bounds 422, a webhook that is down 500: whatever it
         // is, its user can do more about it than a log.
-        Err(kube::Error::Api(status)) => Ok(Outcome::Refused(format!("cannot create {what}: {}", status.message))),
+        Err(kube::Error::Api(status)) => {
+            Ok(Err(Obstacle::Refused(format!("cannot create {what}: {}", status.message))))
+        }
         Err(source) => Err(failed("create", source)),
     }
 }

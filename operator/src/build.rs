@@ -22,7 +22,7 @@ pub use config_map::{PLAN_FILE, RUN_FILE, build_config_map, build_control};
 pub use crds::labels::{
     ATTEMPT_LABEL, CONTAINER, JOB_NAME_LABEL, JOB_UID_LABEL, MANAGED_BY_LABEL, MANAGER, STAGE_LABEL,
 };
-pub use digest::{job_digest, pod_digest};
+pub use digest::{differences, job_digest, makes_one_pod, pod_digest};
 pub use job::{TRAINER_PORT, build_report_job, build_stage_job};
 pub use placement::{HOSTNAME_LABEL, Placement, ZONE_LABEL, nodes_of};
 

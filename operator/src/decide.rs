@@ -158,7 +158,9 @@ pub fn decide(facts: &Facts) -> Decision {
     let plan = match facts.plan {
         Ok(plan) => plan,
         // Accepted once, and now nothing says any more what was accepted.
-        Err(invalid) if facts.newest().is_some() && invalid.reason != reason::PLAN_UNREADABLE => {
+        Err(invalid)
+            if !nothing_was_made(facts.status(), facts.observed) && invalid.reason != reason::PLAN_UNREADABLE =>
+        {
             return Decision::fail(invalid.reason, &invalid.message);
         }
         Err(_) => return within_deadlines(facts, None, None, Decision::step(Step::Refuse)),

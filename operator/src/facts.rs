@@ -56,6 +56,18 @@ pub struct Observed {
     pub warning: Option<Warning>,
 }
 
+impl Observed {
+    /// The Job that reads what the newest attempt left, once that has ended.
+    pub fn reader(&self) -> Option<&AttemptSeen> {
+        self.report_job.as_ref().filter(|_| self.attempt.as_ref().is_some_and(AttemptSeen::has_ended))
+    }
+
+    /// The Job that may not get on: the newest attempt's, or the one that reads what it left.
+    pub fn in_question(&self) -> Option<&AttemptSeen> {
+        self.reader().or(self.attempt.as_ref())
+    }
+}
+
 /// What somebody else's controller, or the kubelet, says of an object in an event.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Warning {
@@ -90,11 +102,21 @@ pub enum QueueSeen {
 pub struct AttemptSeen {
     /// The Job.
     pub job: JobSeen,
+    /// Digest of the pod that it makes.
+    pub pod_digest: Option<String>,
     /// Its pods, newest last.
     pub pods: Vec<PodSeen>,
-    /// Names of live pods that must be gone before another trainer may begin, and whose word counts for nothing: those of a
-    /// Job of this name that is gone, and those that claim to be of this Job and do not run the trainer that it asks for.
-    pub strangers: Vec<String>,
+    /// Live pods that must be gone before another trainer may begin, and whose word counts for nothing.
+    pub strangers: Vec<Stranger>,
+}
+
+/// A pod of a Job of this name that is gone, or one that claims to be of this Job and does not run the trainer that it asks for.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Stranger {
+    /// What it shows.
+    pub pod: PodSeen,
+    /// In what it is not that trainer, where it claims to be of this Job.
+    pub differs_in: Vec<String>,
 }
 
 /// What became of a Job.

@@ -58,15 +58,19 @@ pub async fn observe(
     let (plan, unreadable_plan) = recorded.map_or_else(|why| (None, Some(why)), |plan| (plan, None));
     let attempt = children::attempt(client, caches, job, plan.as_ref(), newest).await?;
     let report_job = children::report_job(caches, job, plan.as_ref(), newest);
-    let queue = match &attempt.job {
-        JobSeen::Present { uid, suspended: true, finished: false, .. } => queues.seen(uid),
-        JobSeen::Present { .. } | JobSeen::Missing | JobSeen::Foreign => None,
-    };
-    let warning = warning::warning(client, job, &attempt, now).await?;
     let uid = job.uid().unwrap_or_default();
     let progress = attempt.pods.iter().rev().find_map(|pod| board.get(&pod.uid, &uid));
     let silence = attempt.newest_pod().and_then(|pod| board.silence(&pod.uid));
-    Ok(Observed { plan, unreadable_plan, attempt: Some(attempt), report_job, progress, silence, queue, warning })
+    let attempt = Some(attempt);
+    let mut observed =
+        Observed { plan, unreadable_plan, attempt, report_job, progress, silence, ..Observed::default() };
+    if let Some(in_question) = observed.in_question().cloned() {
+        if let JobSeen::Present { uid, suspended: true, finished: false, .. } = &in_question.job {
+            observed.queue = queues.seen(uid);
+        }
+        observed.warning = warning::warning(client, job, &in_question, now).await;
+    }
+    Ok(observed)
 }
 
 /// The plan in the ConfigMap, if it is the one that the job was accepted with; or what this version does not understand in it.

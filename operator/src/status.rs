@@ -35,6 +35,8 @@ pub struct Applied {
     pub leftover: Option<String>,
     /// What the API server said when it refused an object.
     pub refused: Option<String>,
+    /// The same of the word to stop.
+    pub stop_refused: Option<String>,
     /// This pass made the ConfigMap that holds the plan: it holds the plan of this pass.
     pub plan_was_recorded: bool,
     /// The word to stop is in its ConfigMap.

@@ -64,6 +64,7 @@ struct State {
     noted: Vec<Noted>,
     /// Versions of Kueue's API that are served.
     kueue: Vec<String>,
+    webhooks: Vec<(Kind, fn(&mut Value))>,
     /// How often all watches were broken.
     epoch: u64,
 }
@@ -77,6 +78,7 @@ impl ApiServer {
             invariants: Invariants::default(),
             noted: Vec::new(),
             kueue: Vec::new(),
+            webhooks: Vec::new(),
             epoch: 0,
         };
         Self(Arc::new(Inner { state: Mutex::new(state), versions: tokio::sync::watch::Sender::new(0), clock }))
@@ -95,6 +97,11 @@ impl ApiServer {
     /// Nothing goes wrong any more.
     pub fn heal(&self) {
         self.state().faults.clear();
+    }
+
+    /// From now on a webhook changes objects of a kind when they are made.
+    pub fn admit(&self, kind: Kind, webhook: fn(&mut Value)) {
+        self.state().webhooks.push((kind, webhook));
     }
 
     /// Serves these versions of Kueue's API; without them there is no such kind.
@@ -160,14 +167,22 @@ impl ApiServer {
     }
 
     /// Somebody makes an object.
-    pub fn create(&self, kind: Kind, mut object: Value, author: Author) -> Result<Value, Refusal> {
+    pub fn create(&self, kind: Kind, object: Value, author: Author) -> Result<Value, Refusal> {
+        let object = self.admitted(kind, object)?;
+        let text = |name: &str| object["metadata"][name].as_str().unwrap_or_default().to_owned();
+        let key = Key::new(kind, &text("namespace"), &text("name"));
+        self.write(|store, now| store.create(&key, object, author, now))
+    }
+
+    /// An object as it is stored: with defaults, and with what webhooks made of it.
+    fn admitted(&self, kind: Kind, mut object: Value) -> Result<Value, Refusal> {
         if kind == Kind::FineTuneJob {
             object = Schema::get().admit(&object)?;
         }
         defaults::fill(kind, &mut object);
-        let text = |name: &str| object["metadata"][name].as_str().unwrap_or_default().to_owned();
-        let key = Key::new(kind, &text("namespace"), &text("name"));
-        self.write(|store, now| store.create(&key, object, author, now))
+        let webhooks = self.state().webhooks.clone();
+        webhooks.into_iter().filter(|(of, _)| *of == kind).for_each(|(_, webhook)| webhook(&mut object));
+        Ok(object)
     }
 
     /// Somebody edits an object: everything but its status.

@@ -91,6 +91,8 @@ pub fn build_report_job(job: &FineTuneJob, plan: &Plan, of: &JobReference) -> Jo
     let mut args = trainer_args(PodStage::Report, of.attempt);
     args.extend(["--of".into(), of.stage.name().into()]);
     let mut pod = pod_spec(job, plan, PodStage::Report, args);
+    // Of the pod, which counts from when it has a node.
+    pod.active_deadline_seconds = Some(REPORT_DEADLINE_SECONDS);
     place(&mut pod, &plan.pods, PodStage::Report, &Placement::default());
     for mount in pod.containers[0].volume_mounts.iter_mut().flatten() {
         mount.read_only = (mount.mount_path == RUN_VOLUME || mount.mount_path == CONFIG_FOLDER).then_some(true);
@@ -99,7 +101,6 @@ pub fn build_report_job(job: &FineTuneJob, plan: &Plan, of: &JobReference) -> Jo
     built.metadata.name = Some(report_job_name(job, of));
     let spec = built.spec.get_or_insert_default();
     spec.backoff_limit = Some(2);
-    spec.active_deadline_seconds = Some(REPORT_DEADLINE_SECONDS);
     if let Some(queue) = plan.pods.queue(PodStage::Report) {
         hand_to_kueue(&mut built, plan, queue);
     }

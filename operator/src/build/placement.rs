@@ -17,27 +17,15 @@ pub const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 /// Where the first pod of a job must go, because the volume is made where it goes: where the training pod can follow.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Placement {
-    /// Values of [`HOSTNAME_LABEL`]; empty: any.
-    pub nodes: Vec<String>,
-    /// Values of [`ZONE_LABEL`], where there are too many nodes to name; empty: any.
-    pub zones: Vec<String>,
+    /// A node label and its values, one of which the node has; `None`: any node.
+    pub among: Option<(String, Vec<String>)>,
 }
 
 impl Placement {
     fn affinity(&self) -> Option<Affinity> {
-        let among = |key: &str, values: &[String]| {
-            (!values.is_empty()).then(|| NodeSelectorRequirement {
-                key: key.into(),
-                operator: "In".into(),
-                values: Some(values.to_vec()),
-            })
-        };
-        let required: Vec<NodeSelectorRequirement> =
-            among(HOSTNAME_LABEL, &self.nodes).into_iter().chain(among(ZONE_LABEL, &self.zones)).collect();
-        if required.is_empty() {
-            return None;
-        }
-        let term = NodeSelectorTerm { match_expressions: Some(required), match_fields: None };
+        let (key, values) = self.among.clone()?;
+        let required = NodeSelectorRequirement { key, operator: "In".into(), values: Some(values) };
+        let term = NodeSelectorTerm { match_expressions: Some(vec![required]), match_fields: None };
         Some(Affinity {
             node_affinity: Some(NodeAffinity {
                 required_during_scheduling_ignored_during_execution: Some(NodeSelector {

@@ -135,7 +135,7 @@ impl World {
             PodSeen { terminated: Some(terminated), ..PodSeen::default() }
         });
         let pods = pods.into_iter().collect();
-        self.observed.report_job = Some(AttemptSeen { job: present("r", true), pods, strangers: Vec::new() });
+        self.observed.report_job = Some(AttemptSeen { job: present("r", true), pods, ..AttemptSeen::default() });
     }
 
     fn attempt(&mut self) -> &mut AttemptSeen {

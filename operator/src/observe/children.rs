@@ -15,7 +15,7 @@ use kube::{Client, ResourceExt};
 use crate::build::{self, CONTAINER, Placement, build_report_job, build_stage_job, job_digest};
 use crate::caches::{Caches, prune_job, pruned_digest};
 use crate::call;
-use crate::facts::{AttemptSeen, FailedInit, JobSeen, PodSeen, Terminated, Waiting};
+use crate::facts::{AttemptSeen, FailedInit, JobSeen, PodSeen, Stranger, Terminated, Waiting};
 use crate::validate::Plan;
 
 /// The newest attempt.
@@ -44,9 +44,11 @@ pub(super) async fn attempt(
         // It was made anew since, by somebody else: that of the attempt is gone.
         (Some(found), Some(uid)) if found.uid().as_ref() != Some(uid) => JobSeen::Missing,
         (Some(found), Some(_)) => job_seen(found),
-        // Made, and not noted before the operator died, or made by somebody else for the operator to find.
+        // Made, and not noted before the operator died, or made by somebody else for the operator to find. What it would read
+        // is what was planned: without the recorded plan it is not ours.
         (Some(found), None) => {
             let is_ours = build::is_owned_by(&found.metadata, job)
+                && build::makes_one_pod(found)
                 && expected().is_some_and(|expected| pruned_digest(&**found) == Some(&expected));
             if is_ours { job_seen(found) } else { JobSeen::Foreign }
         }
@@ -57,8 +59,25 @@ pub(super) async fn attempt(
     };
     // Of an attempt that another version made without noting what its pod runs, every pod of its Job counts.
     let digest = newest.pod_digest.clone().or_else(|| expected().filter(|_| newest.uid.is_none()));
-    let (pods, strangers) = pods_of(caches, job, &newest.name, uid.as_deref(), digest.as_deref());
-    Ok(AttemptSeen { job: seen, pods, strangers })
+    let (pods, mut strangers) = pods_of(caches, job, &newest.name, uid.as_deref(), digest.as_deref());
+    if let (Some(stranger), JobSeen::Present { .. }) = (strangers.first_mut(), &seen) {
+        stranger.differs_in = differences(client, job, &newest.name, &stranger.pod.name).await?;
+    }
+    let pod_digest = found.as_deref().and_then(pruned_digest).map(str::to_owned);
+    Ok(AttemptSeen { job: seen, pod_digest, pods, strangers })
+}
+
+/// In what a pod is not the one that a Job would make. Caches do not hold that much of either; strangers are few.
+async fn differences(client: &Client, job: &FineTuneJob, child: &str, pod: &str) -> Result<Vec<String>, call::Error> {
+    let namespace = job.namespace().unwrap_or_default();
+    let (jobs, pods) =
+        (Api::<Job>::namespaced(client.clone(), &namespace), Api::<Pod>::namespaced(client.clone(), &namespace));
+    let found =
+        jobs.get_opt(child).await.map_err(|source| call::Error::one::<Job>("get", &namespace, child, source))?;
+    let pod = pods.get_opt(pod).await.map_err(|source| call::Error::one::<Pod>("get", &namespace, pod, source))?;
+    let template = found.and_then(|found| found.spec?.template.spec);
+    let both = template.zip(pod.and_then(|pod| pod.spec));
+    Ok(both.map(|(template, pod)| build::differences(&template, &pod)).unwrap_or_default())
 }
 
 /// The Job that reads the volume of an attempt, if there is one.
@@ -71,12 +90,12 @@ pub(super) fn report_job(
     let name = build::report_job_name(job, newest);
     let found = find_job(caches, job, &name)?;
     let expected = plan.and_then(|plan| job_digest(&build_report_job(job, plan, newest)));
-    if !build::is_owned_by(&found.metadata, job) || expected.is_some() && pruned_digest(&*found) != expected.as_deref()
-    {
+    let is_another = expected.is_some() && pruned_digest(&*found) != expected.as_deref();
+    if !build::is_owned_by(&found.metadata, job) || !build::makes_one_pod(&found) || is_another {
         return Some(AttemptSeen { job: JobSeen::Foreign, ..AttemptSeen::default() });
     }
     let (pods, strangers) = pods_of(caches, job, &name, found.uid().as_deref(), expected.as_deref());
-    Some(AttemptSeen { job: job_seen(&found), pods, strangers })
+    Some(AttemptSeen { job: job_seen(&found), pod_digest: expected, pods, strangers })
 }
 
 fn find_job(caches: &Caches, job: &FineTuneJob, name: &str) -> Option<Arc<Job>> {
@@ -102,14 +121,14 @@ fn job_seen(found: &Job) -> JobSeen {
     }
 }
 
-/// Pods of the Job with this name and UID, oldest first, and the names of those that live and are not what they say.
+/// Pods of the Job with this name and UID, oldest first, and those that live and are not what they say.
 fn pods_of(
     caches: &Caches,
     job: &FineTuneJob,
     name: &str,
     uid: Option<&str>,
     digest: Option<&str>,
-) -> (Vec<PodSeen>, Vec<String>) {
+) -> (Vec<PodSeen>, Vec<Stranger>) {
     let mut pods = Vec::new();
     let mut strangers = Vec::new();
     for pod in caches.pods.of_job(&job.uid().unwrap_or_default()) {
@@ -120,11 +139,11 @@ fn pods_of(
         if Some(owner.uid.as_str()) == uid && runs_what_it_must {
             pods.push(seen);
         } else if seen.live {
-            strangers.push(seen.name);
+            strangers.push(Stranger { pod: seen, differs_in: Vec::new() });
         }
     }
     pods.sort_by(|a, b| (&a.created, &a.name).cmp(&(&b.created, &b.name)));
-    strangers.sort();
+    strangers.sort_by(|a: &Stranger, b| a.pod.name.cmp(&b.pod.name));
     (pods, strangers)
 }
 

@@ -7,8 +7,10 @@ use std::time::{Duration, Instant};
 
 use crds::FineTuneJob;
 use crds::quantity::value;
+use crds::resolve::VolumeClaim;
 use crds::run::PodStage;
 use k8s_openapi::api::core::v1::{Node, PersistentVolumeClaim, ResourceRequirements, Taint, Toleration};
+use k8s_openapi::api::storage::v1::StorageClass;
 use kube::api::{Api, ListParams};
 use kube::{Client, ResourceExt};
 
@@ -22,6 +24,19 @@ const MAX_NODES: usize = 100;
 const FRESH: Duration = Duration::from_secs(30);
 /// Nodes that are listed at once.
 const PAGE: u32 = 500;
+/// Labels of which a node has its value by what it is, and the next node of its kind the same.
+const KIND_LABELS: [&str; 8] = [
+    "node.kubernetes.io/instance-type",
+    "karpenter.sh/nodepool",
+    "eks.amazonaws.com/nodegroup",
+    "cloud.google.com/gke-nodepool",
+    "kubernetes.azure.com/agentpool",
+    "cloud.google.com/gke-accelerator",
+    "nvidia.com/gpu.product",
+    "amd.com/gpu.product-name",
+];
+/// The annotation of the class that a claim without one gets.
+const DEFAULT_CLASS_ANNOTATION: &str = "storageclass.kubernetes.io/is-default-class";
 
 /// What decides whether a pod can go to a node.
 #[derive(Clone, Debug, PartialEq)]
@@ -66,7 +81,7 @@ impl Nodes {
 }
 
 /// Where the pod that prepares a job must go, so that the volume is made in reach of the training pod. Nothing is asked of it where
-/// the volume is there already, and where nothing is known: no right to list nodes, or no node yet that could train.
+/// the volume is there already or comes before any pod, and where nothing is known: no right to list nodes, or no node yet that could train.
 pub async fn placement(
     client: &Client,
     nodes: &Nodes,
@@ -78,10 +93,28 @@ pub async fn placement(
     let claims: Api<PersistentVolumeClaim> = Api::namespaced(client.clone(), &namespace);
     let claim = claims.get_opt(name).await;
     let claim = claim.map_err(|source| call::Error::one::<PersistentVolumeClaim>("get", &namespace, name, source))?;
-    if claim.is_some_and(|claim| has_a_volume(&claim)) {
+    if claim.is_some_and(|claim| has_a_volume(&claim)) || is_bound_at_once(client, &plan.claim).await? {
         return Ok(Placement::default());
     }
     Ok(nodes.list(client).await?.map_or_else(Placement::default, |nodes| place(&nodes, &plan.pods)))
+}
+
+/// Whether the class of a claim that is to be made gives it a volume before any pod comes. Where classes may not be read, it may be
+/// one that waits.
+async fn is_bound_at_once(client: &Client, claim: &VolumeClaim) -> Result<bool, call::Error> {
+    let VolumeClaim::New { storage_class_name, .. } = claim else { return Ok(false) };
+    let classes: Api<StorageClass> = Api::all(client.clone());
+    let classes = match classes.list(&ListParams::default()).await {
+        Ok(classes) => classes.items,
+        Err(kube::Error::Api(status)) if status.is_forbidden() => return Ok(false),
+        Err(source) => return Err(call::Error::many("list", "StorageClasses", source)),
+    };
+    let is_it = |class: &&StorageClass| match storage_class_name {
+        Some(name) => class.name_any() == *name,
+        None => class.annotations().get(DEFAULT_CLASS_ANNOTATION).is_some_and(|value| value == "true"),
+    };
+    let mode = classes.iter().find(is_it).map(|class| class.volume_binding_mode.as_deref().unwrap_or("Immediate"));
+    Ok(mode == Some("Immediate"))
 }
 
 async fn list(client: &Client) -> Result<Vec<NodeSeen>, kube::Error> {
@@ -118,19 +151,34 @@ fn seen(node: Node) -> Option<NodeSeen> {
     })
 }
 
-/// Where the first pod must go. Nodes are named that take it and the training pod; where there are many, or where the first pod has
-/// nodes of its own, their zones.
+/// Where the first pod must go: to nodes that take it and the training pod. They are told from others by the label of their kind,
+/// which nodes have too that are yet to come; by their names where no such label tells them apart; and by zone where they are many,
+/// or where the first pod has nodes of its own.
 pub fn place(nodes: &[NodeSeen], pods: &PodPlan) -> Placement {
     let candidates = candidates(nodes, pods);
     let (labels, taints) = nodes_of(pods, PodStage::Prepare);
-    let both: Vec<&NodeSeen> =
-        candidates.iter().copied().filter(|node| node.takes(labels, taints, &pods.cpu_resources)).collect();
-    let names = values(&both, HOSTNAME_LABEL);
-    if !names.is_empty() && both.len() <= MAX_NODES {
-        return Placement { nodes: names, zones: Vec::new() };
+    let takes_the_first = |node: &&NodeSeen| node.takes(labels, taints, &pods.cpu_resources);
+    let both: Vec<&NodeSeen> = candidates.iter().copied().filter(takes_the_first).collect();
+    if both.is_empty() {
+        return among(ZONE_LABEL, values(&candidates, ZONE_LABEL));
     }
-    let zones = values(if both.is_empty() { &candidates } else { &both }, ZONE_LABEL);
-    Placement { nodes: Vec::new(), zones }
+    let is_candidate = |node: &NodeSeen| candidates.iter().any(|candidate| std::ptr::eq(*candidate, node));
+    let others: Vec<&NodeSeen> = nodes.iter().filter(|node| takes_the_first(node) && !is_candidate(node)).collect();
+    for label in KIND_LABELS {
+        let (kinds, of_others) = (values(&both, label), values(&others, label));
+        if both.iter().all(|node| node.labels.contains_key(label)) && kinds.iter().all(|kind| !of_others.contains(kind))
+        {
+            return among(label, kinds);
+        }
+    }
+    if both.len() <= MAX_NODES && both.iter().all(|node| node.labels.contains_key(HOSTNAME_LABEL)) {
+        return among(HOSTNAME_LABEL, values(&both, HOSTNAME_LABEL));
+    }
+    among(ZONE_LABEL, values(&both, ZONE_LABEL))
+}
+
+fn among(label: &str, values: Vec<String>) -> Placement {
+    Placement { among: (!values.is_empty()).then(|| (label.to_owned(), values)) }
 }
 
 /// Nodes that could run the training pod when they are idle.

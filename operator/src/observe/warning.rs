@@ -9,43 +9,38 @@ use k8s_openapi::jiff::Timestamp;
 use kube::api::{Api, ListParams};
 use kube::{Client, ResourceExt};
 
-use crate::call;
 use crate::facts::{AttemptSeen, JobSeen, Warning};
 
 /// Events of one object: they are aggregated, and live for an hour.
 const MOST: u32 = 100;
 /// A trouble that was not told again for so long is over.
 const FRESH: Duration = Duration::from_mins(10);
+/// A pass has other things to do.
+const PATIENCE: Duration = Duration::from_secs(10);
 
-/// The newest warning about a Job that has no pod, or about a pod that has a node and does not begin.
-pub(super) async fn warning(
-    client: &Client,
-    job: &FineTuneJob,
-    attempt: &AttemptSeen,
-    now: Timestamp,
-) -> Result<Option<Warning>, call::Error> {
-    let about = match (attempt.newest_pod(), &attempt.job) {
+/// The newest warning about a Job that has no pod, or about a pod that has a node and does not begin. It decides nothing: where
+/// events cannot be listed a job goes its way, and what is in it is told less well.
+pub(super) async fn warning(client: &Client, job: &FineTuneJob, of: &AttemptSeen, now: Timestamp) -> Option<Warning> {
+    let about = match (of.newest_pod(), &of.job) {
         (Some(pod), _)
             if pod.live && pod.scheduled && !pod.running && pod.terminated.is_none() && pod.ends_by.is_none() =>
         {
             pod.uid.as_str()
         }
         (None, JobSeen::Present { uid, suspended: false, finished: false, .. }) => uid,
-        _ => return Ok(None),
+        _ => return None,
     };
-    let namespace = job.namespace().unwrap_or_default();
-    let events: Api<Event> = Api::namespaced(client.clone(), &namespace);
+    let events: Api<Event> = Api::namespaced(client.clone(), &job.namespace().unwrap_or_default());
     let selected = ListParams::default().fields(&format!("involvedObject.uid={about},type=Warning")).limit(MOST);
-    match events.list(&selected).await {
-        Ok(found) => Ok(newest(found.items, now)),
-        // Without the right to read events a job still goes its way; what is in it is told less well.
-        Err(kube::Error::Api(status)) if status.is_forbidden() => {
-            tracing::warn!("{}: {}", job.name_any(), status.message);
-            Ok(None)
+    match tokio::time::timeout(PATIENCE, events.list(&selected)).await {
+        Ok(Ok(found)) => newest(found.items, now),
+        Ok(Err(error)) => {
+            tracing::warn!("{}: the events of its child cannot be listed: {error}", job.name_any());
+            None
         }
-        Err(source) => {
-            let events = format!("Events {namespace}/{}", job.name_any());
-            Err(call::Error::many("list", events, source))
+        Err(_) => {
+            tracing::warn!("{}: the events of its child were not listed within {PATIENCE:?}", job.name_any());
+            None
         }
     }
 }

@@ -215,7 +215,7 @@ mod tests {
     }
 
     fn of(pod: PodSeen) -> AttemptSeen {
-        AttemptSeen { pods: vec![pod], job: job(None), strangers: Vec::new() }
+        AttemptSeen { pods: vec![pod], job: job(None), ..AttemptSeen::default() }
     }
 
     fn job(failure: Option<(&str, &str)>) -> JobSeen {

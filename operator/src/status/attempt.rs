@@ -17,13 +17,12 @@ impl Rendering<'_> {
         let started = started(self.facts, plan);
         let Some(current) = self.status.job_refs.last_mut().filter(|current| current.outcome.is_none()) else { return };
         if current.uid.is_none() {
-            current.uid = match &seen.job {
-                JobSeen::Present { uid, .. } => Some(uid.clone()),
-                JobSeen::Missing | JobSeen::Foreign => None,
-            };
             if let Some(created) = &self.applied.created {
                 current.uid = Some(created.uid.clone());
                 current.pod_digest = Some(created.pod_digest.clone());
+            } else if let JobSeen::Present { uid, .. } = &seen.job {
+                current.uid = Some(uid.clone());
+                current.pod_digest.clone_from(&seen.pod_digest);
             }
         }
         current.start_time = started;

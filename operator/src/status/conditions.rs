@@ -16,7 +16,8 @@ impl Rendering<'_> {
     pub(super) fn describe(&mut self, plan: &Plan) {
         self.describe_queue(plan);
         let running = self.running();
-        self.set(condition::RUNNING, running.status, running.reason, &running.message);
+        let message = self.steady(condition::RUNNING, running.reason, running.message);
+        self.set(condition::RUNNING, running.status, running.reason, &message);
         if let Some(after) = running.look_again {
             self.wake_in(after);
         }
@@ -52,7 +53,12 @@ impl Rendering<'_> {
 
     fn describe_queue(&mut self, plan: &Plan) {
         let Some(current) = self.current().cloned() else { return };
-        let Some(queue) = plan.pods.queue(current.stage) else {
+        let reader = self.facts.observed.reader().filter(|_| current.outcome.is_none());
+        let stage = reader.map_or(current.stage, |_| PodStage::Report);
+        let Some(queue) = plan.pods.queue(stage) else {
+            if reader.is_some() {
+                return;
+            }
             return self.set(condition::ADMITTED, ConditionStatus::True, reason::NO_QUEUE, "");
         };
         let (reason, message) = match &self.facts.observed.queue {
@@ -69,18 +75,22 @@ impl Rendering<'_> {
             Some(QueueSeen::Evicted(message)) => (reason::EVICTED, message.clone()),
             None => {
                 // An attempt that this pass listed was not observed yet: what was is the one before it.
-                let seen = self.facts.observed.attempt.as_ref().filter(|_| current.uid.is_some());
+                let seen = self.facts.observed.in_question().filter(|_| current.uid.is_some());
                 if seen.is_some_and(|seen| matches!(seen.job, JobSeen::Present { suspended: false, .. })) {
                     self.set(condition::ADMITTED, ConditionStatus::True, reason::QUOTA_RESERVED, "");
                 }
                 return;
             }
         };
-        // Counters in the queue's words move all the time; what they mean does not.
-        let told = condition(&self.status, condition::ADMITTED).filter(|told| told.reason == reason);
-        let told = told.filter(|told| convert::have_same_meaning(&told.message, &message));
-        let message = told.map_or(message, |told| told.message.clone());
+        let message = self.steady(condition::ADMITTED, reason, message);
         self.set(condition::ADMITTED, ConditionStatus::False, reason, &message);
+    }
+
+    /// The sentence that was told, where the new one has the same meaning: the counters of schedulers and queues move all the time.
+    fn steady(&self, name: &str, reason: &str, message: String) -> String {
+        let told = condition(&self.status, name).filter(|told| told.reason == reason);
+        let told = told.filter(|told| convert::have_same_meaning(&told.message, &message));
+        told.map_or(message, |told| told.message.clone())
     }
 
     /// The conditions that Flux, Argo CD and Helm read of any resource: they follow from the phase.

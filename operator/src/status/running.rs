@@ -8,8 +8,9 @@ use crds::run::PodStage;
 use crds::status::condition;
 
 use super::{LOOK_AGAIN, Rendering};
+use crate::build;
 use crate::decide::Step;
-use crate::facts::{AttemptSeen, JobSeen, PodSeen, Warning};
+use crate::facts::{AttemptSeen, JobSeen, PodSeen, Stranger, Warning};
 
 /// Garbage is collected within seconds.
 const LEFTOVER_INTERVAL: Duration = Duration::from_secs(2);
@@ -58,74 +59,127 @@ impl Rendering<'_> {
         let Some(current) = self.current() else { return pending() };
         let Some(seen) = &self.facts.observed.attempt else { return pending() };
         if current.outcome.is_some() {
-            return between(current, seen);
+            return self.between(current, seen);
         }
         // What was observed is of the attempt before.
         if self.facts.current().is_none() {
             return Running::not(reason::PENDING, "");
         }
         if let Some(stranger) = seen.strangers.first() {
-            let message = format!(
-                "the pod {stranger} claims to be of the Job {} and is not the trainer that runs there, or is of a Job of this \
-                 name that is gone; nothing is made until it is gone: kubectl delete pod {stranger}",
-                current.name
-            );
-            return Running::not(reason::CHILD_NAME_TAKEN, message);
+            return self.of_stranger(current, stranger);
         }
-        let reader = self.facts.observed.report_job.as_ref().filter(|_| seen.has_ended());
-        if reader.is_some_and(|reader| reader.job == JobSeen::Foreign) {
-            let name = crate::build::report_job_name(self.facts.job, current);
-            let message = format!(
-                "the Job {name}, which is to read the volume, is not one that this operator made; kubectl delete job {name}"
-            );
-            return Running::not(reason::CHILD_NAME_TAKEN, message).look_again(LOOK_AGAIN);
+        if let Some(reader) = self.facts.observed.reader() {
+            return self.of_reader(&build::report_job_name(self.facts.job, current), reader);
         }
-        if matches!(self.decision.step, Step::ReadVolume) || reader.is_some() {
-            let message = "the pod is gone and its last word was not heard; what it left on the volume is read";
-            return Running::not(reason::READING_VOLUME, message).look_again(LOOK_AGAIN);
+        if matches!(self.decision.step, Step::ReadVolume) {
+            return reading();
         }
+        self.of_child(&current.name, seen)
+    }
+
+    fn of_child(&self, name: &str, seen: &AttemptSeen) -> Running {
         match &seen.job {
             JobSeen::Foreign => {
-                let name = &current.name;
                 let message = format!("the Job {name} is not one that this operator made; kubectl delete job {name}");
-                Running::not(reason::CHILD_NAME_TAKEN, message)
+                Running::not(reason::CHILD_NAME_TAKEN, message).look_again(LOOK_AGAIN)
             }
             JobSeen::Missing => Running::not(reason::PENDING, ""),
             JobSeen::Present { .. } => match seen.newest_pod() {
                 Some(pod) => self.of_pod(pod),
-                None => self.of_job_without_pod(current, &seen.job),
+                None => self.of_job_without_pod(name, &seen.job),
             },
         }
     }
 
+    /// What keeps the pod that reads the volume from it; nothing, where it reads or only begins.
+    fn of_reader(&self, name: &str, reader: &AttemptSeen) -> Running {
+        let told = self.of_child(name, reader);
+        if told.status == ConditionStatus::True || told.message.is_empty() {
+            return reading();
+        }
+        let message = format!("what the last attempt left on the volume cannot be read yet: {}", told.message);
+        Running { message, ..told }.look_again(LOOK_AGAIN)
+    }
+
+    fn of_stranger(&self, current: &JobReference, Stranger { pod, differs_in }: &Stranger) -> Running {
+        if let Some(leaving) = self.leaving(pod) {
+            return leaving;
+        }
+        let (name, of) = (&pod.name, &current.name);
+        let message = if differs_in.is_empty() {
+            format!(
+                "the pod {name} claims to be of the Job {of} and is not the trainer that runs there, or is of a Job of this name that \
+                 is gone; nothing is made until it is gone: kubectl delete pod {name}"
+            )
+        } else {
+            format!(
+                "the pod {name} is not the trainer that the Job {of} asks for: {} differ. If an admission webhook changed it, exclude \
+                 pods with the label app.kubernetes.io/name=finetune-trainer there; what the pod says counts for nothing, and nothing \
+                 is made until it is gone: kubectl delete pod {name}",
+                differs_in.join(", ")
+            )
+        };
+        Running::not(reason::CHILD_NAME_TAKEN, message)
+    }
+
+    /// A pod that was asked to end and is still there.
+    fn leaving(&self, pod: &PodSeen) -> Option<Running> {
+        let ends_by = pod.ends_by.as_ref().filter(|_| pod.live)?;
+        let overdue = self.facts.now.duration_since(ends_by.0);
+        let left = LOST_AFTER.saturating_sub(overdue.unsigned_abs());
+        if overdue.is_positive() && left.is_zero() {
+            return Some(lost(pod));
+        }
+        let message = "the pod is being taken away; the next attempt begins when it is gone for certain";
+        let after = if overdue.is_positive() { left } else { overdue.unsigned_abs() + LOST_AFTER };
+        Some(Running::not(reason::PREEMPTED, message).look_again(after))
+    }
+
     /// The API server may refuse the pod of a Job: quota, admission, Pod Security. The Job controller tells it in an event.
-    fn of_job_without_pod(&self, current: &JobReference, job: &JobSeen) -> Running {
+    fn of_job_without_pod(&self, name: &str, job: &JobSeen) -> Running {
         let JobSeen::Present { released: Some(released), suspended: false, .. } = job else {
             return Running::not(reason::PENDING, "");
         };
         if let Some(Warning { reason: why, message }) = &self.facts.observed.warning {
-            let message = format!("the Job {} has no pod: {why}: {message}", current.name);
+            let message = format!("the Job {name} has no pod: {why}: {message}");
             return Running::not(reason::CHILD_CREATION_FAILED, message).look_again(LOOK_AGAIN);
         }
         let waited = self.facts.now.duration_since(released.0).unsigned_abs();
         if waited < PATIENCE {
             return Running::not(reason::PENDING, "").look_again(PATIENCE.saturating_sub(waited));
         }
-        let name = &current.name;
         let message = format!("the Job {name} has no pod, and no event says why; kubectl describe job {name}");
         Running::not(reason::CHILD_CREATION_FAILED, message).look_again(LOOK_AGAIN)
     }
 
-    fn of_pod(&self, pod: &PodSeen) -> Running {
-        if let Some(ends_by) = pod.ends_by.as_ref().filter(|_| pod.live) {
-            let overdue = self.facts.now.duration_since(ends_by.0);
-            let left = LOST_AFTER.saturating_sub(overdue.unsigned_abs());
-            if overdue.is_positive() && left.is_zero() {
-                return lost(pod);
+    fn between(&self, last: &JobReference, seen: &AttemptSeen) -> Running {
+        if let Some(pod) = seen.pods.iter().find(|pod| pod.live) {
+            if let Some(lost) = self.leaving(pod).filter(|leaving| leaving.reason == reason::NODE_LOST) {
+                return lost;
             }
-            let message = "the pod is being taken away; the next attempt begins when it is gone for certain";
-            let after = if overdue.is_positive() { left } else { overdue.unsigned_abs() + LOST_AFTER };
-            return Running::not(reason::PREEMPTED, message).look_again(after);
+            let sidecars = if pod.sidecars.is_empty() {
+                String::new()
+            } else {
+                format!(", its container {}", pod.sidecars.join(", "))
+            };
+            let message = format!("the next attempt begins when the pod {} is gone for certain{sidecars}", pod.name);
+            let look_again = self.leaving(pod).and_then(|leaving| leaving.look_again);
+            return Running { look_again, ..Running::not(reason::PREEMPTED, message) };
+        }
+        match last.outcome {
+            Some(AttemptOutcome::Unavailable) => {
+                let what = if last.stage == PodStage::Publish { "destination" } else { "source" };
+                let message = format!("a {what} is down; it is tried again by itself, for hours");
+                Running::not(crds::exit::ExitCode::SourceUnavailable.reason(), message)
+            }
+            Some(AttemptOutcome::Preempted) => Running::not(reason::PREEMPTED, "waiting for the next attempt"),
+            _ => Running::not(reason::PENDING, "waiting for the next attempt"),
+        }
+    }
+
+    fn of_pod(&self, pod: &PodSeen) -> Running {
+        if let Some(leaving) = self.leaving(pod) {
+            return leaving;
         }
         if let Some(message) = &pod.unschedulable {
             return Running::not(reason::UNSCHEDULABLE, message);
@@ -160,12 +214,15 @@ impl Rendering<'_> {
                 silence.why
             )
         });
-        Running { status: ConditionStatus::True, reason: reason::POD_RUNNING, message, look_again: None }
+        let refused = self.applied.stop_refused.as_ref();
+        let message = refused.map_or(message, |why| format!("it was not told to stop yet: {why}"));
+        let look_again = refused.map(|_| LOOK_AGAIN);
+        Running { status: ConditionStatus::True, reason: reason::POD_RUNNING, message, look_again }
     }
 
     /// Other reasons pass, or are told by how the pod ends.
     fn of_waiting(&self, waiting: &crate::facts::Waiting) -> Running {
-        let is_trainer = waiting.container == crate::build::CONTAINER;
+        let is_trainer = waiting.container == build::CONTAINER;
         let reason = match waiting.reason.as_str() {
             why if why.contains("Image") => reason::IMAGE_PULL_FAILED,
             _ if is_trainer => reason::CHILD_CREATION_FAILED,
@@ -185,25 +242,9 @@ fn pending() -> Running {
     Running { status: ConditionStatus::Unknown, reason: reason::PENDING, message: String::new(), look_again: None }
 }
 
-fn between(last: &JobReference, seen: &AttemptSeen) -> Running {
-    if let Some(pod) = seen.pods.iter().find(|pod| pod.live) {
-        let sidecars = if pod.sidecars.is_empty() {
-            String::new()
-        } else {
-            format!(", its container {}", pod.sidecars.join(", "))
-        };
-        let message = format!("the next attempt begins when the pod {} is gone for certain{sidecars}", pod.name);
-        return Running::not(reason::PREEMPTED, message);
-    }
-    match last.outcome {
-        Some(AttemptOutcome::Unavailable) => {
-            let what = if last.stage == PodStage::Publish { "destination" } else { "source" };
-            let message = format!("a {what} is down; it is tried again by itself, for hours");
-            Running::not(crds::exit::ExitCode::SourceUnavailable.reason(), message)
-        }
-        Some(AttemptOutcome::Preempted) => Running::not(reason::PREEMPTED, "waiting for the next attempt"),
-        _ => Running::not(reason::PENDING, "waiting for the next attempt"),
-    }
+fn reading() -> Running {
+    let message = "the pod is gone and its last word was not heard; what it left on the volume is read";
+    Running::not(reason::READING_VOLUME, message).look_again(LOOK_AGAIN)
 }
 
 fn lost(pod: &PodSeen) -> Running {

@@ -196,7 +196,7 @@ fn the_operator_has_these_rights_and_no_others() {
     let own = expected(&[("coordination.k8s.io/leases", &["get", "create", "update"])]);
 
     let everywhere = render(&[]);
-    let of_cluster = expected(&[("/nodes", &["list"])]);
+    let of_cluster = expected(&[("/nodes", &["list"]), ("storage.k8s.io/storageclasses", &["list"])]);
     let all = served.union(&of_cluster).cloned().collect();
     assert_eq!(rights(the(&everywhere, "ClusterRole", "finetune-operator")), all);
     let leader = the(&everywhere, "Role", "finetune-operator-leader");

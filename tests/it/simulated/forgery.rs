@@ -3,7 +3,7 @@
 use crds::exit::ExitCode;
 use crds::report::{Report, Stage};
 use crds::run::PodStage;
-use harness::apiserver::{Author, Key, Kind, Life, Simulation, Turn, Word};
+use harness::apiserver::{Author, Calls, Fault, Key, Kind, Life, Simulation, Turn, Verb, Word};
 use serde_json::{Value, json};
 
 use super::{complete, failed, simulate, train};
@@ -62,6 +62,112 @@ fn a_forged_pod_changes_no_verdict() {
             assert_eq!(simulation.end("bot", 300).await, failed("BadData"), "{what}\n{}", simulation.account());
         });
     }
+}
+
+/// The operator dies when the Job was made and before its UID is noted: what its pods must run is noted as well.
+#[test]
+fn a_forged_pod_changes_no_verdict_of_a_job_that_was_found_again() {
+    for fault in [Fault::CrashAfter, Fault::Hangs] {
+        simulate(async || {
+            let word = || Word::Failed(ExitCode::BadData, "row 7 has no answer".into());
+            let simulation = Simulation::start(train(move |_| Life::running().then(60, Turn::End(word()))));
+            let told = format!("{fault:?}");
+            // The first of them is that of the preparing stage.
+            simulation.server.inject(Calls::to(Verb::Create, Kind::Job).after(1).times(1), fault);
+            let uid = simulation.submit("bot", &json!({}));
+            let runs = |simulation: &Simulation| simulation.pods("bot-train").len() == 1;
+            simulation.until("it trains", 200, runs).await;
+            simulation.pass(5).await;
+            let noted = &simulation.job("bot")["status"]["jobRefs"][1];
+            assert!(noted["uid"].is_string() && noted["podDigest"].is_string(), "{told}: {noted}");
+            forge_pod(&simulation, &uid, |spec| {
+                spec["containers"][0]["image"] = json!("registry.example/liar@sha256:2")
+            });
+            assert_eq!(simulation.end("bot", 300).await, failed("BadData"), "{told}\n{}", simulation.account());
+        });
+    }
+}
+
+/// Whoever knows the UID can make both before the operator does: a Job that is right, and a configuration that is not.
+#[test]
+fn a_right_job_beside_a_forged_configuration_is_not_taken_for_an_attempt() {
+    // In each simulation the first job has the same UID.
+    let mut right = None;
+    simulate(async || {
+        let simulation = Simulation::start(Life::of);
+        let uid = simulation.submit("bot", &json!({}));
+        simulation.until("it prepares", 60, |simulation| !simulation.pods("bot-prepare").is_empty()).await;
+        let job = simulation.server.get(Kind::Job, "team", "bot-prepare-1").expect("it was made");
+        let map = simulation.server.list(Kind::ConfigMap).remove(0);
+        right = Some((uid, job, map));
+    });
+    let (uid, job, mut map) = right.expect("the simulation came so far");
+    map["data"]["run.yaml"] = json!("job: {uid: x}");
+    simulate(async || {
+        let simulation = Simulation::start(Life::of);
+        assert_eq!(simulation.submit("bot", &json!({"suspend": true})), uid);
+        for (kind, object) in [(Kind::Job, &job), (Kind::ConfigMap, &map)] {
+            simulation.server.create(kind, object.clone(), Author::User).expect("a user may create both");
+        }
+        simulation.edit("bot", |spec| spec["suspend"] = json!(false));
+        simulation.pass(600).await;
+        assert!(!simulation.has_ended("bot"), "{}", simulation.account());
+        assert_eq!(simulation.reason("bot", "Running"), "ChildNameTaken", "{}", simulation.account());
+        assert!(simulation.outcomes("bot").iter().all(|(_, outcome)| outcome.is_empty()));
+    });
+}
+
+/// A Job that would make two pods of one attempt is not the operator's, whatever they run.
+#[test]
+fn a_job_that_makes_several_pods_is_not_taken_for_an_attempt() {
+    simulate(async || {
+        let simulation = Simulation::start(Life::of);
+        simulation.submit("bot", &json!({}));
+        simulation.until("it trains", 100, |simulation| !simulation.pods("bot-train").is_empty()).await;
+        let mut job = simulation.server.get(Kind::Job, "team", "bot-train-1").expect("it was made");
+        job["metadata"]["name"] = json!("bot-publish-1");
+        job["spec"]["parallelism"] = json!(2);
+        job["spec"]["template"]["spec"]["containers"][0]["args"][4] = json!("publish");
+        simulation.server.create(Kind::Job, job, Author::User).expect("a user may create Jobs");
+        let told = |simulation: &Simulation| simulation.reason("bot", "Running") == "ChildNameTaken";
+        simulation.until("it is told that the name is taken", 300, told).await;
+        simulation.pass(300).await;
+        assert!(!simulation.has_ended("bot"), "{}", simulation.account());
+    });
+}
+
+/// An admission webhook that changes Jobs changes their pods as well: they are what was made.
+#[test]
+fn a_job_that_admission_changed_runs() {
+    simulate(async || {
+        let simulation = Simulation::start(Life::of);
+        simulation.server.admit(Kind::Job, |job| {
+            let container = &mut job["spec"]["template"]["spec"]["containers"][0];
+            container["image"] = json!("mirror.example/trainer:1");
+            container["env"]
+                .as_array_mut()
+                .expect("variables")
+                .push(json!({"name": "LD_PRELOAD", "value": "/agent.so"}));
+        });
+        simulation.submit("bot", &json!({}));
+        assert_eq!(simulation.end("bot", 300).await, complete(), "{}", simulation.account());
+    });
+}
+
+/// One that changes the pods alone makes other ones of them: in what, is told.
+#[test]
+fn a_pod_that_admission_changed_is_told_with_what_differs() {
+    simulate(async || {
+        let simulation = Simulation::start(Life::of);
+        simulation
+            .server
+            .admit(Kind::Pod, |pod| pod["spec"]["containers"][0]["image"] = json!("mirror.example/trainer:1"));
+        simulation.submit("bot", &json!({}));
+        let told = |simulation: &Simulation| simulation.reason("bot", "Running") == "ChildNameTaken";
+        simulation.until("it is told", 60, told).await;
+        let message = simulation.condition("bot", "Running").2;
+        assert!(message.contains("image differ") && message.contains("admission webhook"), "{message}");
+    });
 }
 
 /// The Job of an attempt is there before the operator makes it, and claims to be of the FineTuneJob.

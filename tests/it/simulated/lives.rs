@@ -60,9 +60,8 @@ fn check_outage(stage: PodStage, hours: u64) {
         });
         simulation
             .submit("bot", &json!({"output": {"uri": "pvc://published/bot"}, "failurePolicy": {"maxRetries": 0}}));
-        simulation.pass(600).await;
-        let (_, reason, message) = simulation.condition("bot", "Running");
-        assert!(["SourceUnavailable", "PodRunning", "Pending"].contains(&reason.as_str()), "{reason}: {message}");
+        let told = |simulation: &Simulation| simulation.reason("bot", "Running") == "SourceUnavailable";
+        simulation.until("the outage is told", 600, told).await;
         assert_eq!(simulation.end("bot", 100 * HOUR).await, complete(), "{}", simulation.account());
         let job = simulation.job("bot");
         let listed = outcomes(simulation.outcomes("bot"), stage.name());

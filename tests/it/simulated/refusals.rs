@@ -143,13 +143,33 @@ fn an_image_that_cannot_be_pulled_is_told_and_waited_for() {
 /// What would only be told better is no reason to stand still.
 #[test]
 fn rights_that_are_missing_keep_no_job_from_its_way() {
-    for (verb, kind) in [(Verb::List, Kind::Event), (Verb::Create, Kind::Event), (Verb::List, Kind::Node)] {
+    let rights = [
+        (Verb::List, Kind::Event),
+        (Verb::Create, Kind::Event),
+        (Verb::List, Kind::Node),
+        (Verb::List, Kind::StorageClass),
+    ];
+    for (verb, kind) in rights {
         simulate(async || {
             let simulation = Simulation::start(Life::of);
             let sentence = format!("{} is forbidden: User \"operator\" cannot {} it", kind.plural(), verb.name());
             simulation.server.inject(Calls::to(verb, kind).always(), Fault::Refused(403, sentence));
             simulation.submit("bot", &json!({}));
             assert_eq!(simulation.end("bot", 300).await, complete(), "{}", simulation.account());
+        });
+    }
+}
+
+/// Events only tell: a store of them that is down stops nobody, and deadlines bite.
+#[test]
+fn events_that_cannot_be_listed_stop_no_job() {
+    let down = || Fault::Refused(500, "etcdserver: request timed out".into());
+    for (what, fault) in [("down", down()), ("hung", Fault::Hangs)] {
+        simulate(async || {
+            let simulation = Simulation::start(Life::of);
+            simulation.server.inject(Calls::to(Verb::List, Kind::Event).always(), fault);
+            simulation.submit("bot", &json!({}));
+            assert_eq!(simulation.end("bot", 600).await, complete(), "{what}\n{}", simulation.account());
         });
     }
 }
@@ -169,6 +189,10 @@ fn a_word_to_stop_that_is_refused_disturbs_no_attempt() {
             .inject(Calls::to(Verb::Create, Kind::ConfigMap).always(), Fault::Refused(500, WEBHOOK.into()));
         simulation.edit("bot", |spec| spec["stopRequested"] = json!(true));
         simulation.pass(60).await;
+        let (running, reason, message) = simulation.condition("bot", "Running");
+        assert_eq!((running.as_str(), reason.as_str()), ("True", "PodRunning"), "it trains on");
+        assert!(message.contains("it was not told to stop yet") && message.contains(WEBHOOK), "{message}");
+        assert_eq!(simulation.job("bot")["status"]["phase"], "Training");
         simulation.server.heal();
         simulation
             .until("it is told to stop", 60, |simulation| simulation.server.list(Kind::ConfigMap).len() == 2)

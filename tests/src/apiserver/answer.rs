@@ -4,6 +4,7 @@ use axum::body::Body;
 use axum::http::Response;
 use serde_json::{Value, json};
 
+use super::ApiServer;
 use super::call::Call;
 use super::event;
 use super::fault::Verb;
@@ -11,7 +12,6 @@ use super::kind::Kind;
 use super::schema::Schema;
 use super::selector::Selector;
 use super::store::{Author, Key, Preconditions, Refusal};
-use super::{ApiServer, defaults};
 
 /// An answer that is complete.
 pub struct Answer {
@@ -103,15 +103,12 @@ fn list(server: &ApiServer, call: &Call) -> Value {
 }
 
 fn create(server: &ApiServer, call: &Call) -> Result<Value, Refusal> {
-    let mut object = event::keep(&call.body, &call.place);
+    let object = event::keep(&call.body, &call.place);
     let mut key = key(call);
     if let (true, Some(prefix)) = (key.name.is_empty(), object["metadata"]["generateName"].as_str()) {
         key.name = format!("{prefix}{:05}", server.state().store.version());
     }
-    if key.kind == Kind::FineTuneJob {
-        object = Schema::get().admit(&object)?;
-    }
-    defaults::fill(key.kind, &mut object);
+    let object = server.admitted(key.kind, object)?;
     let made = server.write(|store, now| store.create(&key, object, Author::Operator, now))?;
     Ok(event::show(&made, &call.place))
 }

@@ -19,13 +19,15 @@ pub enum Kind {
     Lease,
     /// `v1`, of the cluster.
     Node,
+    /// `storage.k8s.io/v1`, of the cluster.
+    StorageClass,
     /// `kueue.x-k8s.io`, where Kueue is installed.
     Workload,
 }
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::FineTuneJob,
         Self::Job,
         Self::Pod,
@@ -34,6 +36,7 @@ impl Kind {
         Self::Event,
         Self::Lease,
         Self::Node,
+        Self::StorageClass,
         Self::Workload,
     ];
 
@@ -48,6 +51,7 @@ impl Kind {
             Self::Event => "events",
             Self::Lease => "leases",
             Self::Node => "nodes",
+            Self::StorageClass => "storageclasses",
             Self::Workload => "workloads",
         }
     }
@@ -63,6 +67,7 @@ impl Kind {
             Self::Event => "Event",
             Self::Lease => "Lease",
             Self::Node => "Node",
+            Self::StorageClass => "StorageClass",
             Self::Workload => "Workload",
         }
     }
@@ -75,13 +80,14 @@ impl Kind {
             Self::Pod | Self::ConfigMap | Self::PersistentVolumeClaim | Self::Node => &[""],
             Self::Event => &["", "events.k8s.io"],
             Self::Lease => &["coordination.k8s.io"],
+            Self::StorageClass => &["storage.k8s.io"],
             Self::Workload => &["kueue.x-k8s.io"],
         }
     }
 
     /// Whether its objects lie in namespaces.
     pub const fn is_namespaced(self) -> bool {
-        !matches!(self, Self::Node)
+        !matches!(self, Self::Node | Self::StorageClass)
     }
 
     /// Whether its status is written through an endpoint of its own, and through no other.

@@ -37,12 +37,12 @@ fn cpu_stages_go_where_training_goes_or_where_the_profile_sends_them() {
 
 /// The volume is made where the first pod goes.
 #[test]
-fn the_first_pod_is_sent_to_the_nodes_or_zones_of_its_placement() {
+fn the_first_pod_is_sent_to_the_nodes_of_its_placement() {
     let job = example(&json!({}));
     let plan = planned(&job);
-    let sent = |stage, nodes: &[&str], zones: &[&str]| {
+    let sent = |stage, among: Option<(&str, &[&str])>| {
         let own = |list: &[&str]| list.iter().map(|&name| name.to_owned()).collect();
-        let placement = Placement { nodes: own(nodes), zones: own(zones) };
+        let placement = Placement { among: among.map(|(label, values)| (label.to_owned(), own(values))) };
         json(&build_stage_job(&job, &plan, &attempt(&job, stage), &placement))["spec"]["template"]["spec"]["affinity"]
             .take()
     };
@@ -50,11 +50,11 @@ fn the_first_pod_is_sent_to_the_nodes_or_zones_of_its_placement() {
         let term = json!({"matchExpressions": [{"key": key, "operator": "In", "values": values}]});
         json!({"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [term]}}})
     };
-    assert_eq!(sent(PodStage::Prepare, &["a", "b"], &[]), required("kubernetes.io/hostname", &["a", "b"]));
-    assert_eq!(sent(PodStage::Prepare, &[], &["z"]), required("topology.kubernetes.io/zone", &["z"]));
-    assert_eq!(sent(PodStage::Prepare, &[], &[]), Value::Null);
+    let zones: (&str, &[&str]) = ("topology.kubernetes.io/zone", &["y", "z"]);
+    assert_eq!(sent(PodStage::Prepare, Some(zones)), required(zones.0, zones.1));
+    assert_eq!(sent(PodStage::Prepare, None), Value::Null);
     // The volume is there: its own topology leads.
-    assert_eq!(sent(PodStage::Train, &["a"], &[]), Value::Null);
+    assert_eq!(sent(PodStage::Train, Some(zones)), Value::Null);
 }
 
 /// OpenShift refuses a pod that asks for a user outside of its namespace's range, and gives one from it to a pod that asks for none.

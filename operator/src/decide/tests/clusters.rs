@@ -81,7 +81,8 @@ fn a_pod_of_a_job_that_is_gone_is_waited_for_before_its_attempt_is_made_again() 
     let mut world = World::new(&json!({}));
     world.pass();
     // Made, not noted, deleted by somebody: its pod has two minutes to go.
-    world.attempt().strangers = vec!["bot-prepare-1-x".into()];
+    let pod = PodSeen { name: "bot-prepare-1-x".into(), live: true, ..PodSeen::default() };
+    world.attempt().strangers = vec![crate::facts::Stranger { pod, ..crate::facts::Stranger::default() }];
     world.pass();
     world.wait(60);
     world.pass();

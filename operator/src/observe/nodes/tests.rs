@@ -35,13 +35,16 @@ fn pods(more: &Value) -> PodPlan {
     serde_json::from_value(plan).expect("a plan of pods")
 }
 
-fn placed(nodes: &[Value], more: &Value) -> (Vec<String>, Vec<String>) {
-    let Placement { nodes, zones } = place(&all_seen(nodes), &pods(more));
-    (nodes, zones)
+fn placed(nodes: &[Value], more: &Value) -> Placement {
+    place(&all_seen(nodes), &pods(more))
 }
 
-fn names(list: &[&str]) -> Vec<String> {
-    list.iter().map(|&name| name.to_owned()).collect()
+fn on(names: &[&str]) -> Placement {
+    labelled(HOSTNAME_LABEL, names)
+}
+
+fn labelled(label: &str, values: &[&str]) -> Placement {
+    Placement { among: Some((label.to_owned(), values.iter().map(|&value| value.to_owned()).collect())) }
 }
 
 /// The chart's default profile names no node: what leads to the accelerators is that only their nodes have them.
@@ -61,14 +64,72 @@ fn the_first_pod_goes_where_the_training_pod_can_follow() {
         cordoned,
     ];
     let free = json!({});
-    assert_eq!(placed(&nodes, &free), (names(&["gpu-b", "gpu-c"]), names(&[])));
+    assert_eq!(placed(&nodes, &free), on(&["gpu-b", "gpu-c"]));
     let two = json!({"resources": {"limits": {"nvidia.com/gpu": "2"}}});
-    assert_eq!(placed(&nodes, &two), (names(&["gpu-c"]), names(&[])));
+    assert_eq!(placed(&nodes, &two), on(&["gpu-c"]));
     let in_b = json!({"nodeSelector": {ZONE_LABEL: "b"}});
-    assert_eq!(placed(&nodes, &in_b), (names(&["gpu-b"]), names(&[])));
+    assert_eq!(placed(&nodes, &in_b), on(&["gpu-b"]));
     let large = json!({"resources": {"limits": {"nvidia.com/gpu": "1", "memory": "128Gi"}}});
-    assert_eq!(placed(&nodes, &large), (names(&[]), names(&[])), "nobody has it: the profile alone places");
-    assert_eq!(placed(&nodes[..1], &free), (names(&[]), names(&[])), "no accelerator is there yet");
+    assert_eq!(placed(&nodes, &large), Placement::default(), "nobody has it: the profile alone places");
+    assert_eq!(placed(&nodes[..1], &free), Placement::default(), "no accelerator is there yet");
+}
+
+/// A spot node that goes is followed by one of its kind, which has another name.
+#[test]
+fn nodes_are_told_by_their_kind_where_that_tells_them_apart() {
+    let of_kind = |name: &str, gpus: i64, label: &str, kind: &str| {
+        let mut node = node(name, "a", gpus, &json!([]));
+        node["metadata"]["labels"][label] = json!(kind);
+        node
+    };
+    let instance = "node.kubernetes.io/instance-type";
+    let cpu = of_kind("cpu", 0, instance, "m7i");
+    let nodes = [cpu.clone(), of_kind("one", 1, instance, "g6"), of_kind("two", 8, instance, "p5")];
+    assert_eq!(placed(&nodes, &json!({})), labelled(instance, &["g6", "p5"]));
+    // Machines of one type, some of which have lost their device plugin.
+    let nodes = [of_kind("broken", 0, instance, "g6"), of_kind("whole", 1, instance, "g6")];
+    assert_eq!(placed(&nodes, &json!({})), on(&["whole"]));
+    // Bare metal has no type.
+    let pool = "cloud.google.com/gke-nodepool";
+    let nodes = [node("cpu", "a", 0, &json!([])), of_kind("one", 1, pool, "gpus")];
+    assert_eq!(placed(&nodes, &json!({})), labelled(pool, &["gpus"]));
+}
+
+/// A class that gives a volume at once needs no pod in the right place: the pods go where the volume is.
+#[tokio::test]
+async fn a_volume_that_comes_before_any_pod_needs_no_place() {
+    let class = |name: &str, mode: &str, default: &str| {
+        json!({
+            "metadata": {"name": name, "annotations": {DEFAULT_CLASS_ANNOTATION: default}}, "provisioner": "x",
+            "volumeBindingMode": mode,
+        })
+    };
+    let list =
+        json!({"kind": "NodeList", "apiVersion": "v1", "metadata": {}, "items": [node("gpu-b", "b", 1, &gpu_taint())]});
+    let (job, mut plan) = job_and_plan();
+    for (own, default, expected) in [
+        (None, "Immediate", Placement::default()),
+        (None, "WaitForFirstConsumer", on(&["gpu-b"])),
+        (Some("shared"), "WaitForFirstConsumer", Placement::default()),
+        (Some("unknown"), "Immediate", on(&["gpu-b"])),
+    ] {
+        plan.claim = VolumeClaim::New {
+            name: "bot".into(),
+            size: "1Gi".into(),
+            storage_class_name: own.map(str::to_owned),
+            deleted_with_job: false,
+        };
+        let items = [class("standard", default, "true"), class("shared", "Immediate", "false")];
+        let classes =
+            json!({"kind": "StorageClassList", "apiVersion": "storage.k8s.io/v1", "metadata": {}, "items": items});
+        let (client, _) = client(vec![
+            ("persistentvolumeclaims/", 404, failure(404, "NotFound")),
+            ("storageclasses", 200, classes),
+            ("/api/v1/nodes", 200, list.clone()),
+        ]);
+        let found = placement(&client, &Nodes::default(), &job, &plan).await.expect("answered");
+        assert_eq!(found, expected, "{own:?} {default}");
+    }
 }
 
 /// A profile may have a pool for CPU stages: the volume must still be made in a zone of the accelerators.
@@ -78,9 +139,9 @@ fn a_first_pod_with_nodes_of_its_own_goes_to_the_zones_of_the_training_pod() {
     pool["metadata"]["labels"]["pool"] = json!("cpu");
     let nodes = [pool, node("gpu-b", "b", 1, &gpu_taint()), node("gpu-c", "c", 1, &gpu_taint())];
     let own = json!({"cpuNodeSelector": {"pool": "cpu"}});
-    assert_eq!(placed(&nodes, &own), (names(&[]), names(&["b", "c"])));
+    assert_eq!(placed(&nodes, &own), labelled(ZONE_LABEL, &["b", "c"]));
     let no_taints = json!({"cpuTolerations": []});
-    assert_eq!(placed(&nodes, &no_taints), (names(&[]), names(&["b", "c"])), "it could not stand the taint there");
+    assert_eq!(placed(&nodes, &no_taints), labelled(ZONE_LABEL, &["b", "c"]), "it could not stand the taint there");
 }
 
 #[test]
@@ -88,8 +149,9 @@ fn many_nodes_are_not_named_one_by_one() {
     let many = |count: usize| -> Vec<Value> {
         (0..count).map(|number| node(&format!("gpu-{number:03}"), "ab", 1, &gpu_taint())).collect()
     };
-    assert_eq!(placed(&many(MAX_NODES), &json!({})).0.len(), MAX_NODES);
-    assert_eq!(placed(&many(MAX_NODES + 1), &json!({})), (names(&[]), names(&["ab"])));
+    let named = placed(&many(MAX_NODES), &json!({})).among.expect("a place");
+    assert_eq!((named.0.as_str(), named.1.len()), (HOSTNAME_LABEL, MAX_NODES));
+    assert_eq!(placed(&many(MAX_NODES + 1), &json!({})), labelled(ZONE_LABEL, &["ab"]));
 }
 
 #[test]
@@ -131,6 +193,11 @@ fn failure(code: u16, reason: &str) -> Value {
     json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code, "reason": reason, "message": reason, "metadata": {}})
 }
 
+/// Classes may not be read.
+fn no_classes() -> (&'static str, u16, Value) {
+    ("storageclasses", 403, failure(403, "Forbidden"))
+}
+
 fn claim(volume: Option<&str>) -> Value {
     json!({"kind": "PersistentVolumeClaim", "apiVersion": "v1", "metadata": {"name": "bot"}, "spec": {"volumeName": volume}})
 }
@@ -150,6 +217,7 @@ async fn nodes_are_listed_page_by_page_and_once_for_jobs_that_come_together() {
     let page = |nodes: &[Value], more: &str| json!({"kind": "NodeList", "apiVersion": "v1", "metadata": {"continue": more}, "items": nodes});
     let (client, asked) = client(vec![
         ("persistentvolumeclaims/", 404, failure(404, "NotFound")),
+        no_classes(),
         ("continue=next", 200, page(&[node("gpu-b", "b", 1, &gpu_taint())], "")),
         ("/api/v1/nodes", 200, page(&[node("cpu-a", "a", 0, &json!([]))], "next")),
     ]);
@@ -157,7 +225,7 @@ async fn nodes_are_listed_page_by_page_and_once_for_jobs_that_come_together() {
     let nodes = Nodes::default();
     for _ in 0..3 {
         let placed = placement(&client, &nodes, &job, &plan).await.expect("answered");
-        assert_eq!(placed.nodes, ["gpu-b"]);
+        assert_eq!(placed, on(&["gpu-b"]));
     }
     let lists = asked.lock().expect("unpoisoned").iter().filter(|path| path.contains("/nodes")).count();
     assert_eq!(lists, 2, "two pages, once");
@@ -168,12 +236,12 @@ async fn a_volume_that_is_there_needs_no_place_and_one_that_is_not_bound_does() 
     let list =
         json!({"kind": "NodeList", "apiVersion": "v1", "metadata": {}, "items": [node("gpu-b", "b", 1, &gpu_taint())]});
     let (job, plan) = job_and_plan();
-    for (claim, expected) in [(claim(Some("pv-1")), names(&[])), (claim(None), names(&["gpu-b"]))] {
+    for (claim, expected) in [(claim(Some("pv-1")), Placement::default()), (claim(None), on(&["gpu-b"]))] {
         let (client, asked) =
-            client(vec![("persistentvolumeclaims/", 200, claim), ("/api/v1/nodes", 200, list.clone())]);
-        assert_eq!(placement(&client, &Nodes::default(), &job, &plan).await.expect("answered").nodes, expected);
+            client(vec![("persistentvolumeclaims/", 200, claim), no_classes(), ("/api/v1/nodes", 200, list.clone())]);
+        assert_eq!(placement(&client, &Nodes::default(), &job, &plan).await.expect("answered"), expected);
         let listed = asked.lock().expect("unpoisoned").iter().any(|path| path.contains("/nodes"));
-        assert_eq!(listed, !expected.is_empty());
+        assert_eq!(listed, expected != Placement::default());
     }
 }
 
@@ -183,6 +251,7 @@ async fn without_the_right_to_list_nodes_the_profile_places_and_without_an_answe
     let answered = async |code: u16, reason: &str| {
         let (client, _) = client(vec![
             ("persistentvolumeclaims/", 404, failure(404, "NotFound")),
+            no_classes(),
             ("/api/v1/nodes", code, failure(code, reason)),
         ]);
         placement(&client, &Nodes::default(), &job, &plan).await
