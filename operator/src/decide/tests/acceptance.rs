@@ -42,6 +42,20 @@ fn what_nothing_was_made_of_follows_todays_profile() {
     assert_eq!(world.made, ["bot-prepare-1"]);
 }
 
+/// It was listed and its objects were refused for a while, and an administrator changed the profile meanwhile.
+#[test]
+fn what_nothing_was_made_of_waits_for_an_edit_when_its_profile_goes() {
+    let mut world = World::new(&json!({}));
+    world.pass();
+    world.job.spec.profile = Some("gone".into());
+    world.pass();
+    assert_eq!((world.status().phase, world.condition("Stalled").0.as_str()), (Some(Phase::Pending), "True"));
+    world.job.spec.profile = None;
+    world.pass();
+    world.pass();
+    assert_eq!(world.made, ["bot-prepare-1"]);
+}
+
 #[test]
 fn a_job_whose_plan_is_lost_ends_and_takes_its_pod_away() {
     let mut world = training(&json!({}));

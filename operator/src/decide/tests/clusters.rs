@@ -1,7 +1,7 @@
 //! What the clusters that people have do to a job.
 
 use super::*;
-use crate::facts::{FailedInit, Silence, Waiting, Warning};
+use crate::facts::{FailedInit, Silence, Stranger, Waiting, Warning};
 
 #[test]
 fn lives_that_nobody_heard_of_are_looked_up_before_they_are_spent() {
@@ -82,7 +82,7 @@ fn a_pod_of_a_job_that_is_gone_is_waited_for_before_its_attempt_is_made_again() 
     world.pass();
     // Made, not noted, deleted by somebody: its pod has two minutes to go.
     let pod = PodSeen { name: "bot-prepare-1-x".into(), live: true, ..PodSeen::default() };
-    world.attempt().strangers = vec![crate::facts::Stranger { pod, ..crate::facts::Stranger::default() }];
+    world.attempt().strangers = vec![Stranger { pod, ..Stranger::default() }];
     world.pass();
     world.wait(60);
     world.pass();
@@ -293,4 +293,79 @@ fn kstatus_reads_each_phase_as_a_user_would() {
     let mut world = World::new(&json!({"profile": "h100"}));
     world.pass();
     assert_eq!(told(&world), [false, false, true], "only an edit helps");
+}
+
+/// What keeps the pod that reads a volume is told as of any other pod.
+#[test]
+fn a_volume_that_cannot_be_read_yet_is_told_in_the_schedulers_words() {
+    let mut world = training(&json!({}));
+    world.lose_the_node();
+    world.pass();
+    assert_eq!(world.condition(condition::RUNNING).1, "ReadingVolume");
+    let mut reader = AttemptSeen { job: present("r", false), ..AttemptSeen::default() };
+    reader.pods =
+        vec![PodSeen { live: true, unschedulable: Some("0/3 nodes are available".into()), ..PodSeen::default() }];
+    world.observed.report_job = Some(reader);
+    world.pass();
+    let (_, reason, message) = world.condition(condition::RUNNING);
+    assert_eq!(reason, "Unschedulable");
+    assert!(message.ends_with("cannot be read yet: 0/3 nodes are available"), "{message}");
+    let reader = world.observed.report_job.as_mut().expect("it is read");
+    reader.pods = vec![PodSeen { live: true, scheduled: true, running: true, ..PodSeen::default() }];
+    world.pass();
+    assert_eq!(world.condition(condition::RUNNING).1, "ReadingVolume");
+    // Containers of others keep its Job; it has read all the same, and is taken away.
+    let reader = world.observed.report_job.as_mut().expect("it is read");
+    let done = Terminated { message: Some("no report".into()), ..Terminated::default() };
+    reader.pods[0] =
+        PodSeen { live: true, terminated: Some(done), sidecars: vec!["proxy".into()], ..PodSeen::default() };
+    world.pass();
+    let name = format!("-{}-report", world.status().job_refs[1].name);
+    assert!(world.made.contains(&name), "{:?}", world.made);
+}
+
+/// The scheduler counts nodes, and clusters come and go.
+#[test]
+fn counters_of_the_scheduler_write_no_status() {
+    let mut world = World::new(&json!({}));
+    world.start();
+    let sees = |world: &mut World, nodes: usize| {
+        let message = format!("0/{nodes} nodes are available: {nodes} Insufficient nvidia.com/gpu.");
+        world.attempt().pods[0] = PodSeen { live: true, unschedulable: Some(message), ..PodSeen::default() };
+        world.pass();
+        world.status()
+    };
+    let told = sees(&mut world, 57);
+    assert_eq!(sees(&mut world, 58), told);
+    world.attempt().pods[0].unschedulable = Some("0/58 nodes are available: 58 had untolerated taint".into());
+    world.pass();
+    assert!(world.condition(condition::RUNNING).2.contains("taint"));
+}
+
+/// Advice to free a dead node is needed whoever has noticed first that the trainer ended.
+#[test]
+fn a_node_that_dies_under_a_sidecar_or_a_stranger_is_told() {
+    let gone = |world: &World, name: &str| PodSeen {
+        name: name.into(),
+        node: Some("node7".into()),
+        live: true,
+        ends_by: Some(Time(world.now)),
+        ..PodSeen::default()
+    };
+    let mut world = training(&json!({}));
+    world.end(75, Some(failed(ExitCode::Preempted)));
+    world.pass();
+    world.attempt().pods = vec![gone(&world, "bot-train-1-x")];
+    world.wait(60);
+    world.pass();
+    assert_eq!(world.condition(condition::RUNNING).1, "NodeLost");
+    let mut world = World::new(&json!({}));
+    world.pass();
+    let pod = gone(&world, "bot-prepare-1-y");
+    world.attempt().strangers = vec![Stranger { pod, ..Stranger::default() }];
+    world.wait(60);
+    world.pass();
+    let (_, reason, message) = world.condition(condition::RUNNING);
+    assert_eq!(reason, "NodeLost");
+    assert!(message.contains("kubectl delete node node7"), "{message}");
 }
