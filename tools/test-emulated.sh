@@ -4,7 +4,7 @@
 source "$(dirname "$0")/common.sh"
 
 # The trainer's modules that compute.
-COMPUTING=(attention:: dropout:: generate:: linear:: loss:: model:: ops:: optim:: shim:: train:: weights::)
+COMPUTING=(compute:: generate:: model:: train:: weights::)
 
 emulator=$("$REPO/tools/stage-qemu.sh") || { status=$?; [ $status = 3 ] && say "skipped: needs QEMU: the tests on an emulated processor" && exit; exit $status; }
 host=$(rustc -vV | sed -n 's/^host: //p')
@@ -18,6 +18,6 @@ cd "$REPO"
   CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=$emulator cargo test --release --workspace --lib -- "${COMPUTING[@]}"
   FINETUNE_EMULATOR=$emulator cargo test --release --workspace --test it -- processors::
 } 2>&1 | tee "$log"
-for test in shim::cpu::tests::every_kernel_of_the_table_runs_or_refuses processors::full_with_both; do
+for test in compute::shim::cpu::tests::every_kernel_of_the_table_runs_or_refuses processors::full_with_both; do
   grep -q "test $test ... ok" "$log" || die "$test did not run on the emulated processor; has it another name?"
 done

@@ -79,22 +79,22 @@ fn the_environment_is_read_in_main_and_unsafe_code_has_few_places() {
         "crds/src/lib.rs",
         "crds/src/reference.rs",
         "operator/src/build/tests.rs",
-        "trainer/src/crash.rs",
-        "trainer/src/shim/cpu/tests.rs",
+        "trainer/src/compute/shim/cpu/tests.rs",
+        "trainer/src/run/crash.rs",
     ];
     let mut expected = [&mains[..], &tests].concat();
     expected.sort_unstable();
     assert_eq!(reads, expected, "environment variables are read in main.rs only");
     let unsafe_places = [
-        "trainer/src/crash.rs",
-        "trainer/src/device.rs",
+        "trainer/src/compute/device.rs",
+        "trainer/src/compute/shim.rs",
+        "trainer/src/compute/shim/cpu.rs",
+        "trainer/src/compute/shim/cuda.rs",
+        "trainer/src/compute/shim/cuda/driver.rs",
+        "trainer/src/compute/shim/decode.rs",
         "trainer/src/model/load.rs",
-        "trainer/src/shim.rs",
-        "trainer/src/shim/cpu.rs",
-        "trainer/src/shim/cuda.rs",
-        "trainer/src/shim/cuda/driver.rs",
-        "trainer/src/shim/decode.rs",
-        "trainer/src/weights.rs",
+        "trainer/src/run/crash.rs",
+        "trainer/src/store/weights.rs",
     ];
     assert_eq!(files_with("trainer/src", "unsafe "), unsafe_places);
     for library in ["crds", "operator", "plugin"] {
@@ -138,9 +138,9 @@ fn modules_named_in(text: &str) -> BTreeSet<String> {
     named.map(word).filter(|name| !name.is_empty()).collect()
 }
 
-#[test]
-fn no_module_of_the_operator_imports_in_a_circle() {
-    let folder = repository().join("operator/src");
+/// What each module of a crate names of its others, tests left out.
+fn imports(folder: &str) -> BTreeMap<String, BTreeSet<String>> {
+    let folder = repository().join(folder);
     let mut imports: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     for path in rust_files(&folder) {
         let place = path.strip_prefix(&folder).expect("below the folder").with_extension("");
@@ -155,6 +155,12 @@ fn no_module_of_the_operator_imports_in_a_circle() {
     for (module, named) in &mut imports {
         named.remove(module);
     }
+    imports
+}
+
+#[test]
+fn no_module_of_the_operator_imports_in_a_circle() {
+    let mut imports = imports("operator/src");
     assert!(imports.len() > 10 && imports["controller"].contains("decide"), "{imports:?}");
     // What imports nothing that is left can be taken away; what remains in the end imports itself by way of others.
     while let Some(leaf) = imports.iter().find(|(_, named)| named.is_empty()).map(|(module, _)| module.clone()) {
@@ -166,13 +172,40 @@ fn no_module_of_the_operator_imports_in_a_circle() {
     assert!(imports.is_empty(), "these import in a circle, or what a circle imports: {imports:#?}");
 }
 
+/// From the command line down to arithmetic; beside it what is read, kept and told.
+#[test]
+fn the_rooms_of_the_trainer_look_one_way() {
+    let below = [
+        ("ground", ""),
+        ("store", "ground"),
+        ("compute", "ground"),
+        ("data", "store ground"),
+        ("source", "store ground"),
+        ("tell", "compute store ground"),
+        ("model", "compute data store ground"),
+        ("train", "model tell compute data store ground"),
+        ("judge", "train model tell compute data store ground"),
+        ("run", "judge train model tell compute source data store ground"),
+        ("cli", "run judge train model tell compute source data store ground"),
+    ];
+    let imports = imports("trainer/src");
+    assert_eq!(imports.len(), below.len(), "every room has its place: {:?}", imports.keys());
+    for (room, allowed) in below {
+        let allowed: BTreeSet<String> = allowed.split_whitespace().map(str::to_owned).collect();
+        // Names of the crate's own, such as `crate::Error`, are of no room.
+        let named: BTreeSet<String> =
+            imports[room].iter().filter(|name| imports.contains_key(*name)).cloned().collect();
+        let wrong: Vec<&String> = named.difference(&allowed).collect();
+        assert!(wrong.is_empty(), "{room} looks at {wrong:?}; below it are {allowed:?}");
+    }
+    assert!(imports["cli"].contains("run") && imports["model"].contains("compute"), "{imports:?}");
+}
+
 #[test]
 fn the_loop_knows_no_file_and_data_no_tensor() {
-    for (folder, text) in [("trainer/src/data", "use tch"), ("trainer/src/model", "crate::train")] {
-        assert_eq!(files_with(folder, text), Vec::<String>::new(), "{text} in {folder}");
-    }
-    // A layer's tests make the parameters that they hold its gradients against.
-    let named = ["trainer/src/model/layer/tests.rs", "trainer/src/model/load.rs"];
+    assert_eq!(files_with("trainer/src/data", "use tch"), Vec::<String>::new(), "rows are no tensors");
+    // A layer's tests make the parameters that they hold its gradients against; a pass tells who updates them how far it is.
+    let named = ["trainer/src/model/layer/tests.rs", "trainer/src/model/llama.rs", "trainer/src/model/load.rs"];
     assert_eq!(files_with("trainer/src/model", "optim::"), named);
     let train = repository().join("trainer/src/train");
     let mut files = rust_files(&train);

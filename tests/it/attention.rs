@@ -3,7 +3,7 @@
 
 use harness::{device, is_on_gpu};
 use tch::{Kind, Tensor};
-use trainer::attention::{Segments, attention, attention_backward, scale};
+use trainer::compute::attention::{Segments, attention, attention_backward, scale};
 
 /// Output and gradients of q, k and v `[t, heads, d]`, example by example, by what softmax's derivative says.
 fn written_out([q, k, v, gradient]: [&Tensor; 4], bounds: &[i32], scale: f64) -> [Tensor; 4] {

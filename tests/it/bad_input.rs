@@ -169,14 +169,14 @@ fn the_rows() {
 }
 
 /// Rewrites the tiny model's weights with one tensor changed.
-fn spoil_tensor(job: &Job, change: impl Fn(&mut Vec<trainer::weights::TensorView<'_>>)) {
+fn spoil_tensor(job: &Job, change: impl Fn(&mut Vec<trainer::store::weights::TensorView<'_>>)) {
     let path = job.path("model/model.safetensors");
     let bytes = fs::read(&path).expect("readable");
     let parsed = safetensors::SafeTensors::deserialize(&bytes).expect("valid");
-    let mut tensors: Vec<trainer::weights::TensorView> = parsed
+    let mut tensors: Vec<trainer::store::weights::TensorView> = parsed
         .tensors()
         .into_iter()
-        .map(|(name, view)| trainer::weights::TensorView {
+        .map(|(name, view)| trainer::store::weights::TensorView {
             name,
             dtype: view.dtype(),
             shape: view.shape().to_vec(),
@@ -185,7 +185,7 @@ fn spoil_tensor(job: &Job, change: impl Fn(&mut Vec<trainer::weights::TensorView
         .collect();
     change(&mut tensors);
     let mut output = Vec::new();
-    trainer::weights::write_safetensors(&mut output, &[], &tensors).expect("a Vec takes everything");
+    trainer::store::weights::write_safetensors(&mut output, &[], &tensors).expect("a Vec takes everything");
     fs::write(path, output).expect("writable");
 }
 
@@ -221,8 +221,8 @@ fn halve_norm(job: &Job) {
 fn the_base_that_is_merged_into() {
     let job = Job::new();
     halve_norm(&job);
-    let stop = trainer::signal::Stop::default();
-    let files = trainer::weights::WeightFiles::open(&job.path("model")).expect("a file");
+    let stop = trainer::ground::stop::Stop::default();
+    let files = trainer::store::weights::WeightFiles::open(&job.path("model")).expect("a file");
     let merged = trainer::model::merged(&job.path("model"), &files, &files.files()[0], None, &stop);
     let error = merged.err().expect("misshapen").to_string();
     assert!(error.contains("tensor model.norm.weight has shape [32], config.json says [64]"), "{error}");

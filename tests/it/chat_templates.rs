@@ -6,12 +6,12 @@ use std::collections::BTreeMap;
 use harness::{read_golden, repository};
 use serde::Deserialize;
 use serde_json::{Value, json};
-use trainer::checkpoint::digest_of;
 use trainer::data::chat_template::ChatTemplate;
 use trainer::data::example::Example;
 use trainer::data::format::Content;
 use trainer::data::mask::{self, Tokeniser};
-use trainer::tokenizer::Tokenizer;
+use trainer::data::tokenizer::Tokenizer;
+use trainer::store::files::digest_of;
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]

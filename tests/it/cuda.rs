@@ -9,10 +9,10 @@ use std::sync::LazyLock;
 use harness::{device, is_on_gpu, on_host, skipped};
 use object::{Object, ObjectSection};
 use tch::{Device, Kind, Tensor};
-use trainer::ops::{residual_norm_backward, rms_norm, swiglu, swiglu_backward};
-use trainer::shim;
-use trainer::shim::cuda::{self, Kernels, NAMES};
-use trainer::shim::{DropoutMask, cpu};
+use trainer::compute::ops::{residual_norm_backward, rms_norm, swiglu, swiglu_backward};
+use trainer::compute::shim;
+use trainer::compute::shim::cuda::{self, Kernels, NAMES};
+use trainer::compute::shim::{DropoutMask, cpu};
 
 static KERNELS: LazyLock<Kernels> = LazyLock::new(|| {
     let driver = if device() == Device::Cpu { env!("CUDA_ON_CPU").into() } else { cuda::library(cuda::DRIVER) };

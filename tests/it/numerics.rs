@@ -7,17 +7,17 @@ use harness::{
 };
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
+use trainer::compute::linear::Adapters;
+use trainer::compute::optim::Parameters;
 use trainer::data::pack::{PackedBatch, pack};
-use trainer::evaluate::{self, Measurement};
-use trainer::generate::{Limits, generate};
-use trainer::linear::Adapters;
+use trainer::data::tokenizer::Tokenizer;
+use trainer::ground::stop::Stop;
+use trainer::judge::evaluate::{self, Measurement};
+use trainer::judge::generate::{Limits, generate};
 use trainer::model::{Built, DeviceBatch, Noise, Recompute, Source, build};
-use trainer::optim::Parameters;
-use trainer::schedule::Schedule;
-use trainer::signal::Stop;
-use trainer::tokenizer::Tokenizer;
+use trainer::store::weights::MappedFile;
+use trainer::train::schedule::Schedule;
 use trainer::train::{StepConfig, StepStats, train_step};
-use trainer::weights::MappedFile;
 
 /// Relative tolerance of losses and gradient norms over ten steps.
 const STEP_TOLERANCE: f64 = 1e-4;

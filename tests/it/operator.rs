@@ -8,7 +8,7 @@ mod queue;
 
 use harness::Job;
 use harness::operator::{GPU, Operator, condition};
-use trainer::checkpoint::digest_file;
+use trainer::store::files::digest_file;
 
 /// Hyperparameters of a job that trains long enough to be disturbed.
 const LONG: &str = "hyperparameters: {maxSteps: 3000, batchSize: 8, learningRate: \"1e-2\", precision: FP32}\ncheckpoint: {everySteps: 50}\n";

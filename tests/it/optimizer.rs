@@ -6,8 +6,8 @@
 use crds::run::Optimizer;
 use harness::{device, golden, on_host};
 use tch::{Device, Kind, Tensor};
-use trainer::optim::{OptimizerConfig, ParameterInit, Parameters, StepConstants};
-use trainer::weights::MappedFile;
+use trainer::compute::optim::{OptimizerConfig, ParameterInit, Parameters, StepConstants};
+use trainer::store::weights::MappedFile;
 
 const STEPS: i64 = 12;
 const WEIGHT_DECAY: f64 = 0.125;

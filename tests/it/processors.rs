@@ -80,7 +80,7 @@ fn what_kernels_may_use_can_be_limited_and_precision_follows() {
 fn kernels_may_not_be_let_use_what_the_processor_lacks() {
     let job = Job::new();
     let outcome = job.outcome(job.command(&["run", "job.yaml"]).env("ATEN_CPU_CAPABILITY", "avx512"));
-    if trainer::shim::cpu::processor() >= trainer::shim::cpu::Instructions::Avx512
+    if trainer::compute::shim::cpu::processor() >= trainer::compute::shim::cpu::Instructions::Avx512
         && std::env::var("FINETUNE_EMULATOR").is_err()
     {
         assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);

@@ -168,7 +168,7 @@ fn everything(job: &Job) -> Vec<String> {
     let files = ["weights.safetensors", "optimizer.safetensors"].map(|name| checkpoint.join(name));
     let output = job.path("runs/tiny/output/model.safetensors");
     let digest =
-        |path| trainer::checkpoint::digest_file(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        |path| trainer::store::files::digest_file(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     files.iter().chain([&output]).map(|path| digest(path.as_path())).collect()
 }
 

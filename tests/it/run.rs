@@ -44,7 +44,7 @@ fn an_adapter_a_merged_model_and_full_fine_tuning_answer_alike_after_export() {
         assert_eq!(report.stage, Stage::Succeeded);
         assert!(report.metrics.iter().any(|metric| metric.name == "trainLoss"), "{:?}", report.metrics);
         let artifact = report.artifact.expect("an output");
-        let digest = trainer::checkpoint::digest_file(&output.join(weights)).expect("readable");
+        let digest = trainer::store::files::digest_file(&output.join(weights)).expect("readable");
         assert_eq!(artifact.digest, digest);
         // The model card and the folder of the run are ways to the same answer.
         let answers = ["runs/tiny/output", "runs/tiny"].map(|folder| {

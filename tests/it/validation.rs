@@ -7,11 +7,11 @@ use crds::run::Optimizer;
 use harness::{Job, device, golden};
 use serde_json::json;
 use tch::Kind;
-use trainer::generate::{Answer, Limits, StopText, generate};
-use trainer::linear::Adapters;
+use trainer::compute::linear::Adapters;
+use trainer::data::tokenizer::Tokenizer;
+use trainer::ground::stop::Stop;
+use trainer::judge::generate::{Answer, Limits, StopText, generate};
 use trainer::model::{Built, Llama, Source, build};
-use trainer::signal::Stop;
-use trainer::tokenizer::Tokenizer;
 
 fn tiny_model(max_positions: i64) -> Llama {
     let device = device();
@@ -215,7 +215,7 @@ fn full_fine_tuning_writes_the_judged_weights_after_the_base_was_measured() {
         job.edit("baselines: {zeroShot: false, fewShot: {examples: 0}}", baselines);
         let outcome = job.run();
         assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
-        let digest = trainer::checkpoint::digest_file(&job.path("runs/tiny/output/model.safetensors"));
+        let digest = trainer::store::files::digest_file(&job.path("runs/tiny/output/model.safetensors"));
         (digest.expect("an output"), job.report().validation.expect("validated"))
     };
     let (expected, _) = weights("baselines: {zeroShot: false, fewShot: {examples: 0}}");

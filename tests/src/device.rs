@@ -13,10 +13,11 @@ pub fn device() -> Device {
             return Device::Cpu;
         }
         let folder = std::env::var_os("TRAINER_TORCH_LIB");
-        trainer::device::load_cuda(folder.as_deref().map(Path::new)).unwrap_or_else(|error| panic!("no CUDA: {error}"));
+        trainer::compute::device::load_cuda(folder.as_deref().map(Path::new))
+            .unwrap_or_else(|error| panic!("no CUDA: {error}"));
         assert!(Cuda::is_available(), "libtorch's CUDA half is loaded, but the driver reports no device");
-        trainer::shim::set_deterministic().unwrap_or_else(|error| panic!("{error}"));
-        trainer::shim::cuda::load().unwrap_or_else(|error| panic!("our kernels are not there: {error}"));
+        trainer::compute::shim::set_deterministic().unwrap_or_else(|error| panic!("{error}"));
+        trainer::compute::shim::cuda::load().unwrap_or_else(|error| panic!("our kernels are not there: {error}"));
         Device::Cuda(0)
     });
     *DEVICE

@@ -243,7 +243,7 @@ fn read_folder(folder: &Path, prefix: &str, files: &mut BTreeMap<String, Vec<u8>
 }
 
 fn sha256(bytes: &[u8]) -> String {
-    trainer::checkpoint::digest_of(bytes).trim_start_matches("sha256:").to_owned()
+    trainer::store::files::digest_of(bytes).trim_start_matches("sha256:").to_owned()
 }
 
 fn is_large(path: &str) -> bool {

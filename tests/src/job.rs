@@ -146,7 +146,7 @@ impl Job {
 
     /// SHA-256 of the adapter.
     pub fn adapter_digest(&self) -> String {
-        trainer::checkpoint::digest_file(&self.path("runs/tiny/output/adapter_model.safetensors"))
+        trainer::store::files::digest_file(&self.path("runs/tiny/output/adapter_model.safetensors"))
             .expect("the run has an output")
     }
 

@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use crds::run::{Lora, Method};
 use serde::Deserialize;
 use tch::{Kind, Tensor};
+use trainer::compute::optim::Parameters;
 use trainer::data::example::{Example, Examples};
-use trainer::optim::Parameters;
 
 /// The checkout that `cargo test` runs in: it starts a test in its package's folder. A path fixed at compile time would be that
 /// of another checkout where several share a target folder.

@@ -151,7 +151,7 @@ impl Pods {
 
     /// SHA-256 of a weights file below the folder.
     pub fn digest(&self, path: &str) -> String {
-        trainer::checkpoint::digest_file(&self.job.path(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
+        trainer::store::files::digest_file(&self.job.path(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
     }
 
     /// Steps that were recorded.

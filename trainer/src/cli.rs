@@ -19,27 +19,13 @@ use crds::run::RunConfig;
 pub use self::arguments::{Arguments, parse_arguments};
 use self::arguments::{Command, JobArguments, LocalArguments, RunArguments};
 use self::generate::answer;
-use crate::display::{Display, summary};
-use crate::pod;
-use crate::record::Observers;
-use crate::report::LastWord;
-use crate::run::{Context, Place, finished, first_report, plan_run, run};
-use crate::serve::{Server, Telemetry};
-use crate::signal::Stop;
-use crate::source::HubSettings;
-
-/// What the environment says; read in `main` only.
-#[derive(Debug)]
-pub struct Environment {
-    /// How the hub is reached.
-    pub hub: HubSettings,
-    /// Whether libtorch's CUDA half is loaded; if not, why.
-    pub cuda: Result<(), String>,
-    /// `ATEN_CPU_CAPABILITY`, where it is set.
-    pub cpu_capability: Option<String>,
-    /// `metadata.uid` of the pod; empty where there is none.
-    pub pod_uid: String,
-}
+use crate::ground::stop::Stop;
+use crate::run::{Context, Environment, Place, finished, first_report, plan_run, run};
+use crate::run::{pod, signal};
+use crate::tell::display::{Display, summary};
+use crate::tell::record::Observers;
+use crate::tell::report::LastWord;
+use crate::tell::serve::{Server, Telemetry};
 
 /// Prints a result. A reader that has gone away (`| head`) ends nothing.
 fn tell(text: &str) {
@@ -64,7 +50,7 @@ pub fn report_panic(payload: &(dyn std::any::Any + Send)) -> ExitCode {
 
 /// Executes a command.
 pub fn execute(arguments: &Arguments, environment: &Environment) -> ExitCode {
-    if let Err(message) = crate::device::check_capability(environment.cpu_capability.as_deref()) {
+    if let Err(message) = crate::compute::device::check_capability(environment.cpu_capability.as_deref()) {
         return fail(ExitCode::BadConfiguration, &message);
     }
     let result = match &arguments.command {
@@ -77,7 +63,7 @@ pub fn execute(arguments: &Arguments, environment: &Environment) -> ExitCode {
         Command::Profile { job, trace } => profile_job(job, trace.as_ref(), environment),
         Command::Check { file, local } => check_file(file, local),
         Command::Generate { folder, prompt, base, max_new_tokens, precision } => {
-            let chosen = crate::device::choose(precision.precision(), None, &environment.cuda);
+            let chosen = crate::compute::device::choose(precision.precision(), None, &environment.cuda);
             for warning in &chosen.warnings {
                 let _ = writeln!(std::io::stderr(), "warning: {warning}");
             }
@@ -153,7 +139,7 @@ fn run_job(file: &Path, job: &RunArguments, listen: Option<SocketAddr>, environm
         return Ok(ExitCode::Done);
     }
     let last_word = LastWord::new(first_report(&config), Some(directory.clone()), None);
-    crate::crash::tell(&last_word);
+    crate::run::crash::tell(&last_word);
     let stop = stop_on_signals(&last_word)?;
     let context = local_context(&directory, &stop, &last_word, environment);
     let mut display = Display::new(std::io::stderr().is_terminal());
@@ -176,7 +162,7 @@ fn run_job(file: &Path, job: &RunArguments, listen: Option<SocketAddr>, environm
 }
 
 fn stop_on_signals(last_word: &LastWord) -> Result<Stop, (ExitCode, String)> {
-    Stop::on_signals(last_word)
+    signal::stop_on_signals(last_word)
         .map_err(|error| (ExitCode::InternalError, format!("signals cannot be handled: {error}")))
 }
 
@@ -212,7 +198,7 @@ fn profile_job(job: &JobArguments, trace: Option<&PathBuf>, environment: &Enviro
     let stop = stop_on_signals(&last_word)?;
     let context = local_context(&directory, &stop, &last_word, environment);
     let mut display = Display::new(std::io::stderr().is_terminal());
-    let profile = crate::profile::profile(&config, &context, &trace, &mut display);
+    let profile = crate::run::profile::profile(&config, &context, &trace, &mut display);
     tell(&profile.map_err(|error| (error.exit(), error.to_string()))?.to_string());
     Ok(ExitCode::Done)
 }

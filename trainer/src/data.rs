@@ -12,6 +12,7 @@ pub mod order;
 pub mod pack;
 #[cfg(test)]
 mod tests;
+pub mod tokenizer;
 
 use std::path::{Path, PathBuf};
 
@@ -26,8 +27,8 @@ use self::file::{File, Fitted};
 use self::format::{Content, Row};
 use self::generation::GenerationRow;
 use self::mask::Tokeniser;
-use crate::signal::Stop;
-use crate::tokenizer::Tokenizer;
+use crate::data::tokenizer::Tokenizer;
+use crate::ground::stop::Stop;
 
 /// Fewer rows than this are learnt by heart.
 const FEW_ROWS: usize = 10;
@@ -40,7 +41,7 @@ pub enum Error {
     Format(#[from] format::Error),
     /// The model's tokenizer cannot be used.
     #[error(transparent)]
-    Tokenizer(#[from] crate::tokenizer::Error),
+    Tokenizer(#[from] crate::data::tokenizer::Error),
     /// The model's template cannot be used.
     #[error(transparent)]
     Template(#[from] chat_template::Error),

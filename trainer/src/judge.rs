@@ -5,13 +5,15 @@
 //! 95 % t interval of the difference of the two mean losses per token, a ratio of sums over rows, so that a row counts by
 //! its tokens and the tokens of a row are not taken for independent.
 
+pub mod evaluate;
+pub mod generate;
 #[cfg(test)]
 mod tests;
 
 use crds::report::{ForgettingResult, GateResult, Generation, Scores, ValidationReport, Verdict};
 use crds::run::{Baseline, Gate, Metric, ValidationConfig};
 
-use crate::evaluate::Measurement;
+use crate::judge::evaluate::Measurement;
 
 /// A difference that chance makes more often than this is not taken for real.
 const SIGNIFICANCE: f64 = 0.05;
@@ -54,7 +56,7 @@ pub fn judge(config: &ValidationConfig, measured: &Measured) -> ValidationReport
     let failed: Vec<String> = gates
         .iter()
         .filter(|gate| !gate.passed)
-        .map(|gate| crate::display::describe_gate(&gate.gate))
+        .map(|gate| crate::tell::display::describe_gate(&gate.gate))
         .chain(forgot.map(str::to_owned))
         .collect();
     let (verdict, summary) = if failed.is_empty() {

@@ -1,43 +1,17 @@
 //! Fine-tunes a language model on one machine: prepare, train, validate, publish.
+//!
+//! `cli → run → judge → train → model → compute`; beside them `data`, `source`, `store` and `tell`; below all `ground`.
 
-pub mod attention;
-pub mod checkpoint;
 pub mod cli;
-pub mod control;
-pub mod crash;
+pub mod compute;
 pub mod data;
-pub mod device;
-pub mod display;
-pub mod dropout;
-pub mod evaluate;
-pub mod export;
-pub mod generate;
-pub mod gpu;
-pub mod history;
+pub mod ground;
 pub mod judge;
-pub mod linear;
-pub mod loss;
 pub mod model;
-pub mod ops;
-pub mod optim;
-pub mod plan;
-pub mod plot;
-pub mod pod;
-pub mod prepare;
-pub mod profile;
-pub mod publish;
-pub mod random;
-pub mod record;
-pub mod report;
 pub mod run;
-pub mod schedule;
-pub mod serve;
-pub mod shim;
-pub mod signal;
 pub mod source;
-pub mod tokenizer;
+pub mod store;
+pub mod tell;
 pub mod train;
-pub mod watchdog;
-pub mod weights;
 
 pub use run::Error;

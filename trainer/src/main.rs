@@ -2,13 +2,14 @@
 
 use std::io::Write;
 
-use trainer::cli::{Arguments, Environment, execute, parse_arguments};
+use trainer::cli::{Arguments, execute, parse_arguments};
+use trainer::run::Environment;
 
 fn main() {
-    trainer::device::set_library_defaults(|name| {
+    trainer::compute::device::set_library_defaults(|name| {
         std::env::var_os(name).map(|value| value.to_string_lossy().into_owned())
     });
-    if let Err(error) = trainer::crash::watch() {
+    if let Err(error) = trainer::run::crash::watch() {
         let _ = writeln!(std::io::stderr(), "warning: a crash in native code would leave no word: {error}");
     }
     // The message of a panic is told once, below, with what to do about it.
@@ -28,11 +29,11 @@ fn environment(arguments: &Arguments) -> Environment {
     let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
     // Before any other libtorch call: the answer to "is there CUDA" is cached by the first question.
     let cuda = if arguments.computes() {
-        trainer::device::load_cuda(variable("TRAINER_TORCH_LIB").as_deref().map(std::path::Path::new))
+        trainer::compute::device::load_cuda(variable("TRAINER_TORCH_LIB").as_deref().map(std::path::Path::new))
     } else {
         Err("it is not needed here".to_owned())
     };
-    trainer::shim::keep_large_allocations();
+    trainer::compute::shim::keep_large_allocations();
     let hub = trainer::source::HubSettings::read(variable);
     let cpu_capability = variable("ATEN_CPU_CAPABILITY");
     Environment { hub, cuda, cpu_capability, pod_uid: variable("POD_UID").unwrap_or_default() }

@@ -13,7 +13,7 @@ mod merge;
 
 pub use config::Config;
 pub use layer::{KeyValues, Outputs, Recompute};
-pub use llama::{BackwardPass, DeviceBatch, Llama, Noise};
+pub use llama::{DeviceBatch, Llama, Noise};
 pub use load::{
     Built, Source, base_elements, build, check_finite, layer_elements, lora_parameters, restore_base, target_linears,
     weight_names,
@@ -49,7 +49,7 @@ pub enum Error {
     },
     /// The weight files are not acceptable.
     #[error(transparent)]
-    Weights(#[from] crate::weights::Error),
+    Weights(#[from] crate::store::weights::Error),
     /// A tensor has another shape than `config.json` says.
     #[error("{folder}: tensor {name} has shape {found:?}, config.json says {expected:?}; the files do not belong together", folder = folder.display())]
     Shape {

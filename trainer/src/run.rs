@@ -1,12 +1,22 @@
 //! One run from configuration to report: prepare, train, publish. A local run makes them one after another, a cluster in
 //! pods of their own; the stages are the same.
 
+pub mod control;
+pub mod crash;
 mod evaluation;
+pub mod export;
+pub mod plan;
 mod planning;
+pub mod pod;
+pub mod prepare;
+pub mod profile;
+pub mod publish;
 mod publishing;
 mod saving;
+pub mod signal;
 mod surroundings;
 mod training;
+pub mod watchdog;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -15,18 +25,17 @@ use crds::exit::ExitCode;
 use crds::report::{Failure, Report, Stage};
 use crds::run::{PodStage, RunConfig};
 
-use crate::checkpoint::{self, Claim, claim_stage, digest_of};
-use crate::device;
-use crate::export;
+use crate::compute::{device, memory};
+use crate::ground::stop::Stop;
 use crate::model;
-use crate::plan;
-use crate::prepare::{self, noted_base};
-use crate::record::{Event, Observer, Observers};
-use crate::report::{self, LastWord};
-use crate::signal::Stop;
+use crate::run::prepare::noted_base;
+use crate::run::watchdog::Watchdog;
 use crate::source::{Access, Claims, HubSettings};
+use crate::store::checkpoint::{self, Claim, claim_stage};
+use crate::store::files::{digest_file, digest_of};
+use crate::tell::record::{Event, Observer, Observers};
+use crate::tell::report::{self, LastWord};
 use crate::train;
-use crate::watchdog::Watchdog;
 pub use planning::{Place, Planned, plan_run};
 use publishing::publish;
 pub use surroundings::loop_plan;
@@ -56,7 +65,7 @@ pub enum Error {
     Export(#[from] export::Error),
     /// The copy of the output.
     #[error(transparent)]
-    Publish(#[from] crate::publish::Error),
+    Publish(#[from] crate::run::publish::Error),
     /// What the stage before left.
     #[error(transparent)]
     Report(#[from] report::Error),
@@ -75,10 +84,10 @@ pub enum Error {
     OtherConfiguration(PodStage),
     /// The tokenizer.
     #[error(transparent)]
-    Tokenizer(#[from] crate::tokenizer::Error),
+    Tokenizer(#[from] crate::data::tokenizer::Error),
     /// Weights that were just written cannot be read.
     #[error(transparent)]
-    Weights(#[from] crate::weights::Error),
+    Weights(#[from] crate::store::weights::Error),
     /// The run directory cannot be written.
     #[error("{}: cannot be written ({source}); free space or choose another --dir", path.display())]
     Write {
@@ -122,9 +131,9 @@ pub enum Error {
 impl Error {
     /// What a panic means: libtorch reports exhausted memory as one, everything else is a bug.
     pub fn from_panic(payload: &(dyn std::any::Any + Send)) -> Self {
-        let text = train::panic_text(payload).unwrap_or("no message");
+        let text = memory::panic_text(payload).unwrap_or("no message");
         let first = text.lines().next().unwrap_or_default().to_owned();
-        if train::is_out_of_memory(text) { Self::OutOfMemory(first) } else { Self::Bug { message: first } }
+        if memory::is_out_of_memory(text) { Self::OutOfMemory(first) } else { Self::Bug { message: first } }
     }
 
     /// Whether another attempt or another job owns the run directory.
@@ -159,6 +168,19 @@ impl Error {
             Self::Bug { .. } => ExitCode::InternalError,
         }
     }
+}
+
+/// What the environment says; read in `main` only.
+#[derive(Debug)]
+pub struct Environment {
+    /// How the hub is reached.
+    pub hub: HubSettings,
+    /// Whether libtorch's CUDA half is loaded; if not, why.
+    pub cuda: Result<(), String>,
+    /// `ATEN_CPU_CAPABILITY`, where it is set.
+    pub cpu_capability: Option<String>,
+    /// `metadata.uid` of the pod; empty where there is none.
+    pub pod_uid: String,
 }
 
 /// What a run needs beside its configuration.
@@ -225,8 +247,7 @@ pub fn finished(config: &RunConfig, run: &Path) -> Option<Report> {
     if report.stage != Stage::Succeeded || report.config_digest != config_digest(config) {
         return None;
     }
-    let is_there =
-        |path: &str, digest: &str| checkpoint::digest_file(Path::new(path)).is_ok_and(|found| found == digest);
+    let is_there = |path: &str, digest: &str| digest_file(Path::new(path)).is_ok_and(|found| found == digest);
     // A commit of the hub does not change.
     let files =
         report.data.as_ref()?.sources.iter().filter_map(|source| Some((source.uri.strip_prefix("file://")?, source)));
@@ -291,7 +312,7 @@ pub fn run_stage(
 /// Refuses an output that could never be put where it is to go, before an accelerator is taken. Where its claim is not mounted
 /// yet, the publish stage looks.
 fn check_destination(config: &RunConfig) -> Result<(), Error> {
-    use crate::publish::{Destination, Error as Refused};
+    use crate::run::publish::{Destination, Error as Refused};
     let opened = config.output.uri.as_ref().map(|uri| Destination::open(uri, &config.job, claims(config)));
     match opened {
         Some(Err(refused @ (Refused::Reserved { .. } | Refused::Occupied { .. }))) => Err(refused.into()),

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use crds::exit::ExitCode;
 
-use crate::signal::Stop;
+use crate::ground::stop::Stop;
 
 pub use claim::{Claims, Place, place};
 pub use hub::{HubSettings, Reader, git_blob_id};

@@ -3,7 +3,7 @@
 //! The loop knows the model, the rows and the schedule. Files, sockets and terminals are behind [`Surroundings`].
 
 mod error;
-mod memory;
+pub mod schedule;
 mod state;
 
 use std::time::{Duration, Instant};
@@ -13,17 +13,17 @@ use crds::run::{CheckpointInterval, EarlyStopping, Metric};
 use tch::Tensor;
 
 pub use self::error::Error;
-pub use self::memory::{guard_memory, is_out_of_memory, panic_text};
 pub use self::state::{Best, TrainState};
+use crate::compute::memory::guard_memory;
+use crate::compute::optim::{Parameters, StepConstants};
+use crate::compute::shim;
 use crate::data::example::Examples;
 use crate::data::order::Order;
 use crate::data::pack::{PackedBatch, pack};
+use crate::ground::stop::Stop;
 use crate::model::{DeviceBatch, Llama, Noise, Recompute};
-use crate::optim::{Parameters, StepConstants};
-use crate::record::{EvaluationRecord, Event, StepRecord};
-use crate::schedule::Schedule;
-use crate::shim;
-use crate::signal::Stop;
+use crate::tell::record::{EvaluationRecord, Event, StepRecord};
+use crate::train::schedule::Schedule;
 
 /// Non-finite steps in a row that end the run.
 const MAX_NON_FINITE_STEPS: i64 = 3;

@@ -14,7 +14,7 @@ enum Kind {
 }
 
 /// Where they are registered, under the prefix that the registry was made with.
-const SOURCES: [&str; 2] = ["trainer/src/serve/telemetry.rs", "operator/src/telemetry.rs"];
+const SOURCES: [&str; 2] = ["trainer/src/tell/serve/telemetry.rs", "operator/src/telemetry.rs"];
 
 /// Where the operator lists the gauges of a job.
 const JOB_FAMILIES: &str = "operator/src/telemetry/series.rs";

@@ -64,7 +64,7 @@ fn a_run_fetches_what_it_reads_at_commits_that_it_records_and_runs_again_without
     let outcome = setup.outcome(command);
     assert_eq!(outcome.code, Some(0), "{outcome:?}");
     assert_eq!(hub.take_received(), []);
-    let again = trainer::checkpoint::digest_file(&job.path("second/output/adapter_model.safetensors"));
+    let again = trainer::store::files::digest_file(&job.path("second/output/adapter_model.safetensors"));
     assert_eq!(again.expect("an adapter"), digest);
 }
 

@@ -3,7 +3,7 @@
 use harness::Job;
 use harness::cluster::wait_for;
 use harness::operator::{FEW_MINUTES, Operator};
-use trainer::checkpoint::digest_file;
+use trainer::store::files::digest_file;
 
 use super::{LONG, LONG_ON_CLAIM, SHORT, artifact, long_adapter};
 

@@ -7,7 +7,7 @@ use clap::{Parser, Subcommand};
 use crds::exit::ExitCode;
 use crds::run::{PodStage, Precision};
 
-use crate::pod::Order;
+use crate::run::pod::Order;
 
 /// Fine-tunes and validates a language model from a FineTuneJob file.
 #[derive(Debug, Parser)]

@@ -6,13 +6,13 @@ use crds::exit::ExitCode;
 use crds::run::{Method, Optimizer};
 
 use super::{Outcome, tell};
-use crate::export::AdapterInfo;
-use crate::generate::{Limits, generate};
-use crate::linear::Adapters;
+use crate::compute::linear::Adapters;
+use crate::data::tokenizer::Tokenizer;
+use crate::ground::stop::Stop;
+use crate::judge::generate::{Limits, generate};
 use crate::model::{Config, Source, build, check_finite};
-use crate::signal::Stop;
+use crate::run::export::AdapterInfo;
 use crate::source::{Access, Claims, HubSettings};
-use crate::tokenizer::Tokenizer;
 
 /// A model that answers: its folder, and the adapter on it.
 struct Answering {
@@ -24,7 +24,8 @@ struct Answering {
 fn answering(folder: &Path, base: Option<&Path>, hub: &HubSettings) -> Result<Answering, (ExitCode, String)> {
     let output = folder.join("output");
     let folder = if output.is_dir() && !folder.join("config.json").exists() { output } else { folder.to_path_buf() };
-    let Some(adapter) = crate::export::read_adapter(&folder).map_err(|message| (ExitCode::BadData, message))? else {
+    let Some(adapter) = crate::run::export::read_adapter(&folder).map_err(|message| (ExitCode::BadData, message))?
+    else {
         return Ok(Answering { folder, adapter: None });
     };
     let model = match base {
@@ -54,7 +55,7 @@ pub(super) fn answer(
     prompt: &str,
     base: Option<&Path>,
     max_new_tokens: i64,
-    chosen: &crate::device::Chosen,
+    chosen: &crate::compute::device::Chosen,
     hub: &HubSettings,
 ) -> Outcome {
     let failed = |error: &dyn std::fmt::Display, exit: ExitCode| (exit, error.to_string());
@@ -83,7 +84,8 @@ pub(super) fn answer(
     check_finite(&folder).map_err(|error| failed(&error, error.exit()))?;
     let mut built = build(&source).map_err(|error| failed(&error, error.exit()))?;
     if let Some((folder, _)) = &adapter {
-        crate::export::load_adapter(folder, &mut built.parameters).map_err(|message| (ExitCode::BadData, message))?;
+        crate::run::export::load_adapter(folder, &mut built.parameters)
+            .map_err(|message| (ExitCode::BadData, message))?;
     }
     let limits =
         Limits { max_new_tokens, end_tokens: tokenizer.end_tokens().to_vec(), stop_text: None, cache_tokens: 0 };

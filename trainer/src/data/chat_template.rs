@@ -15,7 +15,7 @@ use minijinja::{Environment, ErrorKind};
 use serde_json::Value as Json;
 
 use self::python_json::python_json;
-use crate::tokenizer::{self, read_json};
+use crate::data::tokenizer::{self, read_json};
 
 /// Instructions that one rendering may take.
 const FUEL: u64 = 20_000_000;

@@ -6,7 +6,8 @@ use std::path::Path;
 use safetensors::Dtype;
 use sha2::{Digest, Sha256};
 
-use crate::weights::{self, MappedFile, TensorView, write_safetensors};
+use crate::store::files::hex;
+use crate::store::weights::{self, MappedFile, TensorView, write_safetensors};
 
 /// A tokenised row.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -138,15 +139,6 @@ impl Examples {
     pub fn total_tokens(&self) -> usize {
         self.offsets.last().copied().unwrap_or(0)
     }
-}
-
-/// Lower-case hexadecimal.
-pub fn hex(bytes: &[u8]) -> String {
-    use std::fmt::Write as _;
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ use super::Error;
 use super::example::Example;
 use super::format::{Content, Row};
 use super::mask::{self, Tokeniser};
-use crate::random::generator;
+use crate::ground::random::generator;
 
 /// Rows that are answered, and rows that the loss after examples is taken on; more would cost more time than they add
 /// certainty.

@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::chat_template::{self, ChatTemplate};
 use super::example::Example;
 use super::format::Content;
-use crate::tokenizer::{self, Encoded, Tokenizer};
+use crate::data::tokenizer::{self, Encoded, Tokenizer};
 
 /// A row could not be tokenised.
 #[derive(Debug, thiserror::Error)]

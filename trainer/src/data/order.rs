@@ -6,7 +6,7 @@ use std::sync::Mutex;
 use crds::run::Duration;
 use rand::seq::SliceRandom;
 
-use crate::random::{generator, seed64};
+use crate::ground::random::{generator, seed64};
 
 /// The order of one run.
 #[derive(Debug)]

@@ -3,7 +3,7 @@
 use crds::run::{DataFormat, DataSource, Evaluate, Forgetting};
 
 use super::*;
-use crate::evaluate::RowScore;
+use crate::judge::evaluate::RowScore;
 
 fn config(gates: Vec<Gate>) -> ValidationConfig {
     ValidationConfig {

@@ -5,9 +5,10 @@
 
 use tch::Tensor;
 
-use crate::attention::{self, Segments};
-use crate::linear::{Adapters, InputMask, Linear, Saved, Weight};
-use crate::ops::{RopeRows, Rotation, residual_norm_backward, rms_norm, swiglu, swiglu_backward};
+use crate::compute::attention::{self, Segments};
+use crate::compute::linear::{Adapters, InputMask, Linear, Saved};
+use crate::compute::ops::{RopeRows, Rotation, residual_norm_backward, rms_norm, swiglu, swiglu_backward};
+use crate::compute::weight::Weight;
 
 /// What a layer keeps from its forward pass for its backward pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

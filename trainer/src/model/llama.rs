@@ -6,15 +6,17 @@ use tch::{Device, Kind, Tensor};
 
 use super::Config;
 use super::layer::{Around, Below, KeyValues, Layer, LayerSaved, Outputs, Pass, Recompute};
-use crate::attention::{self, Segments};
+use crate::compute::attention::{self, Segments};
+use crate::compute::dropout::Dropout;
+use crate::compute::linear::{Adapters, InputMask};
+use crate::compute::loss::{self, Scored};
+use crate::compute::ops::{Rope, linear, rms_norm, rms_norm_backward};
+use crate::compute::optim::BackwardPass;
+use crate::compute::shim::{self, cpu, decode};
+use crate::compute::weight::Weight;
 use crate::data::pack::PackedBatch;
-use crate::dropout::Dropout;
-use crate::linear::{Adapters, InputMask, Weight};
-use crate::loss::{self, Scored};
-use crate::ops::{Rope, linear, rms_norm, rms_norm_backward};
-use crate::random::seed64;
-use crate::shim::{self, cpu, decode};
-use crate::signal::Stop;
+use crate::ground::random::seed64;
+use crate::ground::stop::Stop;
 
 /// A Llama model on one device.
 #[derive(Debug)]
@@ -30,7 +32,7 @@ pub struct Llama {
     pub(super) device: Device,
     pub(super) lora_dropout: f64,
     /// The mapped files that frozen weights point into; they live as long as the model. `None` where no weight is frozen.
-    pub(super) _maps: Option<crate::weights::WeightFiles>,
+    pub(super) _maps: Option<crate::store::weights::WeightFiles>,
 }
 
 /// A packed batch on the model's device.
@@ -84,18 +86,6 @@ impl InputMask for NoDropout {
     fn mask(&self, _site: u64, _tokens: i64, _x: &Tensor) -> Option<Tensor> {
         None
     }
-}
-
-/// What goes along with a backward pass, which goes from the last layer to the first.
-pub trait BackwardPass {
-    /// All losses and the head's gradient are there, those of layers are next.
-    fn begin(&mut self, loss: &Tensor);
-    /// Whether a backward pass that has begun must not be left.
-    fn must_be_finished(&self) -> bool;
-    /// A layer's gradients are about to be summed.
-    fn begin_layer(&mut self, layer: usize);
-    /// A layer's gradients are complete, and nothing in this pass computes with its weights any more.
-    fn end_layer(&mut self, layer: usize) -> Result<(), shim::Error>;
 }
 
 impl Llama {
@@ -260,7 +250,7 @@ impl Llama {
     /// Logits `[t, v]` of every position of a batch; `None` if a stop was asked for meanwhile.
     pub fn all_logits(&self, batch: &DeviceBatch, adapters: Adapters, stop: &Stop) -> Option<Tensor> {
         let logits_tv = self.logits(&self.hidden(batch, Outputs::All, adapters, stop)?);
-        Some(logits_tv.to_kind(crate::ops::accumulate_kind(self.kind)))
+        Some(logits_tv.to_kind(crate::compute::ops::accumulate_kind(self.kind)))
     }
 
     /// Positions that the rotary tables hold.

@@ -10,13 +10,14 @@ use tch::{Device, Kind, Tensor};
 
 use super::layer::{Layer, LayerShape};
 use super::{Config, Error, Llama};
-use crate::linear::{Adapter, Linear, Weight};
-use crate::ops::Rope;
-use crate::optim::{OptimizerConfig, ParameterInit, Parameters, Slot};
-use crate::random::generator;
-use crate::shim;
-use crate::signal::Stop;
-use crate::weights::{Mapped, WeightFiles};
+use crate::compute::linear::{Adapter, Linear};
+use crate::compute::ops::Rope;
+use crate::compute::optim::{OptimizerConfig, ParameterInit, Parameters, Slot};
+use crate::compute::shim;
+use crate::compute::weight::Weight;
+use crate::ground::random::generator;
+use crate::ground::stop::Stop;
+use crate::store::weights::{Mapped, WeightFiles};
 
 /// The linears of a decoder layer, by the path below `model.layers.N.`, in the order of use.
 pub const LAYER_LINEARS: [&str; 7] = [

@@ -10,9 +10,9 @@ use tch::{Kind, Tensor};
 
 use super::load::{adapter_scale, base_shapes, kind_of, mapped};
 use super::{Config, Error};
-use crate::shim::tensor_bytes;
-use crate::signal::Stop;
-use crate::weights::{Mapped, MappedFile, StreamedTensor, WeightFiles};
+use crate::compute::shim::tensor_bytes;
+use crate::ground::stop::Stop;
+use crate::store::weights::{Mapped, MappedFile, StreamedTensor, WeightFiles};
 
 /// Numbers of a tensor that are computed at once.
 const PIECE: usize = 1 << 22;
@@ -101,7 +101,7 @@ fn write_changed(sink: &mut dyn Write, base: &Mapped, change: &Change, stop: &St
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::weights::{TensorView, write_safetensors};
+    use crate::store::weights::{TensorView, write_safetensors};
 
     /// Keeps what is written, and how much of it at once at most.
     #[derive(Default)]
@@ -133,7 +133,8 @@ mod tests {
         let (rows, columns) = (PIECE / 2048 * 2 + 3, 2048);
         let shape = [rows as i64, columns as i64];
         let whole = Tensor::arange(shape[0] * shape[1], (Kind::Float, tch::Device::Cpu)).sin().view(shape);
-        let (a, b) = (crate::shim::cpu::noise(2, &[4, shape[1]]), crate::shim::cpu::noise(3, &[shape[0], 4]));
+        let (a, b) =
+            (crate::compute::shim::cpu::noise(2, &[4, shape[1]]), crate::compute::shim::cpu::noise(3, &[shape[0], 4]));
         let (base, master) = (numbers(&whole, Kind::BFloat16), numbers(&(&whole * 2), Kind::Float));
         let mapped = Mapped { dtype: Dtype::BF16, shape: vec![rows, columns], data: &base };
         let by = Mapped { dtype: Dtype::F32, shape: vec![rows, columns], data: &master };
@@ -172,7 +173,7 @@ mod tests {
         let view = TensorView { name: "x".into(), dtype: Dtype::F32, shape: vec![2], data: &data };
         let mut tensor: StreamedTensor = (&view).into();
         tensor.write = Box::new(|sink| write_changed(sink, &mapped, &Change::None, &stop));
-        let written = crate::weights::stream_safetensors(&mut Vec::new(), &[], &[tensor]);
+        let written = crate::store::weights::stream_safetensors(&mut Vec::new(), &[], &[tensor]);
         assert_eq!(written.expect_err("stopped").kind(), io::ErrorKind::Interrupted);
         write_safetensors(&mut Vec::new(), &[], &[view]).expect("nothing stops what is in memory");
     }

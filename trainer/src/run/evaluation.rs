@@ -8,17 +8,17 @@ use crds::run::{Method, RunConfig};
 use serde_json::json;
 
 use super::Error;
-use crate::checkpoint::write_atomically;
-use crate::evaluate::{self, Measurement, Prompt, Questions};
-use crate::generate::Progress;
+use crate::compute::linear::Adapters;
+use crate::compute::optim::Parameters;
+use crate::data::tokenizer::Tokenizer;
+use crate::ground::stop::Stop;
+use crate::judge::evaluate::{self, Measurement, Prompt, Questions};
+use crate::judge::generate::Progress;
 use crate::judge::{Measured, judge};
-use crate::linear::Adapters;
 use crate::model::{self, Llama, restore_base};
-use crate::optim::Parameters;
-use crate::prepare::Prepared;
-use crate::record::{Event, Observer};
-use crate::signal::Stop;
-use crate::tokenizer::Tokenizer;
+use crate::run::prepare::Prepared;
+use crate::store::files::write_atomically;
+use crate::tell::record::{Event, Observer};
 use crate::train::TrainState;
 
 /// What a validation needs.

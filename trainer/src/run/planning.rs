@@ -6,17 +6,18 @@ use crds::run::{Method, RunConfig};
 use tch::Device;
 
 use super::{Context, Error};
-use crate::attention::{self, makes_scores};
+use crate::compute::attention::{self, makes_scores};
+use crate::compute::device::{self, Chosen};
+use crate::compute::shim::cuda;
 use crate::data::generation::longest_answered;
 use crate::data::order::Order;
-use crate::device::{self, Chosen};
-use crate::generate;
+use crate::ground::units::display_bytes;
+use crate::judge::generate;
 use crate::model::Config;
-use crate::plan::{self, Estimate, display_bytes};
-use crate::prepare::{Prepared, Sources, prepare};
-use crate::record::{Event, Observer};
-use crate::schedule::Schedule;
-use crate::shim::cuda;
+use crate::run::plan::{self, Estimate};
+use crate::run::prepare::{Prepared, Sources, prepare};
+use crate::tell::record::{Event, Observer};
+use crate::train::schedule::Schedule;
 
 /// Said where an accelerator's memory is neither asked for nor told.
 const UNKNOWN_MEMORY: &str = "nobody tells how much memory the accelerator has: the plan takes it as endless, and a run that does \
@@ -290,7 +291,7 @@ impl Planned {
             events.push(derived("caches of answers", format!("{} tokens", estimate.cache_tokens), rows));
         }
         if estimate.seconds > 0.0 {
-            let seconds = crate::display::display_duration(estimate.seconds);
+            let seconds = crate::tell::display::display_duration(estimate.seconds);
             events.push(derived("estimated time", seconds, "from a measured matrix product".into()));
         }
         events.extend(chosen.warnings.iter().cloned().map(Event::Warning));
@@ -312,7 +313,7 @@ impl Planned {
                 display_bytes(estimate.memory.total),
                 if estimate.fits { "" } else { " (does not fit)" },
                 estimate.trainable_parameters,
-                crate::display::display_duration(estimate.seconds),
+                crate::tell::display::display_duration(estimate.seconds),
                 self.schedule.total_steps,
                 cost(estimate.seconds)
             )

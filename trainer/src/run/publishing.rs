@@ -5,14 +5,14 @@ use crds::run::{Method, OutputFormat, RunConfig};
 
 use super::saving::WEIGHTS;
 use super::{Context, Error, claims};
-use crate::checkpoint::{Stored, find_by_digest};
-use crate::export::{Weights, model_card, write_output};
+use crate::compute::shim::release_free_memory;
 use crate::model::{self, target_linears};
-use crate::prepare::Base;
-use crate::publish::Destination;
-use crate::record::{Event, Observer};
-use crate::shim::release_free_memory;
-use crate::weights::{MappedFile, TensorView, WeightFiles};
+use crate::run::export::{Weights, model_card, write_output};
+use crate::run::prepare::Base;
+use crate::run::publish::Destination;
+use crate::store::checkpoint::{Stored, find_by_digest};
+use crate::store::weights::{MappedFile, TensorView, WeightFiles};
+use crate::tell::record::{Event, Observer};
 
 /// Writes the output of the weights that `report` judged, and copies it to where it is wanted; `None` if it is not to be
 /// written.

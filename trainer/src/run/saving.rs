@@ -8,15 +8,15 @@ use std::time::Instant;
 use tch::{Device, Tensor};
 
 use super::Error;
-use crate::checkpoint::{self, Content, Store, Stored};
-use crate::export::dtype;
-use crate::optim::{Parameters, Slot};
-use crate::record::CheckpointRecord;
-use crate::report::LastWord;
-use crate::shim::tensor_bytes;
-use crate::signal::Stop;
+use crate::compute::optim::{Parameters, Slot};
+use crate::compute::shim::tensor_bytes;
+use crate::ground::stop::Stop;
+use crate::run::export::dtype;
+use crate::store::checkpoint::{self, Content, Store, Stored};
+use crate::store::weights::{MappedFile, StreamedTensor, stream_safetensors};
+use crate::tell::record::CheckpointRecord;
+use crate::tell::report::LastWord;
 use crate::train::TrainState;
-use crate::weights::{MappedFile, StreamedTensor, stream_safetensors};
 
 pub const WEIGHTS: &str = "weights.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
@@ -208,7 +208,7 @@ fn write_through(buffer: &Tensor, tensor: &Tensor, sink: &mut dyn Write) -> io::
 fn restore_tensor(file: &MappedFile, stored: &Stored, name: &str, place: &Tensor) -> Result<(), Error> {
     let (shape, kind) = (place.size(), place.kind());
     let malformed = || {
-        Error::Weights(crate::weights::Error::Malformed {
+        Error::Weights(crate::store::weights::Error::Malformed {
             path: stored.folder.clone(),
             message: format!("the checkpoint verifies and has no {kind:?} tensor {name} of shape {shape:?}"),
         })
@@ -240,7 +240,7 @@ pub fn restore_weights(stored: &Stored, parameters: &mut Parameters, stop: &Stop
 /// Puts a checkpoint's weights and moments in place and returns the loop's state.
 pub fn restore(stored: &Stored, parameters: &mut Parameters, stop: &Stop) -> Result<TrainState, Error> {
     let path = stored.folder.join(STATE);
-    let read = |source| crate::checkpoint::Error::Read { path: path.clone(), source };
+    let read = |source| crate::store::checkpoint::Error::Read { path: path.clone(), source };
     let state = std::fs::read(&path).map_err(read)?;
     let state: TrainState = serde_json::from_slice(&state).map_err(|error| read(error.into()))?;
     restore_weights(stored, parameters, stop)?;

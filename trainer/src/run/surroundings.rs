@@ -8,14 +8,14 @@ use crds::run::{CheckpointInterval, Method, Metric, RunConfig};
 use super::evaluation::{AtOnce, TUNED, answer, score};
 use super::saving::{Hold, Snapshot, Writer, Written};
 use super::{Context, Error, Planned};
-use crate::checkpoint;
-use crate::device::{self, EnergyMeter};
-use crate::evaluate::Measurement;
-use crate::history::History;
+use crate::compute::device::{self, EnergyMeter};
+use crate::compute::optim::Parameters;
+use crate::compute::shim::release_free_memory;
+use crate::judge::evaluate::Measurement;
 use crate::model::Llama;
-use crate::optim::Parameters;
-use crate::record::{CheckpointRecord, Event, Observer};
-use crate::shim::release_free_memory;
+use crate::store::checkpoint;
+use crate::tell::history::History;
+use crate::tell::record::{CheckpointRecord, Event, Observer};
 use crate::train::{self, Need, Surroundings, TrainState};
 
 /// Checkpoints in a row that may fail before the run ends: a full disk may be somebody's for a while.

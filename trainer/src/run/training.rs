@@ -10,12 +10,13 @@ use super::evaluation::{AtOnce, Evaluation};
 use super::saving::{self, Retention, Writer};
 use super::surroundings::{Earlier, Evaluated, Failures, RunSurroundings, loop_plan};
 use super::{Context, Error, Planned};
-use crate::checkpoint::{EquivalenceClass, Identity, Store, Stored, digest_of};
+use crate::compute::device::{self, EnergyMeter};
 use crate::data::generation::longest_answered;
-use crate::device::{self, EnergyMeter};
-use crate::history::History;
 use crate::model::{self, Built, build};
-use crate::record::{Event, Observer};
+use crate::store::checkpoint::{EquivalenceClass, Identity, Store, Stored};
+use crate::store::files::digest_of;
+use crate::tell::history::History;
+use crate::tell::record::{Event, Observer};
 use crate::train::{Outcome, TrainState, train};
 
 /// What an attempt takes, from its beginning.
@@ -203,7 +204,7 @@ fn open_store(config: &RunConfig, context: &Context, planned: &Planned) -> Resul
     };
     let class = EquivalenceClass {
         trainer: env!("CARGO_PKG_VERSION").to_owned(),
-        libtorch: crate::shim::libtorch_version(),
+        libtorch: crate::compute::shim::libtorch_version(),
         device: planned.chosen.device_name.clone(),
         precision: format!("{:?}", planned.chosen.kind),
         threads: planned.chosen.threads,

@@ -23,7 +23,7 @@ pub use self::settings::{HubSettings, Reader};
 pub(super) use self::trouble::Refusal;
 use self::trouble::Trouble;
 use super::{Access, Fetched, MODEL_TEXTS};
-use crate::signal::Stop;
+use crate::ground::stop::Stop;
 
 /// Which file holds which tensor, where there are several.
 const WEIGHTS_INDEX: &str = "model.safetensors.index.json";

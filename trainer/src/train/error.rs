@@ -1,6 +1,6 @@
 //! Why training ends early, and what to do about it.
 
-use crate::shim;
+use crate::compute::shim;
 
 /// Training ended early.
 #[derive(Debug, thiserror::Error)]

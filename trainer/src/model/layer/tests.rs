@@ -3,10 +3,10 @@ use std::collections::BTreeMap;
 use tch::{Device, Kind};
 
 use super::*;
-use crate::linear::Adapter;
-use crate::ops::Rope;
-use crate::optim::{OptimizerConfig, ParameterInit, Parameters};
-use crate::shim::cpu;
+use crate::compute::linear::Adapter;
+use crate::compute::ops::Rope;
+use crate::compute::optim::{OptimizerConfig, ParameterInit, Parameters};
+use crate::compute::shim::cpu;
 
 const TOKENS: i64 = 11;
 const HIDDEN: i64 = 8;
@@ -126,8 +126,9 @@ fn output_and_gradients_are_those_of_autograd_for_all_tokens_and_for_some() {
         let pass = Pass { rope: &rope, adapters: Adapters::On, dropout: &Masks, recompute };
         let parameters = parameters();
         let layer = layer(&parameters);
-        let leaf =
-            |slot: &crate::optim::Slot| (slot.name.clone(), parameters.working(slot).copy().set_requires_grad(true));
+        let leaf = |slot: &crate::compute::optim::Slot| {
+            (slot.name.clone(), parameters.working(slot).copy().set_requires_grad(true))
+        };
         let leaves: BTreeMap<_, _> = parameters.slots().iter().map(leaf).collect();
         let x_leaf = x.copy().set_requires_grad(true);
         let expected = outputs.select(&written_out(&x_leaf, &leaves, &rope, &bounds));

@@ -12,9 +12,9 @@ use sha2::{Digest as _, Sha256};
 use super::client::Listed;
 use super::is_commit;
 use super::trouble::Trouble;
-use crate::checkpoint::write_atomically;
-use crate::data::example::hex;
-use crate::signal::Stop;
+use crate::ground::stop::Stop;
+use crate::store::files::hex;
+use crate::store::files::write_atomically;
 
 /// What the hub says of a file's content, which also is its name among the blobs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -302,7 +302,7 @@ mod tests {
             partial.finish("c0", &file, &stop)
         };
         let digest = arrive(b"genuine").expect("genuine");
-        assert_eq!(digest, crate::checkpoint::digest_of(b"genuine"));
+        assert_eq!(digest, crate::store::files::digest_of(b"genuine"));
         assert_eq!(take().as_ref(), Some(&digest));
         let path = repository.snapshot("c0").join("a/config.json");
         assert_eq!(fs::read(&path).expect("linked"), b"genuine");
