@@ -5,12 +5,18 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write;
 use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex};
 
 use crds::FineTuneJob;
+use crds::exit::ExitCode;
 use crds::finetunejob::Phase;
+use crds::run::PodStage;
+use harness::apiserver::{About, Key, Kind, Life, Simulation, Turn, Word};
 use harness::{repository, skipped};
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Value, json};
+
+use crate::simulated::simulate;
 
 const HEALTH_CHECK: &str = "docs/argocd-health.lua";
 
@@ -98,6 +104,52 @@ fn a_job_in_each_phase_is_what_its_user_would_say() {
     let failed = &answers[jobs.iter().position(|job| job.name == "failed.yaml").expect("one")];
     assert_eq!(failed.kstatus_message, "train.jsonl:7: a row without an answer");
     assert_eq!(failed.argocd_message, "BadData: train.jsonl:7: a row without an answer");
+}
+
+/// What the operator writes, in every state that a job has on its way, and not what the files above say that it does.
+#[test]
+fn every_state_that_the_operator_writes_is_read_as_its_phase_says() {
+    let states: Arc<Mutex<Vec<Value>>> = Arc::default();
+    let fails = |about: &About| match about.stage {
+        PodStage::Train => {
+            Life::running().then(30, Turn::End(Word::Failed(ExitCode::BadData, "line 7: no answer".into())))
+        }
+        _ => Life::of(about),
+    };
+    let lives: [fn(&About) -> Life; 2] = [Life::of, fails];
+    for life in lives {
+        let states = Arc::clone(&states);
+        simulate(async || {
+            let simulation = Simulation::start(life);
+            simulation.submit("bot", &json!({"output": {"uri": "pvc://published/bot"}}));
+            simulation.until("it trains", 100, |simulation| !simulation.pods("bot-train").is_empty()).await;
+            simulation.edit("bot", |spec| spec["suspend"] = json!(true));
+            simulation.pass(60).await;
+            simulation.edit("bot", |spec| spec["suspend"] = json!(false));
+            simulation.end("bot", 600).await;
+            let history = simulation.server.history(&Key::new(Kind::FineTuneJob, "team", "bot"));
+            states.lock().expect("no test panics with it").extend(history);
+        });
+    }
+    let states = states.lock().expect("no test panics with it").clone();
+    let Some(answers) = ask(&states.iter().collect::<Vec<_>>()) else { return };
+    let mut phases = BTreeSet::new();
+    for (state, answer) in states.iter().zip(&answers) {
+        let phase = state["status"]["phase"].as_str().unwrap_or_default().to_owned();
+        // An edit is in progress until it was seen.
+        let is_seen = state["status"]["observedGeneration"] == state["metadata"]["generation"];
+        let expected = match phase.as_str() {
+            "Succeeded" if is_seen => ("Current", "Healthy"),
+            "Failed" if is_seen => ("Failed", "Degraded"),
+            "Suspended" if is_seen => ("InProgress", "Suspended"),
+            _ => ("InProgress", "Progressing"),
+        };
+        assert_eq!((answer.kstatus.as_str(), answer.argocd.as_str()), expected, "{answer:?} of {state:#}");
+        phases.insert(phase);
+    }
+    for phase in ["Pending", "Preparing", "Training", "Suspended", "Publishing", "Succeeded", "Failed"] {
+        assert!(phases.contains(phase), "no job was {phase}: {phases:?}");
+    }
 }
 
 /// kstatus takes an object without conditions for done, so a job would be done until the operator has seen it. The default of

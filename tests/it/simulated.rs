@@ -18,7 +18,7 @@ use crds::run::PodStage;
 use harness::apiserver::{About, Life};
 
 /// Runs a scenario in a world whose time goes by when nobody has anything to do.
-fn simulate(scenario: impl AsyncFnOnce()) {
+pub fn simulate(scenario: impl AsyncFnOnce()) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build();
     runtime.expect("a runtime").block_on(scenario());
 }

@@ -17,12 +17,13 @@
   expression: "has(object.spec.resources) && has(object.spec.resources.limits) ? object.spec.resources.limits : {}"
 - name: requests
   expression: "has(object.spec.resources) && has(object.spec.resources.requests) ? object.spec.resources.requests : {}"
-# Extended resources have a domain in their names; cpu and memory have none. A quantity may be a number or 1k.
+# Extended resources have a domain that is not Kubernetes' own; those that a profile calls other devices are none here. A quantity
+# may be a number or 1k.
 - name: accelerators
   expression: >-
     double(has(object.spec.nodes) ? object.spec.nodes : 1) * [
-    variables.limits.map(name, name.contains('/'), quantity(string(variables.limits[name])).asApproximateFloat()).sum(),
-    variables.requests.map(name, name.contains('/'), quantity(string(variables.requests[name])).asApproximateFloat()).sum()].max()
+    variables.limits.map(name, name.contains('/') && !name.matches('^(requests[.].*|(.*[.])?kubernetes[.]io)/') && !name.matches({{ .otherDevices | squote }}), quantity(string(variables.limits[name])).asApproximateFloat()).sum(),
+    variables.requests.map(name, name.contains('/') && !name.matches('^(requests[.].*|(.*[.])?kubernetes[.]io)/') && !name.matches({{ .otherDevices | squote }}), quantity(string(variables.requests[name])).asApproximateFloat()).sum()].max()
 - name: storage
   expression: "has(object.spec.checkpoint) && has(object.spec.checkpoint.storage) ? [object.spec.checkpoint.storage] : []"
 - name: claims

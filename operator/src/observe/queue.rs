@@ -284,11 +284,17 @@ fn seen(workload: &DynamicObject) -> QueueSeen {
         let text = |field: &str| condition[field].as_str().unwrap_or_default();
         Some(message(&format!("{}: {}", text("reason"), text("message"))))
     };
+    // With quota it may still wait for an admission check, which has a sentence of its own.
+    let check = workload.data["status"]["admissionChecks"].as_array().into_iter().flatten().find_map(|check| {
+        let told = check["message"].as_str().filter(|told| !told.is_empty() && check["state"] != "Ready")?;
+        Some(message(&format!("{}: {told}", check["name"].as_str().unwrap_or_default())))
+    });
+    let waiting = said("QuotaReserved", "False").or(check).or_else(|| said("Admitted", "False"));
+    // It stays true while the Workload waits anew.
     if let Some(evicted) = said("Evicted", "True") {
-        return QueueSeen::Evicted(evicted);
+        let now = waiting.filter(|waiting| !waiting.ends_with(": ")).map(|waiting| format!("; now {waiting}"));
+        return QueueSeen::Evicted(message(&format!("{evicted}{}", now.unwrap_or_default())));
     }
-    // With quota it may still wait for an admission check.
-    let waiting = said("QuotaReserved", "False").or_else(|| said("Admitted", "False"));
     QueueSeen::Waiting(waiting.unwrap_or_default())
 }
 

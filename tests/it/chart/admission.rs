@@ -101,6 +101,7 @@ fn check(namespace: &str, rules: Value, taken: &[&str], refused: &[(&str, &str)]
     let mut values = Map::new();
     values.insert("admissionPolicy.enabled".into(), json!(true));
     values.insert("admissionPolicy.maxAcceleratorsPerJob".into(), Value::Null);
+    values.insert("profiles.default.otherDevices".into(), json!(["rdma/*"]));
     let here = json!({"matchLabels": {"kubernetes.io/metadata.name": namespace}});
     values.insert("admissionPolicy.namespaceSelector".into(), here);
     let Value::Object(rules) = rules else { panic!("{rules}") };
@@ -129,6 +130,8 @@ fn accelerators_are_counted_over_nodes_in_any_form_of_a_quantity() {
             "{resources: {limits: {nvidia.com/gpu: 8e0, cpu: 1k, memory: 64e9}}}",
             "{resources: {limits: {nvidia.com/gpu: \"2\", memory: 64Gi, cpu: 500m}}, nodes: 4}",
             "{resources: {limits: {nvidia.com/gpu: 8}, requests: {nvidia.com/gpu: 8}}}",
+            // What is none to the operator is none here.
+            "{resources: {limits: {nvidia.com/gpu: 8, rdma/hca_a: 4, attachable-volumes.kubernetes.io/x: 9}}}",
         ],
         &[
             ("{resources: {limits: {nvidia.com/gpu: 9}}}", "spec.resources: 9 accelerators over all nodes, at most 8"),

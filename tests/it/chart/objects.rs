@@ -83,8 +83,8 @@ fn each_switch_adds_or_removes_its_objects() {
         "RoleBinding finetune-system/finetune-operator-leader",
         "Service finetune-system/finetune-operator-metrics",
         "ServiceAccount finetune-system/finetune-operator",
-        "ValidatingAdmissionPolicy finetune-operator-children",
-        "ValidatingAdmissionPolicyBinding finetune-operator-children",
+        "ValidatingAdmissionPolicy finetune-system-finetune-operator-children",
+        "ValidatingAdmissionPolicyBinding finetune-system-finetune-operator-children",
     ];
     assert_eq!(default.iter().map(String::as_str).collect::<Vec<_>>(), expected);
     let expected: [(&str, &[&str], &[&str]); 12] = [
@@ -135,21 +135,27 @@ fn each_switch_adds_or_removes_its_objects() {
         ),
         (
             "admissionPolicy.enabled=true",
-            &["ValidatingAdmissionPolicy finetune-operator", "ValidatingAdmissionPolicyBinding finetune-operator"],
+            &[
+                "ValidatingAdmissionPolicy finetune-system-finetune-operator",
+                "ValidatingAdmissionPolicyBinding finetune-system-finetune-operator",
+            ],
             &[],
         ),
         (
             "admissionPolicy.enabled=true,admissionPolicy.maxAcceleratorsPerJob=null,admissionPolicy.tenants[0].name=a,\
              admissionPolicy.tenants[0].namespaceSelector.matchLabels.team=a,admissionPolicy.tenants[0].allowedProfiles[0]=p",
-            &["ValidatingAdmissionPolicy finetune-operator-a", "ValidatingAdmissionPolicyBinding finetune-operator-a"],
+            &[
+                "ValidatingAdmissionPolicy finetune-system-finetune-operator-a",
+                "ValidatingAdmissionPolicyBinding finetune-system-finetune-operator-a",
+            ],
             &[],
         ),
         (
             "childPolicy.enabled=false",
             &[],
             &[
-                "ValidatingAdmissionPolicy finetune-operator-children",
-                "ValidatingAdmissionPolicyBinding finetune-operator-children",
+                "ValidatingAdmissionPolicy finetune-system-finetune-operator-children",
+                "ValidatingAdmissionPolicyBinding finetune-system-finetune-operator-children",
             ],
         ),
     ];

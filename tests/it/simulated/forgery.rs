@@ -81,7 +81,7 @@ fn a_forged_pod_changes_no_verdict_of_a_job_that_was_found_again() {
             let noted = &simulation.job("bot")["status"]["jobRefs"][1];
             assert!(noted["uid"].is_string() && noted["podDigest"].is_string(), "{told}: {noted}");
             forge_pod(&simulation, &uid, |spec| {
-                spec["containers"][0]["image"] = json!("registry.example/liar@sha256:2")
+                spec["containers"][0]["image"] = json!("registry.example/liar@sha256:2");
             });
             assert_eq!(simulation.end("bot", 300).await, failed("BadData"), "{told}\n{}", simulation.account());
         });

@@ -226,3 +226,18 @@ fn a_list_takes_the_place_of_what_was_known() {
     assert_eq!(queues.seen("u-2"), not_yet);
     assert!(!queues.note(&object(&json!({"metadata": {"name": "of-no-job"}}))));
 }
+
+#[test]
+fn what_a_workload_waits_for_now_is_told() {
+    let mut checked = workload("bot", "u", &[("QuotaReserved", "True", ""), ("Admitted", "False", "")]);
+    checked["status"]["admissionChecks"] = json!([
+        {"name": "budget", "state": "Ready", "message": "within it"},
+        {"name": "capacity", "state": "Pending", "message": "asked for 1 node"},
+    ]);
+    let evicted =
+        workload("bot", "u", &[("Evicted", "True", "preempted by bat"), ("QuotaReserved", "False", "1 gpu missing")]);
+    let told = |object: Value| seen(&serde_json::from_value(object).expect("a Workload"));
+    assert_eq!(told(checked), QueueSeen::Waiting("capacity: asked for 1 node".into()));
+    let QueueSeen::Evicted(message) = told(evicted) else { panic!("it was evicted") };
+    assert!(message.contains("preempted by bat; now ") && message.ends_with("1 gpu missing"), "{message}");
+}
