@@ -42,6 +42,14 @@ fn profiles() -> String {
     storage: {{size: 64Mi}}
     fallBackToCpu: true
     allowed: {{namespaces: ["*"]}}
+  # For a cluster in which every node keeps pods away.
+  tainted:
+    resources: {{limits: {{{GPU}: 1, cpu: "1"}}, requests: {{cpu: 100m}}}}
+    tolerations: [{{key: {GPU}, operator: Exists, effect: NoSchedule}}]
+    cpuPods: {{tolerations: [{{key: {GPU}, operator: Exists}}, {{key: team, operator: Equal, value: ml}}]}}
+    storage: {{size: 64Mi}}
+    fallBackToCpu: true
+    allowed: {{namespaces: ["*"]}}
   mig:
     resources: {{limits: {{nvidia.com/mig-1g.10gb: "1", cpu: "1"}}, requests: {{cpu: 100m}}}}
     storage: {{size: 64Mi}}

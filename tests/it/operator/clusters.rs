@@ -1,7 +1,7 @@
 //! Clusters as people have them: tainted nodes with disks of their own, sidecars, webhooks that are down, volumes that do not
 //! mount, names that come back.
 
-use harness::cluster::wait_for;
+use harness::cluster::{Cluster, wait_for};
 use harness::operator::{FEW_MINUTES, GPU, Operator, Workspace, condition};
 
 use super::{LONG, SHORT, artifact, local_adapter};
@@ -83,13 +83,37 @@ fn a_job_trains_where_its_volume_can_follow() {
     let node = operator.cluster.tainted_node(&format!("{GPU}=present:NoSchedule"));
     operator.cluster.set_capacity(&node.name(), GPU, 1);
     let space = alone.workspace("zone");
-    space.job("bot", &format!("profile: zonal\n{SHORT}"));
-    let status = space.succeeded("bot");
-    assert_eq!(status["attempts"]["total"], 1, "{status:#}");
-    for stage in ["prepare", "train", "publish"] {
-        let selector = format!("--selector=app.kubernetes.io/component={stage}");
-        let pods = space.namespace.get(&["pods", &selector]).expect("finished pods stay");
-        assert_eq!(pods["items"][0]["spec"]["nodeName"], node.name().as_str(), "{stage}");
+    let trains_there = |name: &str, profile: &str| {
+        space.job(name, &format!("profile: {profile}\n{SHORT}"));
+        let status = space.succeeded(name);
+        assert_eq!(status["attempts"]["total"], 1, "{status:#}");
+        for stage in ["prepare", "train", "publish"] {
+            let selector = format!("--selector=app.kubernetes.io/component={stage},finetune.dev/job-name={name}");
+            let pods = space.namespace.get(&["pods", &selector]).expect("finished pods stay");
+            assert_eq!(pods["items"][0]["spec"]["nodeName"], node.name().as_str(), "{name}: {stage}");
+        }
+    };
+    trains_there("bot", "zonal");
+    let _taint = Tainted::new(operator.cluster, "team=ml:NoSchedule");
+    trains_there("bat", "tainted");
+}
+
+/// The first node, while it keeps pods away.
+struct Tainted<'a> {
+    cluster: &'a Cluster,
+    taint: String,
+}
+
+impl<'a> Tainted<'a> {
+    fn new(cluster: &'a Cluster, taint: &str) -> Self {
+        cluster.kubectl(&["taint", "nodes", "node1", taint]);
+        Self { cluster, taint: taint.to_owned() }
+    }
+}
+
+impl Drop for Tainted<'_> {
+    fn drop(&mut self) {
+        let _ = self.cluster.try_kubectl(&["taint", "nodes", "node1", &format!("{}-", self.taint)]);
     }
 }
 
