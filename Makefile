@@ -85,6 +85,7 @@ test-avx2: lint base-model test-data ## every test that needs no cluster, with l
 golden: base-model test-data ## write the golden files with transformers, PEFT, torch and torchao
 	@python=$$(tools/peers-env.sh)
 	$$python tests/golden/make_golden.py models/SmolLM2-135M-Instruct tests/golden
+	$$python tests/golden/families.py tests/golden
 	$$python tests/golden/optimizer.py tests/golden
 	$$python tests/golden/chat_templates.py .test-data/chat_templates tests/golden/chat_templates.json
 

@@ -14,6 +14,7 @@ quietly() {
 
 say "making the golden files anew"
 quietly "$python" "$REPO/tests/golden/make_golden.py" "$REPO/models/SmolLM2-135M-Instruct" "$work/golden"
+quietly "$python" "$REPO/tests/golden/families.py" "$work/golden"
 quietly "$python" "$REPO/tests/golden/optimizer.py" "$work/golden"
 "$python" "$REPO/tests/golden/compare_golden.py" "$REPO/tests/golden" "$work/golden"
 

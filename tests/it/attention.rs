@@ -3,7 +3,7 @@
 
 use harness::{device, is_on_gpu};
 use tch::{Kind, Tensor};
-use trainer::compute::attention::{Segments, attention, attention_backward, scale};
+use trainer::compute::attention::{Segments, attention, attention_backward};
 
 /// Output and gradients of q, k and v `[t, heads, d]`, example by example, by what softmax's derivative says.
 fn written_out([q, k, v, gradient]: [&Tensor; 4], bounds: &[i32], scale: f64) -> [Tensor; 4] {
@@ -51,7 +51,7 @@ fn packed_examples_are_what_is_written_out_and_the_same_bits_twice() {
         let tokens = i64::from(*bounds.last().expect("an example"));
         let random = |heads| Tensor::randn([tokens, heads, head_size], (Kind::Float, device)).to_kind(Kind::BFloat16);
         let (q, k, v, gradient) = (random(heads), random(kv_heads), random(kv_heads), random(heads));
-        let (segments, scale) = (Segments::new(&bounds, device), scale(head_size));
+        let (segments, scale) = (Segments::new(&bounds, device), 1.0 / (head_size as f64).sqrt());
         let all = || {
             let saved = attention(&q, &k, &v, &segments, scale);
             let (dq, dk, dv) = attention_backward(&gradient, &q, &k, &v, &saved, &segments, scale);

@@ -11,9 +11,9 @@ use trainer::compute::linear::Adapters;
 use trainer::data::tokenizer::Tokenizer;
 use trainer::ground::stop::Stop;
 use trainer::judge::generate::{Answer, Limits, StopText, generate};
-use trainer::model::{Built, Llama, Source, build};
+use trainer::model::{Built, Decoder, Source, build};
 
-fn tiny_model(max_positions: i64) -> Llama {
+fn tiny_model(max_positions: i64) -> Decoder {
     let device = device();
     tch::set_num_threads(1);
     let folder = golden("tiny-llama");
@@ -39,7 +39,7 @@ fn limits(max_new_tokens: i64, end_tokens: Vec<u32>) -> Limits<'static> {
     Limits { max_new_tokens, end_tokens, stop_text: None, cache_tokens: 100_000 }
 }
 
-fn answers(model: &Llama, prompts: &[Vec<u32>], limits: &Limits) -> Vec<Answer> {
+fn answers(model: &Decoder, prompts: &[Vec<u32>], limits: &Limits) -> Vec<Answer> {
     let prompts: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
     generate(model, &prompts, Adapters::Off, limits, &Stop::default(), &mut |_| ()).expect("no stop")
 }

@@ -55,7 +55,7 @@ pub fn read_golden<T: for<'de> Deserialize<'de>>(name: &str) -> T {
     serde_json::from_str(&text).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
-/// One case of `steps.json`.
+/// One case of `steps.json` or `families.json`.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct StepsCase {
@@ -75,6 +75,28 @@ pub struct StepsCase {
     pub examples: Vec<GoldenExample>,
     /// The steps.
     pub steps: Vec<GoldenStep>,
+    /// How far transformers in bf16 is from itself in fp32.
+    pub bf16: Option<Distance>,
+}
+
+/// How far one computation of a model is from another, relative to the size of each.
+#[derive(Debug, Deserialize)]
+pub struct Distance {
+    /// Of the logits of one example.
+    pub logits: f64,
+    /// Of the loss of the first step.
+    pub loss: f64,
+    /// Of the gradient of the first step as a whole.
+    pub gradient: f64,
+    /// Of that tensor's gradient which is farthest.
+    pub farthest: f64,
+}
+
+/// All cases: of the base and of tiny Llamas, and of each family.
+pub fn steps_cases() -> Vec<StepsCase> {
+    let mut cases: Vec<StepsCase> = read_golden("steps.json");
+    cases.extend(read_golden::<Vec<StepsCase>>("families.json"));
+    cases
 }
 
 impl StepsCase {

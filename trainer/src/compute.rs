@@ -8,6 +8,7 @@ pub mod gpu;
 pub mod linear;
 pub mod loss;
 pub mod memory;
+pub mod norm;
 pub mod ops;
 pub mod optim;
 pub mod shim;

@@ -5,20 +5,20 @@
 
 use std::path::PathBuf;
 
-mod config;
+mod decoder;
+mod family;
+mod keys;
 mod layer;
-mod llama;
 mod load;
 mod merge;
+mod rope;
+pub mod spec;
 
-pub use config::Config;
+pub use decoder::{Decoder, DeviceBatch, Noise};
 pub use layer::{KeyValues, Outputs, Recompute};
-pub use llama::{DeviceBatch, Llama, Noise};
-pub use load::{
-    Built, Source, base_elements, build, check_finite, layer_elements, lora_parameters, restore_base, target_linears,
-    weight_names,
-};
+pub use load::{Built, Source, build, check_finite, lora_parameters, restore_base, target_linears, weight_names};
 pub use merge::merged;
+pub use spec::Spec;
 
 /// A model could not be built.
 #[derive(Debug, thiserror::Error)]
@@ -32,7 +32,7 @@ pub enum Error {
         source: std::io::Error,
     },
     /// `config.json` is not what it should be.
-    #[error("{}: {source}; expected the config.json of a Llama model as transformers writes it", path.display())]
+    #[error("{}: {source}; expected the config.json of a decoder as transformers writes it", path.display())]
     ParseConfig {
         /// The file.
         path: PathBuf,
@@ -62,6 +62,16 @@ pub enum Error {
         /// What the configuration implies.
         expected: Vec<i64>,
     },
+    /// Rows are longer than what is computed as the family does.
+    #[error("{}: rows of {longest} tokens, and layers whose tokens see {window} at most (sliding_window), which is not supported yet; expected maxSequenceLength of at most {window}", folder.display())]
+    BeyondWindow {
+        /// The model's folder.
+        folder: PathBuf,
+        /// Tokens of the longest row.
+        longest: i64,
+        /// The smallest window.
+        window: i64,
+    },
     /// A LoRA target names no linear of the model.
     #[error("method.lora.targetModules: {found} is no linear layer of the model; expected some of {expected}")]
     UnknownTarget {
@@ -79,7 +89,9 @@ impl Error {
         match self {
             Self::ReadConfig { source, .. } if source.kind() == std::io::ErrorKind::NotFound => ExitCode::InputNotFound,
             Self::Weights(error) => error.exit(),
-            Self::UnknownTarget { .. } | Self::UnsupportedModel { .. } => ExitCode::BadConfiguration,
+            Self::UnknownTarget { .. } | Self::UnsupportedModel { .. } | Self::BeyondWindow { .. } => {
+                ExitCode::BadConfiguration
+            }
             Self::ReadConfig { .. } | Self::ParseConfig { .. } | Self::Shape { .. } => ExitCode::BadData,
         }
     }

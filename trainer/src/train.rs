@@ -21,7 +21,7 @@ use crate::data::example::Examples;
 use crate::data::order::Order;
 use crate::data::pack::{PackedBatch, pack};
 use crate::ground::stop::Stop;
-use crate::model::{DeviceBatch, Llama, Noise, Recompute};
+use crate::model::{Decoder, DeviceBatch, Noise, Recompute};
 use crate::tell::record::{EvaluationRecord, Event, StepRecord};
 use crate::train::schedule::Schedule;
 
@@ -61,7 +61,7 @@ pub struct StepStats {
 /// during which a stop is asked for: that one is `None`, and the next attempt makes it whole. With updates in the backward pass
 /// there is one micro-batch, and a backward pass that has begun is finished.
 pub fn train_step(
-    model: &Llama,
+    model: &Decoder,
     parameters: &mut Parameters,
     micro_batches: &[PackedBatch],
     config: &StepConfig,
@@ -134,7 +134,7 @@ pub trait Surroundings {
     /// Takes note of an event.
     fn emit(&mut self, event: Event) -> Result<(), crate::Error>;
     /// Measures the validation rows, as many tokens at once as the state says; `None` if a stop was asked for meanwhile.
-    fn evaluate(&mut self, model: &Llama, state: &TrainState) -> Result<Option<Scores>, crate::Error>;
+    fn evaluate(&mut self, model: &Decoder, state: &TrainState) -> Result<Option<Scores>, crate::Error>;
     /// Commits a checkpoint durably. One that is only [`Need::Due`] may fail for a while.
     fn commit(&mut self, state: &TrainState, parameters: &Parameters, need: Need) -> Result<(), crate::Error>;
 }
@@ -159,7 +159,7 @@ pub enum Outcome {
 
 /// Runs from `state` to the end, or to the next durable checkpoint after a stop was asked for.
 pub fn train(
-    model: &Llama,
+    model: &Decoder,
     parameters: &mut Parameters,
     state: &mut TrainState,
     plan: &Plan,
@@ -223,7 +223,7 @@ fn stops_early(state: &TrainState, plan: &Plan) -> bool {
 
 /// Whether the metric improved.
 fn evaluate(
-    model: &Llama,
+    model: &Decoder,
     state: &mut TrainState,
     plan: &Plan,
     surroundings: &mut dyn Surroundings,
@@ -278,7 +278,7 @@ fn commit(
 
 /// Takes the next step; a stop during it leaves everything as it was before.
 fn step(
-    model: &Llama,
+    model: &Decoder,
     parameters: &mut Parameters,
     state: &mut TrainState,
     plan: &Plan,

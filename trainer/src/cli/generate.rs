@@ -10,7 +10,7 @@ use crate::compute::linear::Adapters;
 use crate::data::tokenizer::Tokenizer;
 use crate::ground::stop::Stop;
 use crate::judge::generate::{Limits, generate};
-use crate::model::{Config, Source, build, check_finite};
+use crate::model::{Source, Spec, build, check_finite};
 use crate::run::export::AdapterInfo;
 use crate::source::{Access, Claims, HubSettings};
 
@@ -61,14 +61,14 @@ pub(super) fn answer(
     let failed = |error: &dyn std::fmt::Display, exit: ExitCode| (exit, error.to_string());
     let Answering { folder, adapter } = answering(folder, base, hub)?;
     let method = adapter.as_ref().map(|(_, adapter)| Method::LoRA { lora: adapter.lora.clone() });
-    let config = Config::read(&folder).map_err(|error| failed(&error, error.exit()))?;
+    let spec = Spec::read(&folder).map_err(|error| failed(&error, error.exit()))?;
     let tokenizer = Tokenizer::open(&folder).map_err(|error| failed(&error, error.exit()))?;
     let tokens = crate::data::prompt_tokens(&tokenizer, prompt).map_err(|error| failed(&error, error.exit()))?;
     let length = tokens.len() as i64;
-    if length == 0 || length >= config.max_position_embeddings {
+    if length == 0 || length >= spec.longest() {
         let message = format!(
             "the prompt has {length} tokens; expected 1 to {}, the model's context less one",
-            config.max_position_embeddings - 1
+            spec.longest() - 1
         );
         return Err((ExitCode::BadConfiguration, message));
     }

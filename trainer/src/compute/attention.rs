@@ -111,11 +111,6 @@ fn sum_groups(x_tnd: &Tensor, kv_heads: i64) -> Tensor {
     x_tnd.view([size[0], kv_heads, size[1] / kv_heads, size[2]]).sum_dim_intlist([2i64].as_slice(), false, None)
 }
 
-/// What scores are multiplied by.
-pub fn scale(head_size: i64) -> f64 {
-    1.0 / (head_size as f64).sqrt()
-}
-
 /// Whether a GPU makes matrices of scores because flash attention takes not the dtype, the head size, or the GPU.
 pub fn makes_scores(kind: Kind, head_size: i64, compute_capability: Option<ComputeCapability>) -> bool {
     let takes_kind = matches!(kind, Kind::BFloat16 | Kind::Half);

@@ -1,6 +1,6 @@
-//! A linear layer without bias: a base weight, frozen or trained, and optionally a low-rank adapter.
+//! A linear layer: a base weight and perhaps a bias, frozen or trained, and optionally a low-rank adapter.
 //!
-//! `y = x W^T + scale * drop(x) A^T B^T`, W `[out, in]`, A `[r, in]`, B `[out, r]`. Forward and backward are written out:
+//! `y = x W^T + b + scale * drop(x) A^T B^T`, W `[out, in]`, b `[out]`, A `[r, in]`, B `[out, r]`. Forward and backward are written out:
 //! a frozen W gets no gradient, and several linears that share an input share its buffers.
 
 use tch::Tensor;
@@ -26,6 +26,8 @@ pub struct Adapter {
 pub struct Linear {
     /// W `[out, in]`
     pub weight: Weight,
+    /// b `[out]`, if it has one.
+    pub bias: Option<Weight>,
     /// The adapter, if this linear is a target.
     pub adapter: Option<Adapter>,
 }
@@ -64,7 +66,10 @@ impl Linear {
     ) -> [(Tensor, Saved); N] {
         let mut outputs = linears(x_ti, linears_of_x.map(|linear| &linear.weight.value)).into_iter();
         linears_of_x.map(|linear| {
-            let y_to = outputs.next().expect("an output for each");
+            let mut y_to = outputs.next().expect("an output for each");
+            if let Some(bias) = &linear.bias {
+                let _ = y_to.g_add_(&bias.value);
+            }
             linear.add_adapter(y_to, x_ti, adapters, dropout)
         })
     }
@@ -100,6 +105,10 @@ impl Linear {
     ) {
         if let Some(weight_gradient) = self.weight.gradient() {
             add_product(&weight_gradient, &gradient_to.tr(), x_ti);
+        }
+        if let Some(bias_gradient) = self.bias.as_ref().and_then(Weight::gradient) {
+            let sum_o = gradient_to.sum_dim_intlist([0i64].as_slice(), false, bias_gradient.kind());
+            let _ = bias_gradient.shallow_clone().g_add_(&sum_o);
         }
         let adapter = self.adapter.as_ref().zip(saved.as_ref()).map(|(adapter, projected_tr)| {
             let mask_ti = dropout.mask(adapter.site, x_ti.size()[0], x_ti);

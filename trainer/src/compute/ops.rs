@@ -51,7 +51,8 @@ pub fn rms_norm_backward(
     let kind = accumulate_kind(x_th.kind());
     let (normalized_th, inverse_rms_t1) = normalized(x_th, eps);
     if let Some(weight_gradient) = weight_gradient {
-        let share_h = (gradient_th.to_kind(kind) * &normalized_th).sum_dim_intlist([0i64].as_slice(), false, None);
+        let share_th = (gradient_th.to_kind(kind) * &normalized_th).view([-1, weight_h.size()[0]]);
+        let share_h = share_th.sum_dim_intlist([0i64].as_slice(), false, None);
         let _ = weight_gradient.shallow_clone().g_add_(&share_h);
     }
     let scaled_th = (gradient_th * weight_h).to_kind(kind);
@@ -108,6 +109,18 @@ pub fn add_product(target: &Tensor, a: &Tensor, b: &Tensor) {
         let part = |tensor: &Tensor| tensor.narrow(0, start, rows.min(size[0] - start));
         let _ = part(target).g_add_(&part(a).matmul(b));
     }
+}
+
+/// `gelu(gate) * up`, `[t, m]`, with GELU's approximation by tanh.
+pub fn geglu(gate_tm: &Tensor, up_tm: &Tensor) -> Tensor {
+    gate_tm.gelu("tanh") * up_tm
+}
+
+/// The gradients of [`geglu`] with respect to `gate` and `up`.
+pub fn geglu_backward(gradient_tm: &Tensor, gate_tm: &Tensor, up_tm: &Tensor) -> (Tensor, Tensor) {
+    let up_gradient_tm = gate_tm.gelu("tanh") * gradient_tm;
+    let gate_gradient_tm = gate_tm.gelu_backward(&(gradient_tm * up_tm), "tanh");
+    (gate_gradient_tm, up_gradient_tm)
 }
 
 /// `silu(gate) * up`, `[t, m]`.

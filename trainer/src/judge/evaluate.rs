@@ -14,7 +14,7 @@ use crate::data::pack::pack;
 use crate::data::tokenizer::Tokenizer;
 use crate::ground::stop::Stop;
 use crate::judge::generate::{Limits, Progress, StopText, generate};
-use crate::model::{DeviceBatch, Llama};
+use crate::model::{Decoder, DeviceBatch};
 
 /// What is asked, and how much of it at once.
 #[derive(Clone, Copy, Debug)]
@@ -135,7 +135,7 @@ impl Measurement {
 
 /// Loss and hits over the trained tokens of each row; `None` if a stop was asked for meanwhile.
 pub fn score(
-    model: &Llama,
+    model: &Decoder,
     examples: &Examples,
     adapters: Adapters,
     micro_batch_tokens: i64,
@@ -169,7 +169,7 @@ pub fn score(
 /// for a row that has no such prompt or that does not fit into the model's context, and as a whole if a stop was asked for
 /// meanwhile. `progress` is told how far it is, and of how many prompts.
 pub fn answer(
-    model: &Llama,
+    model: &Decoder,
     Questions { rows, prompt, cache_tokens }: Questions,
     adapters: Adapters,
     tokenizer: &Tokenizer,

@@ -16,7 +16,7 @@ use crate::compute::memory::guard_memory;
 use crate::compute::shim::decode::whole_columns;
 use crate::data::tokenizer::Tokenizer;
 use crate::ground::stop::Stop;
-use crate::model::Llama;
+use crate::model::Decoder;
 
 /// How far to generate.
 #[derive(Clone, Debug)]
@@ -81,7 +81,7 @@ pub struct Progress {
 /// has at least one token and at most as many as the model has positions; where it has them all, its answer is empty. Where
 /// memory runs out, fewer prompts are computed at once.
 pub fn generate(
-    model: &Llama,
+    model: &Decoder,
     prompts: &[&[u32]],
     adapters: Adapters,
     limits: &Limits,
@@ -197,7 +197,7 @@ fn admitted(waiting: &[Question], slots: usize) -> usize {
 
 /// Answers all questions in the cache's slots, as they become free.
 fn answer_all(
-    model: &Llama,
+    model: &Decoder,
     cache: &mut Cache,
     questions: &[Question],
     adapters: Adapters,

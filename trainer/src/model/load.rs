@@ -8,9 +8,11 @@ use crds::run::{Lora, Method, Optimizer};
 use rand::RngExt;
 use tch::{Device, Kind, Tensor};
 
-use super::layer::{Layer, LayerShape};
-use super::{Config, Error, Llama};
+use super::layer::{Attention, Layer, Mlp};
+use super::spec::{LayerSpec, LinearSpec, NormNames, NormSpec};
+use super::{Decoder, Error, Spec};
 use crate::compute::linear::{Adapter, Linear};
+use crate::compute::norm::Norm;
 use crate::compute::ops::Rope;
 use crate::compute::optim::{OptimizerConfig, ParameterInit, Parameters, Slot};
 use crate::compute::shim;
@@ -18,17 +20,6 @@ use crate::compute::weight::Weight;
 use crate::ground::random::generator;
 use crate::ground::stop::Stop;
 use crate::store::weights::{Mapped, WeightFiles};
-
-/// The linears of a decoder layer, by the path below `model.layers.N.`, in the order of use.
-pub const LAYER_LINEARS: [&str; 7] = [
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-];
 
 /// What a model is made from.
 #[derive(Debug)]
@@ -53,7 +44,7 @@ pub struct Source<'a> {
 #[derive(Debug)]
 pub struct Built {
     /// The model.
-    pub model: Llama,
+    pub model: Decoder,
     /// What is trained.
     pub parameters: Parameters,
 }
@@ -61,9 +52,14 @@ pub struct Built {
 /// Builds the model that `source` describes. That its weights are finite was found when they were digested, or by
 /// [`check_finite`].
 pub fn build(source: &Source) -> Result<Built, Error> {
-    let config = Config::read(source.folder)?;
+    let spec = Spec::read(source.folder)?;
+    if let Some(window) =
+        spec.window().filter(|window| *window < source.max_positions.min(spec.max_position_embeddings))
+    {
+        return Err(Error::BeyondWindow { folder: source.folder.into(), longest: source.max_positions, window });
+    }
     let files = WeightFiles::open(source.folder)?;
-    let loader = Loader { source, config: &config, files: &files };
+    let loader = Loader { source, spec: &spec, files: &files };
     let (lora, trained, base) = match source.method {
         Some(Method::LoRA { lora } | Method::QLoRA { lora, .. }) => {
             (Some(lora), loader.adapter_inits(lora)?, loader.frozen_base()?)
@@ -83,7 +79,7 @@ pub fn build(source: &Source) -> Result<Built, Error> {
     // What full fine-tuning has copied need not stay mapped.
     let maps = (!base.is_empty()).then_some(files);
     let base = base.into_iter().collect();
-    let model = Assembler { config: &config, base, parameters: &parameters, lora }.assemble(source, maps)?;
+    let model = Assembler { spec: &spec, base, parameters: &parameters, lora }.assemble(source, maps);
     Ok(Built { model, parameters })
 }
 
@@ -98,7 +94,7 @@ pub fn check_finite(folder: &Path) -> Result<(), Error> {
 
 /// Names of the tensors that a model is built from; its files may have others.
 pub fn weight_names(folder: &Path) -> Result<HashSet<String>, Error> {
-    Ok(base_shapes(&Config::read(folder)?).into_iter().map(|(name, _)| name).collect())
+    Ok(Spec::read(folder)?.tensors().into_iter().map(|(name, _)| name).collect())
 }
 
 /// Whose gradients are there at the same time: layer by layer, and the rest all the time.
@@ -109,58 +105,27 @@ fn gradient_group(name: &str) -> usize {
 
 struct Loader<'a> {
     source: &'a Source<'a>,
-    config: &'a Config,
+    spec: &'a Spec,
     files: &'a WeightFiles,
 }
 
-/// Shapes of the base model's tensors by name, as `config.json` implies them.
-pub fn base_shapes(config: &Config) -> Vec<(String, Vec<i64>)> {
-    let hidden = config.hidden_size;
-    let mut shapes = vec![("model.embed_tokens.weight".to_owned(), vec![config.vocab_size, hidden])];
-    for layer in 0..config.num_hidden_layers {
-        for norm in ["input_layernorm", "post_attention_layernorm"] {
-            shapes.push((format!("model.layers.{layer}.{norm}.weight"), vec![hidden]));
-        }
-        for linear in LAYER_LINEARS {
-            shapes.push((format!("model.layers.{layer}.{linear}.weight"), linear_shape(config, linear)));
-        }
-    }
-    shapes.push(("model.norm.weight".to_owned(), vec![hidden]));
-    if !config.tie_word_embeddings {
-        shapes.push(("lm_head.weight".to_owned(), vec![config.vocab_size, hidden]));
-    }
-    shapes
-}
-
-/// Elements of the base model's tensors.
-pub fn base_elements(config: &Config) -> i64 {
-    base_shapes(config).iter().map(|(_, shape)| shape.iter().product::<i64>()).sum()
-}
-
-/// Elements of one decoder layer.
-pub fn layer_elements(config: &Config) -> i64 {
-    let linears = LAYER_LINEARS.iter().map(|linear| linear_shape(config, linear).iter().product::<i64>());
-    2 * config.hidden_size + linears.sum::<i64>()
-}
-
 /// Elements of the adapters; 0 if the targets are not linears of the model, which `build` reports.
-pub fn lora_parameters(config: &Config, lora: &Lora) -> i64 {
-    let per_layer: i64 = target_linears(lora)
-        .unwrap_or_default()
-        .into_iter()
-        .map(|linear| linear_shape(config, linear).iter().sum::<i64>() * lora.rank)
-        .sum();
-    per_layer * config.num_hidden_layers
+pub fn lora_parameters(spec: &Spec, lora: &Lora) -> i64 {
+    let of_linear = |linear: LinearSpec| (linear.outputs + linear.inputs) * lora.rank;
+    let of_layer = |layer: &LayerSpec| {
+        target_linears(layer, spec.hidden_size, lora).unwrap_or_default().into_iter().map(of_linear).sum::<i64>()
+    };
+    spec.layers.iter().map(of_layer).sum()
 }
 
 /// Puts the base model's weights in the place of what full fine-tuning made of them: it has no adapter to switch off, and
 /// its baselines are measured so. No second copy of the weights is made, nor do the files stay in memory. Reading them takes a
 /// while, and `stop` is told that it goes on.
 pub fn restore_base(source: &Source, parameters: &mut Parameters, stop: &Stop) -> Result<(), Error> {
-    let config = Config::read(source.folder)?;
+    let spec = Spec::read(source.folder)?;
     let files = WeightFiles::open(source.folder)?;
-    let loader = Loader { source, config: &config, files: &files };
-    let shapes: std::collections::HashMap<_, _> = base_shapes(&config).into_iter().collect();
+    let loader = Loader { source, spec: &spec, files: &files };
+    let shapes: std::collections::HashMap<_, _> = spec.tensors().into_iter().collect();
     parameters.set_masters(|slot, master| {
         stop.alive();
         master.shallow_clone().copy_(&loader.read(&slot.name, &shapes[&slot.name])?);
@@ -198,40 +163,26 @@ pub(super) fn adapter_scale(lora: &Lora) -> f64 {
     lora.alpha / if lora.rank_stabilized { rank.sqrt() } else { rank }
 }
 
-/// `[out, in]` of one linear of a layer.
-fn linear_shape(config: &Config, linear: &str) -> Vec<i64> {
-    let queries = config.num_attention_heads * config.head_size();
-    let keys = config.kv_heads() * config.head_size();
-    match linear {
-        "self_attn.q_proj" => vec![queries, config.hidden_size],
-        "self_attn.k_proj" | "self_attn.v_proj" => vec![keys, config.hidden_size],
-        "self_attn.o_proj" => vec![config.hidden_size, queries],
-        "mlp.down_proj" => vec![config.hidden_size, config.intermediate_size],
-        _ => vec![config.intermediate_size, config.hidden_size],
-    }
-}
-
 /// The linears of a layer that get an adapter: those whose last segment is listed, or all.
-pub fn target_linears(lora: &Lora) -> Result<Vec<&'static str>, Error> {
+pub fn target_linears(layer: &LayerSpec, hidden: i64, lora: &Lora) -> Result<Vec<LinearSpec>, Error> {
+    let linears = layer.linears(hidden);
     if lora.target_modules.is_empty() {
-        return Ok(LAYER_LINEARS.to_vec());
+        return Ok(linears.to_vec());
     }
-    let last = |linear: &str| linear.rsplit('.').next().unwrap_or_default().to_owned();
     for target in &lora.target_modules {
-        if !LAYER_LINEARS.iter().any(|linear| last(linear) == *target) {
-            return Err(Error::UnknownTarget { found: target.clone(), expected: LAYER_LINEARS.map(last).join(", ") });
+        if !linears.iter().any(|linear| linear.target() == *target) {
+            let expected = linears.map(|linear| linear.target()).join(", ");
+            return Err(Error::UnknownTarget { found: target.clone(), expected });
         }
     }
-    Ok(LAYER_LINEARS.into_iter().filter(|linear| lora.target_modules.contains(&last(linear))).collect())
+    let is_target = |linear: &LinearSpec| lora.target_modules.iter().any(|target| linear.target() == *target);
+    Ok(linears.into_iter().filter(is_target).collect())
 }
 
 impl Loader<'_> {
     /// All tensors of the base on the device in the dtype that they are stored in.
     fn base(&self) -> Result<Vec<(String, Tensor)>, Error> {
-        base_shapes(self.config)
-            .into_iter()
-            .map(|(name, shape)| Ok((name.clone(), self.read(&name, &shape)?)))
-            .collect()
+        self.spec.tensors().into_iter().map(|(name, shape)| Ok((name.clone(), self.read(&name, &shape)?))).collect()
     }
 
     /// The same in the dtype that the model computes in.
@@ -253,15 +204,14 @@ impl Loader<'_> {
     /// A ~ U(-1/sqrt(in), 1/sqrt(in)), keyed by the linear's name; B = 0: the tuned model starts as the base.
     fn adapter_inits(&self, lora: &Lora) -> Result<Vec<ParameterInit>, Error> {
         let mut inits = Vec::new();
-        for layer in 0..self.config.num_hidden_layers {
-            for linear in target_linears(lora)? {
-                let module = format!("model.layers.{layer}.{linear}");
-                let shape = linear_shape(self.config, linear);
-                let bound = 1.0 / (shape[1] as f32).sqrt();
+        for (index, layer) in self.spec.layers.iter().enumerate() {
+            for LinearSpec { name, outputs, inputs, .. } in target_linears(layer, self.spec.hidden_size, lora)? {
+                let module = format!("model.layers.{index}.{name}");
+                let bound = 1.0 / (inputs as f32).sqrt();
                 let mut random = generator(self.source.seed, &format!("init {module}"), &[]);
-                let values: Vec<f32> = (0..lora.rank * shape[1]).map(|_| random.random_range(-bound..bound)).collect();
-                let a = Tensor::from_slice(&values).view([lora.rank, shape[1]]);
-                let b = Tensor::zeros([shape[0], lora.rank], (Kind::Float, Device::Cpu));
+                let values: Vec<f32> = (0..lora.rank * inputs).map(|_| random.random_range(-bound..bound)).collect();
+                let a = Tensor::from_slice(&values).view([lora.rank, inputs]);
+                let b = Tensor::zeros([outputs, lora.rank], (Kind::Float, Device::Cpu));
                 inits.push(ParameterInit { name: format!("{module}.lora_A.weight"), value: a, group: 0 });
                 inits.push(ParameterInit { name: format!("{module}.lora_B.weight"), value: b, group: 0 });
             }
@@ -271,7 +221,7 @@ impl Loader<'_> {
 }
 
 struct Assembler<'a> {
-    config: &'a Config,
+    spec: &'a Spec,
     base: std::collections::HashMap<String, Tensor>,
     parameters: &'a Parameters,
     lora: Option<&'a Lora>,
@@ -291,51 +241,61 @@ impl Assembler<'_> {
         }
     }
 
-    fn linear(&self, layer: usize, index: usize) -> Linear {
-        let module = format!("model.layers.{layer}.{}", LAYER_LINEARS[index]);
+    /// The linear that is `place` in a layer of `of_layer`.
+    fn linear(
+        &self,
+        layer: usize,
+        (place, of_layer): (usize, usize),
+        LinearSpec { name, bias, .. }: LinearSpec,
+    ) -> Linear {
+        let module = format!("model.layers.{layer}.{name}");
         let adapter =
             self.lora.filter(|_| self.slot(&format!("{module}.lora_A.weight")).is_some()).map(|lora| Adapter {
                 a: self.weight(&format!("{module}.lora_A.weight")),
                 b: self.weight(&format!("{module}.lora_B.weight")),
                 scale: adapter_scale(lora),
-                site: (layer * LAYER_LINEARS.len() + index) as u64,
+                site: (layer * of_layer + place) as u64,
             });
-        Linear { weight: self.weight(&format!("{module}.weight")), adapter }
+        let bias = bias.then(|| self.weight(&format!("{module}.bias")));
+        Linear { weight: self.weight(&format!("{module}.weight")), bias, adapter }
     }
 
-    fn assemble(&self, source: &Source, maps: Option<WeightFiles>) -> Result<Llama, Error> {
-        let config = self.config.clone();
-        let shape = LayerShape {
-            heads: config.num_attention_heads,
-            kv_heads: config.kv_heads(),
-            head_size: config.head_size(),
-            eps: config.rms_norm_eps,
-        };
-        let layers = (0..config.num_hidden_layers as usize)
-            .map(|layer| {
-                let [q, k, v, o, gate, up, down] = std::array::from_fn(|index| self.linear(layer, index));
-                let norm = |name: &str| self.weight(&format!("model.layers.{layer}.{name}.weight"));
-                let (input_norm, post_attention_norm) = (norm("input_layernorm"), norm("post_attention_layernorm"));
-                Layer { shape, input_norm, q, k, v, o, post_attention_norm, gate, up, down }
-            })
-            .collect();
-        let embedding = self.weight("model.embed_tokens.weight");
-        let head = self.weight(if config.tie_word_embeddings { "model.embed_tokens.weight" } else { "lm_head.weight" });
-        let frequencies = config
-            .rope_frequencies()
-            .map_err(|message| Error::UnsupportedModel { path: source.folder.join("config.json"), message })?;
-        let max_positions = source.max_positions.min(config.max_position_embeddings);
-        Ok(Llama {
-            rope: Rope::new(&frequencies, max_positions, source.kind, source.device),
-            embedding,
+    fn norm(&self, module: &str) -> Norm {
+        let NormSpec { eps, is_offset } = self.spec.norm;
+        Norm { weight: self.weight(&format!("{module}.weight")), eps, is_offset }
+    }
+
+    fn layer(&self, layer: usize, spec: &LayerSpec) -> Layer {
+        let linears = spec.linears(self.spec.hidden_size);
+        let [q, k, v, o, gate, up, down] =
+            std::array::from_fn(|place| self.linear(layer, (place, linears.len()), linears[place]));
+        let norm = |name: &str| self.norm(&format!("model.layers.{layer}.{name}"));
+        let around = |NormNames { before, after }: NormNames| [before, after].map(|name| name.map(norm));
+        let mut query_key = spec.attention.norms().into_iter().map(|(name, _)| norm(name));
+        let (query_norm, key_norm) = (query_key.next(), query_key.next());
+        let [before, after] = around(spec.attention_norms);
+        let attention = Attention { spec: spec.attention, before, q, k, v, query_norm, key_norm, o, after };
+        let [before, after] = around(spec.mlp_norms);
+        let mlp = Mlp { spec: spec.mlp, before, gate, up, down, after };
+        Layer { attention, mlp, residual_multiplier: spec.residual_multiplier }
+    }
+
+    fn assemble(&self, source: &Source, maps: Option<WeightFiles>) -> Decoder {
+        let spec = self.spec.clone();
+        let layers = spec.layers.iter().enumerate().map(|(index, layer)| self.layer(index, layer)).collect();
+        let head = if spec.tie_word_embeddings { "model.embed_tokens.weight" } else { "lm_head.weight" };
+        let max_positions = source.max_positions.min(spec.max_position_embeddings);
+        Decoder {
+            rope: Rope::new(&spec.rope_frequencies, max_positions, source.kind, source.device),
+            embedding: self.weight("model.embed_tokens.weight"),
             layers,
-            norm: self.weight("model.norm.weight"),
-            head,
+            norm: self.norm("model.norm"),
+            head: self.weight(head),
             kind: source.kind,
             device: source.device,
             lora_dropout: self.lora.map_or(0.0, |lora| lora.dropout),
             _maps: maps,
-            config,
-        })
+            spec,
+        }
     }
 }

@@ -8,8 +8,8 @@ use crds::run::Lora;
 use safetensors::Dtype;
 use tch::{Kind, Tensor};
 
-use super::load::{adapter_scale, base_shapes, kind_of, mapped};
-use super::{Config, Error};
+use super::load::{adapter_scale, kind_of, mapped};
+use super::{Error, Spec};
 use crate::compute::shim::tensor_bytes;
 use crate::ground::stop::Stop;
 use crate::store::weights::{Mapped, MappedFile, StreamedTensor, WeightFiles};
@@ -37,7 +37,6 @@ pub fn merged<'a>(
     lora: Option<&Lora>,
     stop: &'a Stop,
 ) -> Result<Vec<StreamedTensor<'a>>, Error> {
-    let config = Config::read(folder)?;
     let tensor = |(name, shape): (String, Vec<i64>)| {
         let base = mapped(folder, files, &name, &shape)?;
         let module = name.trim_end_matches(".weight");
@@ -60,7 +59,7 @@ pub fn merged<'a>(
         };
         Ok(StreamedTensor { name, dtype, shape, write: Box::new(write) })
     };
-    base_shapes(&config).into_iter().map(tensor).collect()
+    Spec::read(folder)?.tensors().into_iter().map(tensor).collect()
 }
 
 /// A whole tensor of a checkpoint.

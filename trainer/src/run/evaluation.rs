@@ -15,7 +15,7 @@ use crate::ground::stop::Stop;
 use crate::judge::evaluate::{self, Measurement, Prompt, Questions};
 use crate::judge::generate::Progress;
 use crate::judge::{Measured, judge};
-use crate::model::{self, Llama, restore_base};
+use crate::model::{self, Decoder, restore_base};
 use crate::run::prepare::Prepared;
 use crate::store::files::write_atomically;
 use crate::tell::record::{Event, Observer};
@@ -61,7 +61,7 @@ const FEW_SHOT: Subject =
 
 /// Measures the loss of `subject` on the validation rows; `None` if a stop was asked for meanwhile.
 pub fn score(
-    model: &Llama,
+    model: &Decoder,
     prepared: &Prepared,
     subject: Subject,
     at_once: AtOnce,
@@ -78,7 +78,7 @@ pub fn score(
 /// Adds what `subject` answers to the validation rows, unless `scored` has it; `None` if a stop was asked for meanwhile. `progress` is
 /// told how many rows are answered, of how many.
 pub fn answer(
-    model: &Llama,
+    model: &Decoder,
     prepared: &Prepared,
     subject: Subject,
     scored: Measurement,
@@ -102,7 +102,7 @@ impl Evaluation<'_> {
     /// place of the judged ones.
     pub fn validate(
         &mut self,
-        model: &Llama,
+        model: &Decoder,
         parameters: &mut Parameters,
         source: &model::Source,
         step: i64,
@@ -140,7 +140,7 @@ impl Evaluation<'_> {
 
     fn measure(
         &mut self,
-        model: &Llama,
+        model: &Decoder,
         subject: Subject,
         known: Option<Measurement>,
     ) -> Result<Option<Measurement>, Error> {
@@ -185,7 +185,7 @@ impl Evaluation<'_> {
     }
 
     /// Mean loss on general text, if there is some.
-    fn general_loss(&self, model: &Llama, adapters: Adapters) -> Option<f64> {
+    fn general_loss(&self, model: &Decoder, adapters: Adapters) -> Option<f64> {
         let general = &self.prepared.forgetting;
         let losses = evaluate::score(model, general, adapters, self.at_once.micro_batch_tokens, self.stop)?;
         Measurement { losses, ..Measurement::default() }.scores().eval_loss

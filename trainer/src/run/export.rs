@@ -178,7 +178,6 @@ fn write_shards(folder: &Path, tensors: &[StreamedTensor], most: usize) -> io::R
 /// `adapter_config.json` as PEFT writes it: keys sorted, two spaces.
 fn adapter_config(lora: &Lora, targets: &[&str], base_model: &str, revision: Option<&str>) -> String {
     let alpha = if lora.alpha.fract() == 0.0 { json!(lora.alpha as i64) } else { json!(lora.alpha) };
-    let last: Vec<&str> = targets.iter().map(|target| target.rsplit('.').next().unwrap_or(target)).collect();
     let name = base_model.strip_prefix("hf://").or_else(|| base_model.strip_prefix("file://")).unwrap_or(base_model);
     let mut config = json!({
         "alpha_pattern": {}, "auto_mapping": null, "base_model_name_or_path": name, "bias": "none",
@@ -186,7 +185,7 @@ fn adapter_config(lora: &Lora, targets: &[&str], base_model: &str, revision: Opt
         "layers_pattern": null, "layers_to_transform": null, "loftq_config": {}, "lora_alpha": alpha,
         "lora_dropout": lora.dropout, "megatron_config": null, "megatron_core": "megatron.core",
         "modules_to_save": null, "peft_type": "LORA", "r": lora.rank, "rank_pattern": {}, "revision": revision,
-        "target_modules": last, "task_type": "CAUSAL_LM", "use_dora": false, "use_rslora": lora.rank_stabilized,
+        "target_modules": targets, "task_type": "CAUSAL_LM", "use_dora": false, "use_rslora": lora.rank_stabilized,
     });
     config.sort_all_objects();
     serde_json::to_string_pretty(&config).expect("JSON") + "\n"
@@ -313,7 +312,7 @@ mod tests {
         let tensors = [TensorView { name, dtype: Dtype::F32, shape: vec![2, 2], data: &data }];
         let weights = Weights::Adapter {
             lora: &lora,
-            targets: &["self_attn.q_proj"],
+            targets: &["q_proj"],
             tensors: &tensors,
             base_model: "hf://owner/name",
             revision: Some("abc"),

@@ -13,7 +13,8 @@ use crate::compute::attention::{flash_backward_bytes, score_bytes};
 use crate::compute::loss::chunk_rows;
 use crate::ground::units::display_bytes;
 use crate::judge::generate::{PROMPT_TOKENS, copied_bytes, pass_bytes};
-use crate::model::{Config, Recompute, base_elements, layer_elements, lora_parameters};
+use crate::model::spec::{AttentionSpec, LayerSpec};
+use crate::model::{Recompute, Spec, lora_parameters};
 
 /// Resident bytes of the process before a model is there: libtorch, its threads, the binary and the prepared rows, as
 /// measured on x86-64.
@@ -39,7 +40,7 @@ const CACHE_TOKENS: i64 = 16_384;
 #[derive(Debug)]
 pub struct Inputs<'a> {
     /// The model.
-    pub model: &'a Config,
+    pub model: &'a Spec,
     /// The run.
     pub config: &'a RunConfig,
     /// Dtype of weights and activations.
@@ -122,8 +123,8 @@ impl DoesNotFit {
 }
 
 /// FLOP/s of a matrix product as large as a layer's, in the model's dtype.
-pub fn measure_matmul_rate(model: &Config, kind: Kind, device: tch::Device) -> f64 {
-    let shape = [512, model.hidden_size, model.intermediate_size];
+pub fn measure_matmul_rate(model: &Spec, kind: Kind, device: tch::Device) -> f64 {
+    let shape = [512, model.hidden_size, model.first().mlp.width];
     crate::compute::device::matmul_rate(shape, (kind, device), Duration::from_millis(10))
 }
 
@@ -161,12 +162,13 @@ fn is_in_backward(method: &Method) -> bool {
 }
 
 /// Bytes of the gradients that are there all the time, and of those that come layer by layer.
-fn gradient_bytes(model: &Config, method: &Method, trainable: i64) -> (i64, i64) {
-    let layers = model.num_hidden_layers * layer_elements(model) * 4;
+fn gradient_bytes(model: &Spec, method: &Method, trainable: i64) -> (i64, i64) {
+    let elements = || model.layers.iter().map(|layer| layer.elements(model.hidden_size));
+    let layers = elements().sum::<i64>() * 4;
     match method {
         Method::LoRA { .. } | Method::QLoRA { .. } => (trainable * 4, 0),
         Method::Full { optimizer_in_backward: false } => (trainable * 4 - layers, layers),
-        Method::Full { optimizer_in_backward: true } => (trainable * 4 - layers + layer_elements(model) * 4, 0),
+        Method::Full { optimizer_in_backward: true } => (trainable * 4 - layers + elements().max().unwrap_or(0) * 4, 0),
     }
 }
 
@@ -181,34 +183,31 @@ fn moment_bytes(optimizer: Optimizer, trainable: i64) -> i64 {
 fn estimate_at(inputs: &Inputs, method: &Method, tokens: i64, recompute: Recompute) -> Estimate {
     let model = inputs.model;
     let element = inputs.kind.elt_size_in_bytes() as i64;
-    let base = base_elements(model);
+    let base = model.elements();
     let (trainable, full) = match method {
         Method::LoRA { lora } | Method::QLoRA { lora, .. } => (lora_parameters(model, lora), false),
         Method::Full { .. } => (base, true),
     };
     let copies = if inputs.kind == Kind::Float { 4 } else { 4 + element };
-    let heads = model.num_attention_heads * model.head_size();
-    let keys = model.kv_heads() * model.head_size();
-    let (hidden, mlp, layers) = (model.hidden_size, model.intermediate_size, model.num_hidden_layers);
-    // What layer::LayerSaved holds per token: q, k, v, attention output, middle, gate, up; and the layer's input.
-    let kept = 2 * heads + 2 * keys + 2 * hidden + 2 * mlp;
-    // Norms twice and the SwiGLU product.
-    let cheap = 2 * hidden + mlp;
-    // One layer's backward pass has these alive besides: SwiGLU product and its three gradients, norms in fp32.
-    let live = 4 * mlp * element + 6 * hidden * 4 + 3 * heads * element;
+    let hidden = model.hidden_size;
+    let sum = |of: fn(&LayerSpec, i64) -> i64| model.layers.iter().map(|layer| of(layer, hidden)).sum::<i64>();
+    let live = model.layers.iter().map(|layer| layer.live_bytes(hidden, element)).max().unwrap_or(0);
+    // Of one layer; those of a decoder are alike.
+    let (kept, cheap) = (model.first().kept(hidden), model.first().cheap(hidden));
     let (saved, live) = match recompute {
-        Recompute::Nothing => (layers * (kept + cheap) * element, live),
-        Recompute::Pointwise => (layers * kept * element, live),
-        Recompute::Layer => (layers * hidden * element, kept * element + live),
+        Recompute::Nothing => ((sum(LayerSpec::kept) + sum(LayerSpec::cheap)) * element, live),
+        Recompute::Pointwise => (sum(LayerSpec::kept) * element, live),
+        Recompute::Layer => (model.layers.len() as i64 * hidden * element, kept * element + live),
     };
     let (gradients, layer_gradients) = gradient_bytes(model, method, trainable);
     let moments = moment_bytes(inputs.config.hyperparameters.optimizer, trainable);
     // Gradients of layers take the place of activations that are gone, unless another micro-batch of the step follows.
     let replaced = if tokens >= inputs.step_tokens { layer_gradients.min(tokens * saved) } else { 0 };
+    let AttentionSpec { heads, head_size, .. } = model.first().attention;
     let scores = |longest| {
-        if inputs.makes_scores { score_bytes(inputs.kind, model.num_attention_heads, longest, tokens) } else { 0 }
+        if inputs.makes_scores { score_bytes(inputs.kind, heads, longest, tokens) } else { 0 }
     };
-    let shape = [model.num_attention_heads, model.head_size()];
+    let shape = [heads, head_size];
     // Of one long example, or of as many as there are on average: both need more than what lies between.
     let flash = [1, tokens / inputs.mean_length.max(1)]
         .map(|examples| flash_backward_bytes(shape, tokens, examples.max(1), inputs.multiprocessors));
@@ -278,8 +277,8 @@ fn caches(inputs: &Inputs, others: i64, forward: i64, copy: i64, total: impl Fn(
     if longest == 0 {
         return (0, 0);
     }
-    let keys = model.kv_heads() * model.head_size();
-    let held = model.num_hidden_layers * 2 * keys * inputs.kind.elt_size_in_bytes() as i64;
+    let keys = model.first().attention.key_size();
+    let held = model.layers.len() as i64 * 2 * keys * inputs.kind.elt_size_in_bytes() as i64;
     let token = held + if inputs.plain_cache { copied_bytes(inputs.kind, keys, inputs.accelerator) } else { 0 };
     let bytes = |tokens: i64| (tokens + longest) * token + forward;
     let free = ((others - forward) / token - longest).max(longest);

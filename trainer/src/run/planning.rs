@@ -13,7 +13,7 @@ use crate::data::generation::longest_answered;
 use crate::data::order::Order;
 use crate::ground::units::display_bytes;
 use crate::judge::generate;
-use crate::model::Config;
+use crate::model::Spec;
 use crate::run::plan::{self, Estimate};
 use crate::run::prepare::{Prepared, Sources, prepare};
 use crate::tell::record::{Event, Observer};
@@ -95,7 +95,8 @@ fn plan(config: &RunConfig, context: &Context, place: Place, prepared: Prepared)
         device::choose(precision, config.resources.cpus, context.cuda)
     };
     let accelerator = expected || chosen.device.is_cuda();
-    let model = Config::read(&prepared.base.folder)?;
+    let model = Spec::read(&prepared.base.folder)?;
+    let head_size = model.first().attention.head_size;
     let hyperparameters = &config.hyperparameters;
     let batch_size = hyperparameters.batch_size.unsigned_abs() as usize;
     let order = Order::new(hyperparameters.seed, prepared.train.digest(), prepared.train.len(), batch_size);
@@ -123,8 +124,8 @@ fn plan(config: &RunConfig, context: &Context, place: Place, prepared: Prepared)
         config,
         kind: chosen.kind,
         accelerator,
-        makes_scores: accelerator && makes_scores(chosen.kind, model.head_size(), chosen.compute_capability),
-        plain_cache: accelerator || generate::is_plain(chosen.kind, model.head_size(), Device::Cpu),
+        makes_scores: accelerator && makes_scores(chosen.kind, head_size, chosen.compute_capability),
+        plain_cache: accelerator || generate::is_plain(chosen.kind, head_size, Device::Cpu),
         multiprocessors: cuda::properties().map_or(MULTIPROCESSORS, |gpu| gpu.multiprocessors.into()),
         longest,
         mean_length: prepared.train.total_tokens() as i64 / (prepared.train.len() as i64).max(1),
@@ -146,7 +147,7 @@ fn plan(config: &RunConfig, context: &Context, place: Place, prepared: Prepared)
     };
     let estimate = plan::plan(&inputs)?;
     let alternative = plan::estimate(&inputs, &plan::other_method(&config.method));
-    let attention = accelerator.then(|| attention::describe(chosen.kind, model.head_size(), chosen.compute_capability));
+    let attention = accelerator.then(|| attention::describe(chosen.kind, head_size, chosen.compute_capability));
     Ok(Planned { chosen, prepared, order, schedule, estimate, alternative, memory, attention })
 }
 

@@ -19,7 +19,7 @@ use crate::data::example::{Example, Examples};
 use crate::data::generation::GenerationRow;
 use crate::data::{self, Tokenized};
 use crate::ground::stop::Stop;
-use crate::model::{Config, weight_names};
+use crate::model::{Spec, weight_names};
 use crate::source::{self, Access, Fetched, MODEL_TEXTS, fetch_model, fetch_rows};
 use crate::store::files::{HashingWriter, digest_file, digest_of, sync_folder};
 use crate::store::weights::{self, MappedFile, WeightFiles};
@@ -311,7 +311,7 @@ fn make(
         validation: inputs.validation.as_ref().map(|file| file.path.as_path()),
         forgetting: inputs.forgetting.as_ref().map(|file| file.path.as_path()),
         model: &inputs.base.folder,
-        max_context: Config::read(&inputs.base.folder)?.max_position_embeddings,
+        max_context: Spec::read(&inputs.base.folder)?.longest(),
         date,
         stop,
     })?;

@@ -6,7 +6,8 @@ use crds::run::{Method, OutputFormat, RunConfig};
 use super::saving::WEIGHTS;
 use super::{Context, Error, claims};
 use crate::compute::shim::release_free_memory;
-use crate::model::{self, target_linears};
+use crate::model::spec::LinearSpec;
+use crate::model::{self, Spec, target_linears};
 use crate::run::export::{Weights, model_card, write_output};
 use crate::run::prepare::Base;
 use crate::run::publish::Destination;
@@ -73,7 +74,9 @@ fn write(
     let plot = context.run.join("loss.svg");
     let file = MappedFile::open(&stored.folder.join(WEIGHTS))?;
     artifact.digest = if let (Some(lora), OutputFormat::Adapter) = (lora, kind) {
-        let targets = target_linears(lora)?;
+        let spec = Spec::read(&base.folder)?;
+        let targets = target_linears(spec.first(), spec.hidden_size, lora)?;
+        let targets: Vec<&str> = targets.iter().map(LinearSpec::target).collect();
         let tensors: Vec<TensorView> = file
             .names()
             .into_iter()

@@ -12,7 +12,7 @@ use crate::compute::device::{self, EnergyMeter};
 use crate::compute::optim::Parameters;
 use crate::compute::shim::release_free_memory;
 use crate::judge::evaluate::Measurement;
-use crate::model::Llama;
+use crate::model::Decoder;
 use crate::store::checkpoint;
 use crate::tell::history::History;
 use crate::tell::record::{CheckpointRecord, Event, Observer};
@@ -161,7 +161,7 @@ impl Surroundings for RunSurroundings<'_> {
         }
     }
 
-    fn evaluate(&mut self, model: &Llama, state: &TrainState) -> Result<Option<Scores>, crate::Error> {
+    fn evaluate(&mut self, model: &Decoder, state: &TrainState) -> Result<Option<Scores>, crate::Error> {
         // Training is between two steps: nearly all of its memory is free, and measuring needs other pieces of it.
         release_free_memory();
         let (prepared, at_once, stop) = (&self.planned.prepared, state.into(), self.context.stop);

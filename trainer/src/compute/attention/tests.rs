@@ -34,7 +34,7 @@ fn attention_is_as_exact_as_libtorchs() {
         let segments = Segments::new(&bounds, Device::Cpu);
         let random = |seed, heads| (cpu::noise(seed, &[tokens, heads, head_dim]) * 2).to_kind(Kind::BFloat16);
         let inputs = [random(1, heads), random(2, kv_heads), random(3, kv_heads), random(4, heads)];
-        let scale = scale(head_dim);
+        let scale = 1.0 / (head_dim as f64).sqrt();
         let libtorchs = |kind: Kind, most_scores| {
             let inputs = inputs.each_ref().map(|tensor| tensor.to_kind(kind));
             all_by_runs(inputs.each_ref(), &segments, scale, most_scores).0

@@ -8,12 +8,12 @@ mod plain;
 use tch::{Device, Kind, Tensor};
 
 pub use self::plain::{copied_bytes, pass_bytes};
-use crate::compute::attention;
 use crate::compute::linear::Adapters;
 use crate::compute::shim::decode::KeysAndValues;
 use crate::compute::shim::{cpu, decode};
 use crate::ground::stop::Stop;
-use crate::model::{KeyValues, Llama, Outputs};
+use crate::model::spec::AttentionSpec;
+use crate::model::{Decoder, KeyValues, Outputs};
 
 /// Keys and values of sequences that grow, in the model's dtype.
 pub struct Cache<'a> {
@@ -59,12 +59,11 @@ type NewLength = (usize, i64);
 
 impl<'a> Cache<'a> {
     /// `slots` empty sequences of at most `columns` tokens after the prefix.
-    pub fn new(model: &Llama, slots: usize, columns: i64, prefix: Option<&'a Cache<'a>>) -> Self {
-        let config = &model.config;
-        let (heads, kv_heads) = (config.num_attention_heads, config.kv_heads());
-        let sizes = [config.num_hidden_layers, heads, kv_heads, config.head_size()];
+    pub fn new(model: &Decoder, slots: usize, columns: i64, prefix: Option<&'a Cache<'a>>) -> Self {
+        let AttentionSpec { heads, kv_heads, head_size, .. } = model.spec.first().attention;
+        let sizes = [model.spec.layers.len() as i64, heads, kv_heads, head_size];
         let options = (model.kind(), model.device());
-        let layout = Layout::of(options.0, config.head_size(), options.1);
+        let layout = Layout::of(options.0, head_size, options.1);
         Self::empty(sizes, options, layout, slots, columns, prefix)
     }
 
@@ -103,7 +102,7 @@ impl<'a> Cache<'a> {
     /// Appends at least one token to each of these sequences, none of which is there twice, and returns the final hidden state
     /// after the last of each, `[r, h]`; `None` if a stop was asked for meanwhile. Panics where a slot has no room for its
     /// tokens.
-    pub fn extend(&mut self, model: &Llama, new: &[NewTokens], adapters: Adapters, stop: &Stop) -> Option<Tensor> {
+    pub fn extend(&mut self, model: &Decoder, new: &[NewTokens], adapters: Adapters, stop: &Stop) -> Option<Tensor> {
         let (mut tokens, mut positions, mut last) = (Vec::new(), Vec::new(), Vec::new());
         for &(slot, appended) in new {
             let start = self.prefix_length() + self.lengths[slot];
@@ -115,8 +114,8 @@ impl<'a> Cache<'a> {
         let upload = |values: &[i64]| Tensor::from_slice(values).to_device(model.device());
         let (tokens_t, positions_t, last_r) = (upload(&tokens), upload(&positions), upload(&last));
         let rows = self.rows(&lengths, model.device());
-        let scale = attention::scale(model.config.head_size());
-        let mut attend = |layer: usize, q_tnd: &Tensor, new: KeyValues| self.attend(layer, &rows, q_tnd, &new, scale);
+        let mut attend =
+            |layer: usize, q_tnd: &Tensor, new: KeyValues| self.attend(layer, &rows, q_tnd, &new, model.scale(layer));
         let hidden_rh = model.infer(&tokens_t, &positions_t, Outputs::Rows(&last_r), adapters, stop, &mut attend)?;
         self.grow(&lengths);
         Some(hidden_rh)

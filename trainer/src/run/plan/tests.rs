@@ -10,7 +10,7 @@ const JOB: &str = "apiVersion: finetune.dev/v1alpha1\nkind: FineTuneJob\nmetadat
                    dataset: {train: {uri: file://train.jsonl}}\n  method: {type: LoRA}\n";
 
 /// Of an 8-billion-parameter Llama.
-fn model() -> Config {
+fn model() -> Spec {
     let config = serde_json::json!({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
         "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128_256,
@@ -18,7 +18,7 @@ fn model() -> Config {
     });
     let folder = tempfile::tempdir().expect("a temporary folder");
     std::fs::write(folder.path().join("config.json"), config.to_string()).expect("writable");
-    Config::read(folder.path()).expect("a model")
+    Spec::read(folder.path()).expect("a model")
 }
 
 /// What `work` makes of rows of 2048 tokens where so much memory is there.

@@ -1,16 +1,17 @@
-//! The Llama decoder: embedding, layers, final norm, head; one packed row in, summed loss and gradients out.
+//! A decoder: embedding, layers, final norm, head; one packed row in, summed loss and gradients out.
 //!
 //! Everything runs without autograd; the tests hold it against autograd. Shapes as in `layer.rs`; n trained tokens.
 
 use tch::{Device, Kind, Tensor};
 
-use super::Config;
-use super::layer::{Around, Below, KeyValues, Layer, LayerSaved, Outputs, Pass, Recompute};
+use super::Spec;
+use super::layer::{Around, Below, KeyValues, Layer, LayerSaved, Outputs, Pass, Recompute, scaled};
 use crate::compute::attention::{self, Segments};
 use crate::compute::dropout::Dropout;
 use crate::compute::linear::{Adapters, InputMask};
 use crate::compute::loss::{self, Scored};
-use crate::compute::ops::{Rope, linear, rms_norm, rms_norm_backward};
+use crate::compute::norm::Norm;
+use crate::compute::ops::{Rope, linear};
 use crate::compute::optim::BackwardPass;
 use crate::compute::shim::{self, cpu, decode};
 use crate::compute::weight::Weight;
@@ -18,14 +19,14 @@ use crate::data::pack::PackedBatch;
 use crate::ground::random::seed64;
 use crate::ground::stop::Stop;
 
-/// A Llama model on one device.
+/// A model on one device.
 #[derive(Debug)]
-pub struct Llama {
-    /// Its `config.json`.
-    pub config: Config,
+pub struct Decoder {
+    /// What it is.
+    pub spec: Spec,
     pub(super) embedding: Weight,
     pub(super) layers: Vec<Layer>,
-    pub(super) norm: Weight,
+    pub(super) norm: Norm,
     pub(super) head: Weight,
     pub(super) rope: Rope,
     pub(super) kind: Kind,
@@ -88,10 +89,15 @@ impl InputMask for NoDropout {
     }
 }
 
-impl Llama {
+impl Decoder {
     /// The dtype of activations.
     pub fn kind(&self) -> Kind {
         self.kind
+    }
+
+    /// What a layer's scores are multiplied by.
+    pub(crate) fn scale(&self, layer: usize) -> f64 {
+        self.spec.layers[layer].attention.scale
     }
 
     /// Where the model is.
@@ -99,15 +105,25 @@ impl Llama {
         self.device
     }
 
-    fn embed(&self, batch: &DeviceBatch) -> Tensor {
-        self.embedding.value.index_select(0, &batch.tokens_t)
+    /// What embeddings are multiplied by, rounded to their dtype as transformers has it.
+    fn embedding_multiplier(&self) -> f64 {
+        Tensor::from(self.spec.embedding_multiplier).to_kind(self.kind).double_value(&[])
+    }
+
+    fn embed(&self, tokens_t: &Tensor) -> Tensor {
+        scaled(self.embedding.value.index_select(0, tokens_t), self.embedding_multiplier())
+    }
+
+    /// What the head takes of the last layer's output.
+    fn head_input(&self, x_rh: &Tensor) -> Tensor {
+        scaled(self.norm.forward(x_rh), self.spec.logits_multiplier)
     }
 
     /// NEFTune: uniform noise of magnitude `alpha / sqrt(length * hidden_size)` on each example's embeddings.
     fn add_neftune(&self, x_th: &Tensor, batch: &DeviceBatch, noise: Noise) {
         let Some(alpha) = noise.neftune_alpha else { return };
         for &(example, start, length) in &batch.examples {
-            let magnitude = alpha / ((length * self.config.hidden_size) as f64).sqrt();
+            let magnitude = alpha / ((length * self.spec.hidden_size) as f64).sqrt();
             tch::manual_seed(seed64(noise.seed, "neft", &[noise.step as u64, example]) as i64);
             let mut rows = x_th.narrow(0, start, length);
             let _ = rows.g_add_(&rows.empty_like().uniform_(-magnitude, magnitude));
@@ -147,7 +163,7 @@ impl Llama {
         let segments = &batch.segments;
         let last = Outputs::Rows(&batch.label_positions_n);
 
-        let mut x_th = self.embed(batch);
+        let mut x_th = self.embed(&batch.tokens_t);
         self.add_neftune(&x_th, batch, noise);
         let mut saved: Vec<(Tensor, Option<LayerSaved>)> = Vec::with_capacity(self.layers.len());
         for (index, layer) in self.layers.iter().enumerate() {
@@ -159,12 +175,11 @@ impl Llama {
             saved.push((std::mem::replace(&mut x_th, output_th), kept));
         }
 
-        let (eps, x_nh) = (self.config.rms_norm_eps, x_th);
-        let normed_nh = rms_norm(&x_nh, &self.norm.value, eps);
+        let x_nh = x_th;
+        let normed_nh = self.head_input(&x_nh);
         let (loss, d_normed_nh) = loss::cross_entropy(&normed_nh, &batch.labels_n, &self.head, scale);
-        let mut gradient_th =
-            rms_norm_backward(&d_normed_nh, &x_nh, &self.norm.value, eps, self.norm.gradient().as_ref());
-        drop((x_nh, normed_nh, d_normed_nh));
+        let mut gradient_th = self.norm.backward(&scaled(d_normed_nh, self.spec.logits_multiplier), &x_nh);
+        drop((x_nh, normed_nh));
 
         backward.begin(&loss);
         for (index, layer) in self.layers.iter().enumerate().rev() {
@@ -183,8 +198,8 @@ impl Llama {
             }
         }
         if let Some(mut gradient) = self.embedding.gradient() {
-            let mut source = gradient_th.to_kind(gradient.kind());
-            if let Some(pad) = self.config.pad_token_id {
+            let mut source = scaled(gradient_th, self.embedding_multiplier()).to_kind(gradient.kind());
+            if let Some(pad) = self.spec.pad_token_id {
                 let _ = source.masked_fill_(&batch.tokens_t.eq(pad).unsqueeze(1), 0.0);
             }
             let _ = gradient.index_add_(0, &batch.tokens_t, &source);
@@ -206,7 +221,7 @@ impl Llama {
     ) -> Option<Tensor> {
         let rope = self.rope.at(positions_t);
         let pass = Pass { rope: &rope, adapters, dropout: &NoDropout, recompute: Recompute::Layer };
-        let mut x_th = self.embedding.value.index_select(0, tokens_t);
+        let mut x_th = self.embed(tokens_t);
         for (index, layer) in self.layers.iter().enumerate() {
             if stop.requested() {
                 return None;
@@ -219,9 +234,8 @@ impl Llama {
     }
 
     fn hidden(&self, batch: &DeviceBatch, outputs: Outputs, adapters: Adapters, stop: &Stop) -> Option<Tensor> {
-        let scale = attention::scale(self.config.head_size());
-        let attend = &mut |_, q_tnd: &Tensor, KeyValues { keys, values }: KeyValues| {
-            attention::attention(q_tnd, &keys, &values, &batch.segments, scale).out
+        let attend = &mut |layer: usize, q_tnd: &Tensor, KeyValues { keys, values }: KeyValues| {
+            attention::attention(q_tnd, &keys, &values, &batch.segments, self.scale(layer)).out
         };
         self.infer(&batch.tokens_t, &batch.positions_t, outputs, adapters, stop, attend)
     }
@@ -229,13 +243,12 @@ impl Llama {
     /// Loss and hits of each of the batch's trained tokens; `None` if a stop was asked for meanwhile.
     pub fn score(&self, batch: &DeviceBatch, adapters: Adapters, stop: &Stop) -> Option<Scored> {
         let x_nh = self.hidden(batch, Outputs::Rows(&batch.label_positions_n), adapters, stop)?;
-        let normed_nh = rms_norm(&x_nh, &self.norm.value, self.config.rms_norm_eps);
-        Some(loss::score(&normed_nh, &batch.labels_n, &self.head))
+        Some(loss::score(&self.head_input(&x_nh), &batch.labels_n, &self.head))
     }
 
     /// Logits `[rows, v]` of some rows of final hidden states.
     fn logits(&self, hidden_rh: &Tensor) -> Tensor {
-        linear(&rms_norm(hidden_rh, &self.norm.value, self.config.rms_norm_eps), &self.head.value)
+        linear(&self.head_input(hidden_rh), &self.head.value)
     }
 
     /// The likeliest next token of some rows of final hidden states, int64 `[rows]`.
