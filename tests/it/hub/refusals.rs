@@ -254,7 +254,7 @@ fn addresses_that_are_none() {
         (
             "acme/tiny",
             "../tiny",
-            "spec.model.uri: found hf://../tiny, expected a path without the parts . and ..".to_owned(),
+            "job.yaml:5:16: spec.model.uri: found hf://../tiny, expected a path without the parts . and ..".to_owned(),
         ),
         ("acme/tiny", "acme/tiny?x=1", format!("spec.model.uri: found hf://acme/tiny?x=1, {repository}")),
         (
@@ -265,7 +265,9 @@ fn addresses_that_are_none() {
         (
             "rows/data/train.jsonl",
             "rows/../../../train.jsonl",
-            format!("spec.dataset.train.uri: found hf://datasets/acme/rows/../../../train.jsonl, {repository}"),
+            "job.yaml:6:26: spec.dataset.train.uri: found hf://datasets/acme/rows/../../../train.jsonl, expected a path without \
+             the parts . and .."
+                .to_owned(),
         ),
         (
             "acme/tiny",
