@@ -140,8 +140,8 @@ demo_ended() {
   [ $status = "$2" ] || die "after $1 the demo's status is $status, expected $2: $(cat "$SCRATCH/demo.log")"
 }
 
-# Its first line, and nobody reads on.
-demo_until "" head -n 1
+# Its first line, an empty one before it, and nobody reads on: the next one comes when the cluster is there.
+demo_until "" head -n 2
 demo_ended "an output that is cut off" 141
 all_gone "an output that is cut off"
 
