@@ -10,7 +10,7 @@ export CARGO_TARGET_DIR ?= $(CACHE)/target
 PREFIX ?= $(HOME)/.local
 TRAINER = $(CARGO_TARGET_DIR)/release/finetune-trainer
 
-.PHONY: help libtorch nvcc base-model build install demo test test-here test-emulated test-gpu-check gpu-check test-avx2 test-data lint golden compat bench ladder gate bench-operator build-all images cluster-tools cluster demo-cluster
+.PHONY: help libtorch nvcc base-model build install demo test test-here test-emulated test-gpu-check gpu-check test-leaks test-avx2 test-data lint golden compat bench ladder gate bench-operator build-all images cluster-tools cluster demo-cluster
 help: ## print this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -75,6 +75,9 @@ test-gpu-check: libtorch nvcc base-model ## the checks of a GPU in small, on the
 gpu-check: libtorch nvcc ## pack what checks the trainer on a machine with a GPU into gpu-check/
 	@cargo build --release --workspace
 	tools/gpu-check.sh
+
+test-leaks: build-all base-model cluster-tools ## every way in which the test cluster and the demo on it can end leaves nothing behind
+	@tests/cluster/leaks.sh $(CACHE)/run/leaks all
 
 test-avx2: lint base-model test-data ## every test that needs no cluster, with libtorch, its libraries and our kernels kept to AVX2
 	@cargo build --release --workspace

@@ -320,12 +320,16 @@ impl Drop for Namespace<'_> {
 pub fn wait_for<T>(what: impl Display, deadline: Duration, mut condition: impl FnMut() -> Result<T, String>) -> T {
     let started = Instant::now();
     loop {
+        let asked = Instant::now();
         match condition() {
             Ok(value) => return value,
             Err(seen) if started.elapsed() > deadline => {
                 panic!("waited {} s for {what}; last seen: {seen}", deadline.as_secs())
             }
-            Err(_) => std::thread::sleep(Duration::from_millis(100)),
+            // Most of the machine is for those who are waited for.
+            Err(_) => {
+                std::thread::sleep((2 * asked.elapsed()).clamp(Duration::from_millis(100), Duration::from_millis(500)))
+            }
         }
     }
 }
