@@ -238,6 +238,23 @@ fn the_weights() {
     );
     check("misshapen tensor", halve_norm, 65, "model: tensor model.norm.weight has shape [32], config.json says [64]");
     check(
+        "weights of another family",
+        |job| {
+            let bias: &'static [u8] = &[0; 4 * 64];
+            spoil_tensor(job, |tensors| {
+                let name = "model.layers.0.self_attn.q_proj.bias".to_owned();
+                tensors.push(trainer::store::weights::TensorView {
+                    name,
+                    dtype: safetensors::Dtype::F32,
+                    shape: vec![64],
+                    data: bias,
+                });
+            });
+        },
+        65,
+        "model: the files have model.layers.0.self_attn.q_proj.bias, which a model as config.json describes it has not",
+    );
+    check(
         "truncated file",
         |job| {
             let bytes = fs::read(job.path("model/model.safetensors")).expect("readable");

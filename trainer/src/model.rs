@@ -62,6 +62,16 @@ pub enum Error {
         /// What the configuration implies.
         expected: Vec<i64>,
     },
+    /// The files have tensors that the family does not know.
+    #[error("{}: the files have {}{}, which a model as config.json describes it has not; they do not belong together", folder.display(), names.join(", "), if *more > 0 { format!(" and {more} more") } else { String::new() })]
+    Strangers {
+        /// The model's folder.
+        folder: PathBuf,
+        /// The first of them.
+        names: Vec<String>,
+        /// How many others there are.
+        more: usize,
+    },
     /// Rows are longer than what is computed as the family does.
     #[error("{}: rows of {longest} tokens, and layers whose tokens see {window} at most (sliding_window), which is not supported yet; expected maxSequenceLength of at most {window}", folder.display())]
     BeyondWindow {
@@ -92,7 +102,9 @@ impl Error {
             Self::UnknownTarget { .. } | Self::UnsupportedModel { .. } | Self::BeyondWindow { .. } => {
                 ExitCode::BadConfiguration
             }
-            Self::ReadConfig { .. } | Self::ParseConfig { .. } | Self::Shape { .. } => ExitCode::BadData,
+            Self::ReadConfig { .. } | Self::ParseConfig { .. } | Self::Shape { .. } | Self::Strangers { .. } => {
+                ExitCode::BadData
+            }
         }
     }
 }

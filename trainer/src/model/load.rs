@@ -1,7 +1,7 @@
 //! From a model folder and a method to a model and its trained tensors. Names are Hugging Face tensor names throughout:
 //! there is no mapping table. Frozen CPU weights in the right dtype stay in the mapped files; nothing is copied.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
 use crds::run::{Lora, Method, Optimizer};
@@ -20,6 +20,9 @@ use crate::compute::weight::Weight;
 use crate::ground::random::generator;
 use crate::ground::stop::Stop;
 use crate::store::weights::{Mapped, WeightFiles};
+
+/// Tensors that an error names.
+const NAMED_STRANGERS: usize = 3;
 
 /// What a model is made from.
 #[derive(Debug)]
@@ -59,6 +62,7 @@ pub fn build(source: &Source) -> Result<Built, Error> {
         return Err(Error::BeyondWindow { folder: source.folder.into(), longest: source.max_positions, window });
     }
     let files = WeightFiles::open(source.folder)?;
+    check_tensors(source.folder, &spec, &files)?;
     let loader = Loader { source, spec: &spec, files: &files };
     let (lora, trained, base) = match source.method {
         Some(Method::LoRA { lora } | Method::QLoRA { lora, .. }) => {
@@ -92,9 +96,33 @@ pub fn check_finite(folder: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-/// Names of the tensors that a model is built from; its files may have others.
+/// Names of the tensors that a model is built from, when its files have them all, and none that would change what it computes.
 pub fn weight_names(folder: &Path) -> Result<HashSet<String>, Error> {
-    Ok(Spec::read(folder)?.tensors().into_iter().map(|(name, _)| name).collect())
+    let spec = Spec::read(folder)?;
+    check_tensors(folder, &spec, &WeightFiles::open(folder)?)?;
+    Ok(spec.tensors().into_iter().map(|(name, _)| name).collect())
+}
+
+/// Weights of another family under a config would be computed as something that they are not.
+fn check_tensors(folder: &Path, spec: &Spec, files: &WeightFiles) -> Result<(), Error> {
+    let expected: HashMap<String, Vec<i64>> = spec.tensors().into_iter().collect();
+    for (name, shape) in &expected {
+        mapped(folder, files, name, shape)?;
+    }
+    // What old versions of transformers stored beside, and a head that is tied.
+    let is_harmless = |name: &str| {
+        ["rotary_emb.inv_freq", "self_attn.bias", "self_attn.masked_bias"].iter().any(|end| name.ends_with(end))
+            || name == "lm_head.weight"
+    };
+    let is_stranger = |name: &&str| !expected.contains_key(*name) && !is_harmless(name);
+    let mut strangers: Vec<String> = files.names().into_iter().filter(is_stranger).map(str::to_owned).collect();
+    if strangers.is_empty() {
+        return Ok(());
+    }
+    strangers.sort_unstable();
+    let more = strangers.len().saturating_sub(NAMED_STRANGERS);
+    strangers.truncate(NAMED_STRANGERS);
+    Err(Error::Strangers { folder: folder.into(), names: strangers, more })
 }
 
 /// Whose gradients are there at the same time: layer by layer, and the rest all the time.
@@ -125,7 +153,7 @@ pub fn restore_base(source: &Source, parameters: &mut Parameters, stop: &Stop) -
     let spec = Spec::read(source.folder)?;
     let files = WeightFiles::open(source.folder)?;
     let loader = Loader { source, spec: &spec, files: &files };
-    let shapes: std::collections::HashMap<_, _> = spec.tensors().into_iter().collect();
+    let shapes: HashMap<_, _> = spec.tensors().into_iter().collect();
     parameters.set_masters(|slot, master| {
         stop.alive();
         master.shallow_clone().copy_(&loader.read(&slot.name, &shapes[&slot.name])?);
@@ -222,7 +250,7 @@ impl Loader<'_> {
 
 struct Assembler<'a> {
     spec: &'a Spec,
-    base: std::collections::HashMap<String, Tensor>,
+    base: HashMap<String, Tensor>,
     parameters: &'a Parameters,
     lora: Option<&'a Lora>,
 }
