@@ -328,7 +328,7 @@ pub fn wait_for<T>(what: impl Display, deadline: Duration, mut condition: impl F
             }
             // Most of the machine is for those who are waited for.
             Err(_) => {
-                std::thread::sleep((2 * asked.elapsed()).clamp(Duration::from_millis(100), Duration::from_millis(500)))
+                std::thread::sleep((2 * asked.elapsed()).clamp(Duration::from_millis(100), Duration::from_millis(500)));
             }
         }
     }

@@ -14,6 +14,8 @@ pub fn describe(keys: &Keys) -> Result<Spec, String> {
     let (uses_window, window): (bool, Option<i64>) =
         (keys.or("use_sliding_window", false)?, keys.get("sliding_window")?);
     let types: Option<Vec<String>> = keys.get("layer_types")?;
+    // Its files have it, and transformers reads it of other families alone.
+    keys.get::<i64>("max_window_layers")?;
     for (index, layer) in spec.layers.iter_mut().enumerate() {
         let listed = rotary.as_ref().map(|rotary| rotary.get(index) == Some(&1));
         layer.attention.is_rotary = listed.unwrap_or(interval == 0 || (index + 1) % interval != 0);

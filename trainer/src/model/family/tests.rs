@@ -139,3 +139,79 @@ fn a_family_says_what_its_layers_are() {
     assert_eq!(shape("model.layers.0.self_attn.q_norm.weight"), Some(vec![64]));
     assert_eq!(shape("model.layers.0.input_layernorm.weight"), None);
 }
+
+/// What the hub's files of these models say, but for the lists of layers; none of their keys may stand in the way.
+#[test]
+fn files_of_released_models_are_read() {
+    let common = json!({
+        "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": [2, 3], "hidden_act": "silu", "initializer_range": 0.02,
+        "rms_norm_eps": 1e-6, "torch_dtype": "bfloat16", "transformers_version": "4.53.0", "use_cache": true,
+    });
+    let llama3 = json!({"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                        "original_max_position_embeddings": 8192, "rope_type": "llama3"});
+    for (architecture, model_type, own, parameters) in [
+        (
+            "LlamaForCausalLM",
+            "llama",
+            json!({
+                "attention_bias": false, "head_dim": 64, "hidden_size": 2048, "intermediate_size": 8192,
+                "max_position_embeddings": 131_072, "mlp_bias": false, "num_attention_heads": 32, "num_hidden_layers": 16,
+                "num_key_value_heads": 8, "pretraining_tp": 1, "rope_scaling": llama3, "rope_theta": 500_000.0,
+                "tie_word_embeddings": true, "vocab_size": 128_256, "unsloth_version": "2025.1",
+            }),
+            1_235_814_400,
+        ),
+        (
+            "Qwen2ForCausalLM",
+            "qwen2",
+            json!({
+                "hidden_size": 896, "intermediate_size": 4864, "max_position_embeddings": 32_768, "max_window_layers": 21,
+                "num_attention_heads": 14, "num_hidden_layers": 24, "num_key_value_heads": 2, "rope_theta": 1_000_000.0,
+                "sliding_window": 32_768, "tie_word_embeddings": true, "use_mrope": false, "use_sliding_window": false,
+                "vocab_size": 151_936,
+            }),
+            494_032_768,
+        ),
+        (
+            "Qwen3ForCausalLM",
+            "qwen3",
+            json!({
+                "attention_bias": false, "head_dim": 128, "hidden_size": 1024, "intermediate_size": 3072,
+                "max_position_embeddings": 40_960, "max_window_layers": 28, "num_attention_heads": 16, "num_hidden_layers": 28,
+                "num_key_value_heads": 8, "rope_scaling": null, "rope_theta": 1_000_000, "sliding_window": null,
+                "tie_word_embeddings": true, "use_sliding_window": false, "vocab_size": 151_936,
+            }),
+            596_049_920,
+        ),
+        (
+            "SmolLM3ForCausalLM",
+            "smollm3",
+            json!({
+                "attention_bias": false, "hidden_size": 2048, "intermediate_size": 11_008, "max_position_embeddings": 65_536,
+                "max_window_layers": 28, "mlp_bias": false, "no_rope_layer_interval": 4, "num_attention_heads": 16,
+                "num_hidden_layers": 36, "num_key_value_heads": 4, "pad_token_id": 128_004, "pretraining_tp": 2,
+                "rope_scaling": null, "rope_theta": 5_000_000.0, "sliding_window": null, "use_sliding_window": false,
+                "vocab_size": 128_256,
+            }),
+            3_075_098_624,
+        ),
+        (
+            "GraniteForCausalLM",
+            "granite",
+            json!({
+                "attention_bias": false, "attention_multiplier": 0.015_625, "embedding_multiplier": 12.0, "hidden_size": 2048,
+                "intermediate_size": 8192, "logits_scaling": 8.0, "max_position_embeddings": 131_072, "mlp_bias": false,
+                "num_attention_heads": 32, "num_hidden_layers": 40, "num_key_value_heads": 8, "pad_token_id": 0,
+                "residual_multiplier": 0.22, "rope_scaling": null, "rope_theta": 5_000_000.0, "tie_word_embeddings": true,
+                "vocab_size": 49_155,
+            }),
+            2_533_531_648,
+        ),
+    ] {
+        let mut all = common.clone();
+        all.as_object_mut().expect("a map").extend(own.as_object().expect("a map").clone());
+        let spec = read_as(architecture, model_type, &all).unwrap_or_else(|error| panic!("{architecture}: {error}"));
+        // As model cards count them.
+        assert_eq!(spec.elements(), parameters, "{architecture}");
+    }
+}
