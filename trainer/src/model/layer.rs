@@ -160,7 +160,7 @@ pub struct Finished {
 
 /// What the memory of a pass follows from, per token.
 impl LayerSpec {
-    /// Numbers that [`LayerSaved`] holds whatever is computed again, the layer's input included: queries, keys, values, the outputs of
+    /// Numbers that `LayerSaved` holds whatever is computed again, the layer's input included: queries, keys, values, the outputs of
     /// attention, `middle`, gate and up, and what is normalised later.
     pub fn kept(&self, hidden: i64) -> i64 {
         let (queries, keys) = (self.attention.query_size(), self.attention.key_size());
