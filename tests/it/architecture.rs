@@ -205,7 +205,7 @@ fn the_rooms_of_the_trainer_look_one_way() {
 fn the_loop_knows_no_file_and_data_no_tensor() {
     assert_eq!(files_with("trainer/src/data", "use tch"), Vec::<String>::new(), "rows are no tensors");
     // A layer's tests make the parameters that they hold its gradients against; a pass tells who updates them how far it is.
-    let named = ["trainer/src/model/layer/tests.rs", "trainer/src/model/llama.rs", "trainer/src/model/load.rs"];
+    let named = ["trainer/src/model/decoder.rs", "trainer/src/model/layer/tests.rs", "trainer/src/model/load.rs"];
     assert_eq!(files_with("trainer/src/model", "optim::"), named);
     let train = repository().join("trainer/src/train");
     let mut files = rust_files(&train);
