@@ -8,7 +8,7 @@ use crds::finetunejob::JobReference;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ContainerState, ContainerStatus, Pod};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
-use kube::api::Api;
+use kube::api::{Api, ListParams};
 use kube::runtime::reflector::ObjectRef;
 use kube::{Client, ResourceExt};
 
@@ -61,23 +61,27 @@ pub(super) async fn attempt(
     let digest = newest.pod_digest.clone().or_else(|| expected().filter(|_| newest.uid.is_none()));
     let (pods, mut strangers) = pods_of(caches, job, &newest.name, uid.as_deref(), digest.as_deref());
     if let (Some(stranger), JobSeen::Present { .. }) = (strangers.first_mut(), &seen) {
-        stranger.differs_in = differences(client, job, &newest.name, &stranger.pod.name).await?;
+        let differences = differences(client, job, &newest.name, &stranger.pod.name).await;
+        stranger.differs_in = differences.unwrap_or_else(|error| {
+            tracing::warn!("{}: in what {} differs is not known: {error}", job.name_any(), stranger.pod.name);
+            Vec::new()
+        });
     }
     let pod_digest = found.as_deref().and_then(pruned_digest).map(str::to_owned);
     Ok(AttemptSeen { job: seen, pod_digest, pods, strangers })
 }
 
-/// In what a pod is not the one that a Job would make. Caches do not hold that much of either; strangers are few.
-async fn differences(client: &Client, job: &FineTuneJob, child: &str, pod: &str) -> Result<Vec<String>, call::Error> {
+/// In what a pod is not the one that a Job would make. Caches do not hold that much of either; strangers are few. It is for people:
+/// nothing is decided by it.
+async fn differences(client: &Client, job: &FineTuneJob, child: &str, pod: &str) -> Result<Vec<String>, kube::Error> {
     let namespace = job.namespace().unwrap_or_default();
-    let (jobs, pods) =
-        (Api::<Job>::namespaced(client.clone(), &namespace), Api::<Pod>::namespaced(client.clone(), &namespace));
-    let found =
-        jobs.get_opt(child).await.map_err(|source| call::Error::one::<Job>("get", &namespace, child, source))?;
-    let pod = pods.get_opt(pod).await.map_err(|source| call::Error::one::<Pod>("get", &namespace, pod, source))?;
-    let template = found.and_then(|found| found.spec?.template.spec);
-    let both = template.zip(pod.and_then(|pod| pod.spec));
-    Ok(both.map(|(template, pod)| build::differences(&template, &pod)).unwrap_or_default())
+    let (jobs, pods): (Api<Job>, Api<Pod>) =
+        (Api::namespaced(client.clone(), &namespace), Api::namespaced(client.clone(), &namespace));
+    let template = jobs.get_opt(child).await?.and_then(|found| found.spec?.template.spec);
+    // The operator may list pods, and not get one.
+    let named = ListParams::default().fields(&format!("metadata.name={pod}"));
+    let pod = pods.list(&named).await?.items.into_iter().next().and_then(|found| found.spec);
+    Ok(template.zip(pod).map(|(template, pod)| build::differences(&template, &pod)).unwrap_or_default())
 }
 
 /// The Job that reads the volume of an attempt, if there is one.

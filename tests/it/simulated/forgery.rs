@@ -162,6 +162,9 @@ fn a_pod_that_admission_changed_is_told_with_what_differs() {
         simulation
             .server
             .admit(Kind::Pod, |pod| pod["spec"]["containers"][0]["image"] = json!("mirror.example/trainer:1"));
+        // The operator has no right to get a pod.
+        let forbidden = Fault::Refused(403, "pods is forbidden: User \"operator\" cannot get it".into());
+        simulation.server.inject(Calls::to(Verb::Get, Kind::Pod).always(), forbidden);
         simulation.submit("bot", &json!({}));
         let told = |simulation: &Simulation| simulation.reason("bot", "Running") == "ChildNameTaken";
         simulation.until("it is told", 60, told).await;
