@@ -19,6 +19,7 @@ mod processors;
 mod resume;
 mod rights;
 mod run;
+mod schedules;
 mod served;
 mod simulated;
 mod stages;

@@ -1,6 +1,6 @@
-//! Logits, gradients, losses and schedules against transformers, PEFT and torch (`tests/golden/make_golden.py`).
+//! Logits, gradients and losses against transformers, PEFT and torch (`tests/golden/make_golden.py`).
 
-use crds::run::{Lora, Method, Optimizer, Scheduler};
+use crds::run::{Lora, Method, Optimizer};
 use harness::{
     StepsCase, base_model, device, examples, golden, has_base_model, max_difference, on_host, read_golden,
     start_adapters, steps_cases,
@@ -16,7 +16,6 @@ use trainer::judge::evaluate::{self, Measurement};
 use trainer::judge::generate::{Limits, generate};
 use trainer::model::{Built, DeviceBatch, Noise, Recompute, Source, build};
 use trainer::store::weights::MappedFile;
-use trainer::train::schedule::Schedule;
 use trainer::train::{StepConfig, StepStats, train_step};
 
 /// Relative tolerance of losses and gradient norms over ten steps.
@@ -385,26 +384,4 @@ fn evaluation_equals_the_training_loss_and_counts_the_likeliest_tokens() {
     }
     // A model with random weights alone may have none right.
     assert!(right < all && (right > 0 || harness::is_on_gpu()), "{right} of {all}");
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct GoldenSchedule {
-    scheduler: Scheduler,
-    total_steps: i64,
-    warmup_steps: i64,
-    peak: f64,
-    rates: Vec<f64>,
-}
-
-#[test]
-fn schedules_equal_transformers() {
-    for golden in read_golden::<Vec<GoldenSchedule>>("schedules.json") {
-        let GoldenSchedule { scheduler, total_steps, warmup_steps, peak, rates } = golden;
-        let schedule = Schedule { scheduler, peak, warmup_steps, total_steps };
-        for (step, expected) in rates.into_iter().enumerate() {
-            let ours = schedule.learning_rate(step as i64);
-            assert!((ours - expected).abs() < 1e-9, "{scheduler:?} step {step}: {ours} against {expected}");
-        }
-    }
 }

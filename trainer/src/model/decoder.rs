@@ -25,6 +25,8 @@ pub struct Decoder {
     /// What it is.
     pub spec: Spec,
     pub(super) embedding: Weight,
+    /// What embeddings are multiplied by, rounded to their dtype as transformers has it.
+    pub(super) embedding_multiplier: f64,
     pub(super) layers: Vec<Layer>,
     pub(super) norm: Norm,
     pub(super) head: Weight,
@@ -105,13 +107,8 @@ impl Decoder {
         self.device
     }
 
-    /// What embeddings are multiplied by, rounded to their dtype as transformers has it.
-    fn embedding_multiplier(&self) -> f64 {
-        Tensor::from(self.spec.embedding_multiplier).to_kind(self.kind).double_value(&[])
-    }
-
     fn embed(&self, tokens_t: &Tensor) -> Tensor {
-        scaled(self.embedding.value.index_select(0, tokens_t), self.embedding_multiplier())
+        scaled(self.embedding.value.index_select(0, tokens_t), self.embedding_multiplier)
     }
 
     /// What the head takes of the last layer's output.
@@ -198,7 +195,7 @@ impl Decoder {
             }
         }
         if let Some(mut gradient) = self.embedding.gradient() {
-            let mut source = scaled(gradient_th, self.embedding_multiplier()).to_kind(gradient.kind());
+            let mut source = scaled(gradient_th, self.embedding_multiplier).to_kind(gradient.kind());
             if let Some(pad) = self.spec.pad_token_id {
                 let _ = source.masked_fill_(&batch.tokens_t.eq(pad).unsqueeze(1), 0.0);
             }

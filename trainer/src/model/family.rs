@@ -181,20 +181,29 @@ fn biases(keys: &Keys, spec: &mut Spec) -> Result<(), String> {
     Ok(())
 }
 
-/// Windows of the layers from `max_window_layers` on, or of those that `layer_types` names, where `use_sliding_window` is set.
-fn windows_if_used(keys: &Keys, spec: &mut Spec) -> Result<(), String> {
-    let is_used = keys.or("use_sliding_window", false)?;
-    let (window, first): (Option<i64>, usize) = (keys.get("sliding_window")?, keys.or("max_window_layers", 28)?);
-    let types: Option<Vec<String>> = keys.get("layer_types")?;
-    let Some(window) = window.filter(|_| is_used) else { return Ok(()) };
-    if window < 1 {
-        return Err(format!("sliding_window is {window}; expected at least 1, or null"));
+/// `sliding_window`
+fn window(keys: &Keys) -> Result<Option<i64>, String> {
+    let window: Option<i64> = keys.get("sliding_window")?;
+    match window {
+        Some(window) if window < 1 => Err(format!("sliding_window is {window}; expected at least 1, or null")),
+        window => Ok(window),
     }
+}
+
+/// Windows where `use_sliding_window` is set: of the layers that `layer_types` names, or else of those that `slides` tells.
+fn windows_if_used(keys: &Keys, spec: &mut Spec, slides: impl Fn(usize, &LayerSpec) -> bool) -> Result<(), String> {
+    let is_used = keys.or("use_sliding_window", false)?;
+    let types: Option<Vec<String>> = keys.get("layer_types")?;
+    let window: Option<i64> = if is_used { window(keys)? } else { keys.get("sliding_window")? };
     for (index, layer) in spec.layers.iter_mut().enumerate() {
-        let slides = types
-            .as_ref()
-            .map_or(index >= first, |types| types.get(index).is_some_and(|kind| kind == "sliding_attention"));
-        layer.attention.window = slides.then_some(window);
+        let named = types.as_ref().map(|types| types.get(index).is_some_and(|kind| kind == "sliding_attention"));
+        layer.attention.window = window.filter(|_| is_used && named.unwrap_or_else(|| slides(index, layer)));
     }
     Ok(())
+}
+
+/// Windows of Qwen: of the layers from `max_window_layers` on.
+fn windows_of_qwen(keys: &Keys, spec: &mut Spec) -> Result<(), String> {
+    let first: usize = keys.or("max_window_layers", 28)?;
+    windows_if_used(keys, spec, |index, _| index >= first)
 }

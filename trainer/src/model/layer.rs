@@ -3,8 +3,12 @@
 //! Shapes: t packed tokens, h hidden size, n query heads, k key-value heads, d head size, m MLP width,
 //! r tokens whose output is wanted.
 
+mod outputs;
+
 use tch::Tensor;
 
+pub use self::outputs::Outputs;
+use self::outputs::SelectedMask;
 use super::spec::{Activation, AttentionSpec, LayerSpec, MlpSpec, QueryKeyNorm};
 use crate::compute::attention::{self, Segments};
 use crate::compute::linear::{Adapters, InputMask, Linear, Saved};
@@ -79,49 +83,6 @@ pub struct KeyValues {
     pub keys: Tensor,
     /// Values.
     pub values: Tensor,
-}
-
-/// The tokens that a layer's output is wanted for. After the last layer's attention, work for any but the labels' is dead.
-#[derive(Clone, Copy)]
-pub enum Outputs<'a> {
-    /// All t.
-    All,
-    /// These of t, int64 `[r]`, each once.
-    Rows(&'a Tensor),
-}
-
-impl Outputs<'_> {
-    fn select(self, x_th: &Tensor) -> Tensor {
-        match self {
-            Outputs::All => x_th.shallow_clone(),
-            Outputs::Rows(rows_r) => x_th.index_select(0, rows_r),
-        }
-    }
-
-    /// The gradient of all `tokens` from those that were selected.
-    fn scatter(self, gradient_rh: Tensor, tokens: i64) -> Tensor {
-        match self {
-            Outputs::All => gradient_rh,
-            Outputs::Rows(rows_r) => {
-                let full =
-                    gradient_rh.new_zeros([tokens, gradient_rh.size()[1]], (gradient_rh.kind(), gradient_rh.device()));
-                full.index_copy(0, rows_r, &gradient_rh)
-            }
-        }
-    }
-}
-
-/// The rows of the masks that all tokens have: which outputs are wanted does not change the randomness.
-struct SelectedMask<'a> {
-    all: &'a dyn InputMask,
-    outputs: Outputs<'a>,
-    tokens: i64,
-}
-
-impl InputMask for SelectedMask<'_> {
-    fn mask(&self, site: u64, _rows: i64, x_ri: &Tensor) -> Option<Tensor> {
-        self.all.mask(site, self.tokens, x_ri).map(|mask_ti| self.outputs.select(&mask_ti))
-    }
 }
 
 /// What the backward pass needs beside the layer's input.

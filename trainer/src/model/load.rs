@@ -89,17 +89,18 @@ pub fn build(source: &Source) -> Result<Built, Error> {
 
 /// Reads the weights of a model that no run has prepared, and refuses NaN and infinity.
 pub fn check_finite(folder: &Path) -> Result<(), Error> {
-    let names = weight_names(folder)?;
-    for file in WeightFiles::open(folder)?.files() {
+    let files = WeightFiles::open(folder)?;
+    let names = weight_names(folder, &files)?;
+    for file in files.files() {
         file.read_through(&|name| names.contains(name), &mut |_| ())?;
     }
     Ok(())
 }
 
 /// Names of the tensors that a model is built from, when its files have them all, and none that would change what it computes.
-pub fn weight_names(folder: &Path) -> Result<HashSet<String>, Error> {
+pub fn weight_names(folder: &Path, files: &WeightFiles) -> Result<HashSet<String>, Error> {
     let spec = Spec::read(folder)?;
-    check_tensors(folder, &spec, &WeightFiles::open(folder)?)?;
+    check_tensors(folder, &spec, files)?;
     Ok(spec.tensors().into_iter().map(|(name, _)| name).collect())
 }
 
@@ -316,6 +317,7 @@ impl Assembler<'_> {
         Decoder {
             rope: Rope::new(&spec.rope_frequencies, max_positions, source.kind, source.device),
             embedding: self.weight("model.embed_tokens.weight"),
+            embedding_multiplier: Tensor::from(spec.embedding_multiplier).to_kind(source.kind).double_value(&[]),
             layers,
             norm: self.norm("model.norm"),
             head: self.weight(head),

@@ -142,7 +142,7 @@ impl BaseFiles {
 
     /// The digest of a file whose weights are finite: what is not finite has none that could be known later.
     fn read_weights(&self, file: &MappedFile) -> Result<String, Error> {
-        let names = weight_names(&self.folder)?;
+        let names = weight_names(&self.folder, &self.weights)?;
         let mut hash = HashingWriter::new(io::sink());
         let read = file.read_through(&|name| names.contains(name), &mut |piece| {
             hash.write_all(piece).expect("a sink takes everything");

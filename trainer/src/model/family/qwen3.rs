@@ -1,6 +1,6 @@
 //! Qwen3: each head of queries and keys is normalised before it is rotated.
 
-use super::{DEFAULTS, Defaults, biases, decoder, silu, windows_if_used};
+use super::{DEFAULTS, Defaults, biases, decoder, silu, windows_of_qwen};
 use crate::model::keys::Keys;
 use crate::model::spec::{QueryKeyNorm, Spec};
 
@@ -8,7 +8,7 @@ pub fn describe(keys: &Keys) -> Result<Spec, String> {
     silu(keys)?;
     let mut spec = decoder(keys, &Defaults { kv_heads: Some(32), head_size: Some(128), ..DEFAULTS })?;
     biases(keys, &mut spec)?;
-    windows_if_used(keys, &mut spec)?;
+    windows_of_qwen(keys, &mut spec)?;
     for layer in &mut spec.layers {
         layer.attention.query_key_norm = Some(QueryKeyNorm::Head);
     }
